@@ -1,0 +1,237 @@
+"""The command `ghm-jax`: argv in, thin calls of the package, the only prints and exits.
+
+    ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
+    ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
+    ghm-jax data prepare coco/2017 --source DIR --out data
+    ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
+
+`ghm-jax train EXPERIMENT --help` lists every setting.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    import tyro
+
+    from ghm_jax.config import Config, ConfigError, flatten, unknown_key
+    from ghm_jax.rundir import load_experiment, load_run
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f'ghm-jax: {missing}; the detector needs more than the losses: pip install "ghm-jax[detector]"'
+    )
+
+
+@dataclass
+class Train:
+    """Trains a detector, or goes on with a run that was stopped."""
+
+    experiment: tyro.conf.Positional[str]
+    """File that defines `config`."""
+    run_dir: str = ""
+    """Where the run goes (runs/ and the experiment's name)."""
+    restart: bool = False
+    """Move an existing run aside and start anew."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass
+class Evaluate:
+    """Scores the newest checkpoint of a run: metrics.json, detections.json, report.html."""
+
+    run: tyro.conf.Positional[str]
+    """Directory of the run."""
+    split: str = ""
+    """Split to evaluate on (the run's validation split)."""
+    evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    """hotcoco, or pycocotools (slower, the same figures)."""
+
+
+@dataclass
+class PrepareFolder:
+    """Turns images with COCO annotations into a data set to train on."""
+
+    name: str
+    """Of the new data set."""
+    train: tuple[str, str]
+    """Directory of images and instances JSON."""
+    out: str = "data"
+    """Directory of data sets (data.dir of a run)."""
+    validation: tuple[str, str] | None = None
+    """Directory of images and instances JSON."""
+
+
+@dataclass
+class PrepareCoco:
+    """Turns the unpacked official COCO files into a data set to train on."""
+
+    source: str
+    """Directory with train2017/, val2017/ and annotations/ (or 2014)."""
+    out: str = "data"
+    """Directory of data sets (data.dir of a run)."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; exits with 0, with 1 after a one-line error, or with 130 when stopped."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    # JAX on a machine without accelerators explains at length why it found none.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    command = next((n for n in (3, 2, 1) if " ".join(args[:n]) in _COMMANDS), 0)
+    if not command:
+        wanted = [a for a in args if a not in ("-h", "--help")]
+        if wanted:
+            _fail(
+                f"unknown command {' '.join(wanted[:3])!r}; the commands are: {', '.join(_COMMANDS)}"
+            )
+        print(__doc__)
+        return
+    try:
+        _COMMANDS[" ".join(args[:command])](args[command:])
+    except (ConfigError, FileNotFoundError, PermissionError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nghm-jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _train(args: list[str]) -> None:
+    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.progress import Bar
+    from ghm_jax.train import TrainingDiverged, TrainingInterrupted, train
+
+    experiment = _positional(args, "ghm-jax train EXPERIMENT")
+    default = load_experiment(experiment) if experiment else Config()
+    arguments = _parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
+    config = arguments.config
+    run_dir = arguments.run_dir or f"runs/{Path(arguments.experiment).stem}"
+    _start_devices(config, use_cpu_cores)
+    try:
+        train(config, run_dir, restart=arguments.restart, progress=Bar())
+    except TrainingDiverged as error:
+        _fail(str(error))
+    except TrainingInterrupted as error:
+        again = " ".join(["ghm-jax train", *(a for a in args if a != "--restart")])
+        print(f"ghm-jax: {error}; go on with: {again}", file=sys.stderr)
+        sys.exit(130)
+    print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
+
+
+def _evaluate(args: list[str]) -> None:
+    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.progress import Bar
+
+    directory = _positional(args, "ghm-jax evaluate RUN")
+    arguments = _parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
+    run, config = load_run(arguments.run)
+    _start_devices(config, use_cpu_cores)
+
+    from ghm_jax.evaluate import METRICS, evaluate
+
+    result = evaluate(
+        arguments.run,
+        split=arguments.split or None,
+        evaluator=arguments.evaluator,
+        progress=Bar(),
+    )
+    for name, meaning in METRICS.items():
+        print(f"  {name:<6} {_percent(result[name]):>6}  {meaning}")
+    print(f"report: {run.report}")
+
+
+def _prepare_folder(args: list[str]) -> None:
+    from ghm_jax.data.coco_directory import prepare_folder
+
+    a = _parse(PrepareFolder, args, "ghm-jax data prepare folder")
+    splits = {"train": a.train} | ({"validation": a.validation} if a.validation else {})
+    path = prepare_folder(a.name, a.out, splits)
+    print(f"{path}: ready; train with: ghm-jax train experiments/folder.py --data.dir {a.out}")
+
+
+def _prepare_coco(year: str) -> Callable[[list[str]], None]:
+    def prepare(args: list[str]) -> None:
+        from ghm_jax.data.coco_directory import prepare_folder
+
+        a = _parse(PrepareCoco, args, f"ghm-jax data prepare coco/{year}")
+        source = Path(a.source)
+        splits = {
+            split: (source / f"{part}{year}", source / f"annotations/instances_{part}{year}.json")
+            for split, part in (("train", "train"), ("validation", "val"))
+            if (source / f"{part}{year}").is_dir()
+        }
+        if not splits:
+            raise ConfigError(
+                f"--source: neither train{year}/ nor val{year}/ in {source}; "
+                "unpack the official archives there"
+            )
+        path = prepare_folder(f"coco/{year}", a.out, splits)
+        print(f"{path}: ready; train with: ghm-jax train EXPERIMENT --data.dir {a.out}")
+
+    return prepare
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "data prepare folder": _prepare_folder,
+    "data prepare coco/2017": _prepare_coco("2017"),
+    "data prepare coco/2014": _prepare_coco("2014"),
+}
+
+
+def _start_devices(config: Config, use_cpu_cores: Callable[[tuple[int, ...]], None]) -> None:
+    """Checks what needs no devices, then lets JAX find them: an error comes in no time."""
+    config.check()
+    use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))
+
+
+def _positional(args: list[str], usage: str) -> str | None:
+    """The first argument, which must come first; None when only help is wanted."""
+    if args and not args[0].startswith("-"):
+        return args[0]
+    if "-h" in args or "--help" in args:
+        return None
+    raise ConfigError(f"usage: {usage} [options]; --help lists them")
+
+
+def _parse(kind: type[Any], args: list[str], program: str, default: Any = None) -> Any:
+    """The arguments as a `kind`, by tyro; its errors as one line."""
+    for arg in args:
+        key = arg.partition("=")[0][2:].replace("-", "_")
+        if arg.startswith("--") and "." in key and key not in flatten(Config()):
+            raise ConfigError(unknown_key(key))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=args, prog=program, default=default)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        raise ConfigError(_first_sentence(said.getvalue())) from None
+
+
+def _first_sentence(boxed: str) -> str:
+    """What a tyro error box says before its first rule, on one line."""
+    lines = []
+    for line in boxed.splitlines():
+        text = line.strip(" │")
+        if text.startswith(("╭", "╰")):
+            continue
+        if text.startswith("─"):
+            break
+        lines.append(text)
+    return f"{' '.join(lines) or boxed.strip()} (--help lists all settings)"
+
+
+def _percent(fraction: float) -> str:
+    return "-" if fraction < 0 else f"{100 * fraction:.1f}"
+
+
+def _fail(message: str) -> None:
+    print(f"ghm-jax: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,373 @@
+"""What decides a result, as data: frozen dataclasses, their defaults and every check.
+
+The defaults are the published RetinaNet-R50 recipe on COCO with the package's own GHM settings.
+An experiment file holds `config = Config(...)`; any field can be overridden on the command line
+by its dotted name (`--loss.momentum 0.9`). Nothing here reads or writes a file.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: the key, what it is, the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and how they become arrays of a fixed shape."""
+
+    name: str = "coco/2017"
+    """TFDS name of the data set; empty: the only one in `dir`."""
+    dir: str = "data"
+    """Directory that holds prepared TFDS data sets (array_record)."""
+    train_split: str = "train"
+    """TFDS split to train on."""
+    validation_split: str = "validation"
+    """TFDS split to evaluate on."""
+    annotations: str = ""
+    """Official instances JSON of the validation split to score against; empty: the data set's own
+    boxes. TFDS rounds areas down, so published figures need the official file."""
+    classes: tuple[str, ...] = ()
+    """Class names in label order; read from the data set when a run starts."""
+    short_side: int = 800
+    """Images are scaled until the short side has this many pixels ..."""
+    long_side: int = 1333
+    """... unless the long side would have more than this many."""
+    buckets: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1344, 1344))
+    """(height, width) to which batches are padded, tried in this order; multiples of 32."""
+    max_boxes: int = 100
+    """Boxes an image is padded to."""
+    flip: float = 0.5
+    """Probability of a horizontal flip in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """RetinaNet: ResNet, feature pyramid P3-P7, two convolutional heads."""
+
+    backbone: str = "resnet50"
+    """resnet18, resnet34, resnet50, resnet101 or resnet152."""
+    width: int = 64
+    """Channels of the backbone's stem; the published networks have 64."""
+    norm: Literal["frozen", "batch", "group"] = "frozen"
+    """Backbone normalization: fixed statistics, batch statistics over all replicas, or GroupNorm."""
+    channels: int = 256
+    """Channels of the pyramid and of the heads."""
+    head_convs: int = 4
+    """3x3 convolutions in each head before the last one."""
+    head_norm: Literal["none", "group"] = "none"
+    """Normalization in the heads."""
+    prior: float = 0.01
+    """Probability that a fresh model gives to every (anchor, class) pair."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the activations; parameters, logits and losses are float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchors:
+    """Anchor boxes and how they are matched to ground truth."""
+
+    scale: float = 4.0
+    """Side of the smallest anchor of a level, in strides of that level."""
+    octaves: int = 3
+    """Sizes per level, 2**(i / octaves) apart."""
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height / width."""
+    positive_iou: float = 0.5
+    """An anchor is positive from this IoU on ..."""
+    negative_iou: float = 0.4
+    """... background below this one, and ignored between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Classification and box losses; see `ghm_jax.losses`."""
+
+    classification: Literal["ghm_c", "focal", "cross_entropy"] = "ghm_c"
+    """Loss of the class scores."""
+    weight: float = 1.0
+    """Weight of the classification loss."""
+    bins: int = 30
+    """GHM-C: unit regions of gradient norm."""
+    momentum: float = 0.75
+    """GHM-C: share of the old histogram that a step keeps."""
+    min_count: float = 10.0
+    """GHM-C: density floor, in examples a bin (0: as published)."""
+    box: Literal["ghm_r", "smooth_l1"] = "ghm_r"
+    """Loss of the box deltas of positive anchors."""
+    box_weight: float = 10.0
+    """Weight of the box loss."""
+    box_bins: int = 10
+    """GHM-R: unit regions of gradient norm."""
+    box_momentum: float = 0.7
+    """GHM-R: share of the old histogram that a step keeps."""
+    box_min_count: float = 10.0
+    """GHM-R: density floor, in box coordinates a bin (0: as published)."""
+    mu: float = 0.02
+    """GHM-R: where the authentic smooth L1 turns from square to linear."""
+    preset: Literal["default", "reference"] = "default"
+    """`reference`: averaging and normalization exactly as in the published code, without floors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Optimizer and learning-rate schedule; one step sees `batch_size` images."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    batch_size: int = 16
+    """Images a step, over all devices."""
+    steps: int = 87_960
+    """Steps of the whole run; 12 epochs of COCO at 16 images."""
+    learning_rate: float = 0.01
+    """Peak learning rate, for this `batch_size`."""
+    momentum: float = 0.9
+    """SGD only."""
+    weight_decay: float = 1e-4
+    """L2 penalty (SGD) or decoupled decay (AdamW)."""
+    clip_norm: float = 35.0
+    """Largest global norm of the gradient."""
+    warmup_steps: int = 500
+    """Steps over which the rate rises linearly ..."""
+    warmup_factor: float = 1 / 3
+    """... from this fraction of the peak."""
+    schedule: Literal["step", "cosine"] = "step"
+    """After warm-up: divide by 10 at each of `drops`, or a cosine down to zero."""
+    drops: tuple[int, ...] = (58_640, 80_630)
+    """Steps at which the rate is divided by 10 (epochs 8 and 11 of 12)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """From logits and deltas to detections; the published settings."""
+
+    score_threshold: float = 0.05
+    """Detections below this score are dropped."""
+    candidates: int = 1000
+    """(anchor, class) pairs kept per pyramid level before suppression."""
+    nms_iou: float = 0.5
+    """Of two boxes of one class that overlap more than this, the lower score goes."""
+    max_detections: int = 100
+    """Detections an image at most."""
+    batch_size: int = 16
+    """Images a step of evaluation, over all devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run behaves; none of these decide its result, so a resumed run may change them."""
+
+    wrapper: Literal["pmap", "shard_map"] = "pmap"
+    """How the per-device step meets the devices."""
+    devices: int = 0
+    """Devices to use; 0: all, and on CPU as many cores as the batch can be split over."""
+    workers: int = 4
+    """Processes that decode images; 0: this one."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+    checkpoint_every: int = 2000
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    """Fixes initialization, data order and augmentation."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    anchors: Anchors = field(default_factory=Anchors)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    predict: Predict = field(default_factory=Predict)
+    run: Run = field(default_factory=Run)
+
+    def check(self, num_devices: int = 1) -> "Config":
+        """Raises ConfigError for the first setting that cannot work; returns the config itself.
+
+        Args:
+            num_devices: devices (all hosts) that the batches are split over.
+        """
+        for rule in _rules(self, num_devices):
+            ok, message = rule
+            if not ok:
+                raise ConfigError(message)
+        return self
+
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# A resumed run may change these: they do not decide its result.
+HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
+
+
+def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
+    for key, value in flatten(c).items():
+        kind = _field_type(key)
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        yield (
+            not choices or value in choices,
+            f"{key}: {value!r} is not one of {', '.join(map(str, choices))}",
+        )
+        finite = not isinstance(value, float) or math.isfinite(value)
+        yield finite, f"{key}: must be a finite number, got {value}"
+
+    near = difflib.get_close_matches(c.model.backbone, BACKBONES, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    yield (
+        c.model.backbone in BACKBONES,
+        f"model.backbone: unknown backbone {c.model.backbone!r}{hint}; "
+        f"choose one of {', '.join(BACKBONES)}",
+    )
+
+    for key in ("optimizer.batch_size", "predict.batch_size"):
+        size = flatten(c)[key]
+        yield (
+            size > 0 and size % num_devices == 0,
+            f"{key}: {size} images cannot be split over {num_devices} devices; "
+            f"use a multiple of {num_devices}, for example {max(1, size // num_devices) * num_devices}",
+        )
+
+    yield bool(c.data.buckets), "data.buckets: needs at least one (height, width)"
+    for bucket in c.data.buckets:
+        yield (
+            len(bucket) == 2 and all(side > 0 and side % 32 == 0 for side in bucket),
+            f"data.buckets: {bucket} is not a (height, width) in multiples of 32",
+        )
+    largest = max(max(bucket) for bucket in c.data.buckets)
+    yield (
+        c.data.long_side <= largest,
+        f"data.long_side: images of {c.data.long_side} pixels fit in none of data.buckets; "
+        f"lower it to {largest} or add a larger bucket",
+    )
+    yield (
+        c.data.short_side <= c.data.long_side,
+        f"data.short_side: {c.data.short_side} is more than data.long_side {c.data.long_side}",
+    )
+
+    yield (
+        c.anchors.negative_iou <= c.anchors.positive_iou,
+        f"anchors.negative_iou: {c.anchors.negative_iou} is above anchors.positive_iou "
+        f"{c.anchors.positive_iou}",
+    )
+    yield bool(c.anchors.ratios), "anchors.ratios: needs at least one ratio"
+    yield min(c.anchors.ratios) > 0, f"anchors.ratios: must be positive, got {c.anchors.ratios}"
+    yield c.anchors.scale > 0, f"anchors.scale: must be positive, got {c.anchors.scale}"
+
+    for key in ("loss.momentum", "loss.box_momentum", "optimizer.momentum"):
+        value = flatten(c)[key]
+        yield 0 <= value < 1, f"{key}: must be in [0, 1), got {value}"
+    for key in ("anchors.positive_iou", "anchors.negative_iou", "predict.nms_iou", "data.flip"):
+        value = flatten(c)[key]
+        yield 0 <= value <= 1, f"{key}: must be in [0, 1], got {value}"
+    for key in (
+        *("data.short_side", "data.max_boxes", "model.width", "model.channels", "anchors.octaves"),
+        *("loss.bins", "loss.box_bins", "loss.mu", "optimizer.steps", "optimizer.learning_rate"),
+        *("optimizer.clip_norm", "predict.candidates", "predict.max_detections"),
+        *("run.log_every", "run.checkpoint_every", "run.keep"),
+    ):
+        value = flatten(c)[key]
+        yield value > 0, f"{key}: must be positive, got {value}"
+    for key in (
+        *("seed", "model.head_convs", "loss.min_count", "loss.box_min_count", "loss.weight"),
+        *("loss.box_weight", "optimizer.weight_decay", "optimizer.warmup_steps", "run.workers"),
+        "run.devices",
+    ):
+        value = flatten(c)[key]
+        yield value >= 0, f"{key}: must not be negative, got {value}"
+    yield 0 < c.model.prior < 1, f"model.prior: must be in (0, 1), got {c.model.prior}"
+    yield (
+        c.optimizer.warmup_steps <= c.optimizer.steps,
+        f"optimizer.warmup_steps: {c.optimizer.warmup_steps} is more than optimizer.steps "
+        f"{c.optimizer.steps}",
+    )
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, in order."""
+    return dict(_flatten(config, ""))
+
+
+def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flatten(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def _field_type(key: str) -> Any:
+    cls: Any = Config
+    for part in key.split("."):
+        cls = typing.get_type_hints(cls)[part]
+    return cls
+
+
+def unknown_key(key: str) -> str:
+    """The one-line message for a dotted name that is no setting, with the nearest ones."""
+    known = list(flatten(Config()))
+    near = difflib.get_close_matches(key, known, 3, cutoff=0.5)
+    near += [k for k in known if k.split(".")[-1] == key.split(".")[-1] and k not in near]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "see --help for all settings"
+    return f"{key}: no such setting; {hint}"
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain dicts, lists and scalars, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The config that `to_dict` gave, also after a trip through JSON.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
+    return _from_dict(Config, values, "")
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(unknown_key(prefix + key))
+    return cls(**{key: _convert(hints[key], values[key], prefix + key) for key in values})
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _from_dict(kind, value, key + ".")
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            return tuple(_convert(kinds[0], item, key) for item in value)
+        if len(kinds) == len(value):
+            return tuple(_convert(k, item, key) for k, item in zip(kinds, value, strict=True))
+    elif typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    raise ConfigError(f"{key}: {value!r} is not of the type {kind}")
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that decide a result and differ: {dotted name: (old, new)}."""
+    before, after = flatten(old), flatten(new)
+    return {
+        key: (before[key], after[key])
+        for key in before
+        if before[key] != after[key] and not key.startswith(HARMLESS)
+    }

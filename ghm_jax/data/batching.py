@@ -1,0 +1,135 @@
+"""From a record to arrays, and from arrays of several sizes to one batch of a fixed shape."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ghm_jax.config import ConfigError, Data
+from ghm_jax.data.schema import read_objects, trainable
+from ghm_jax.data.transforms import decode_image, flip_horizontal, resize
+
+Example = dict[str, Any]
+Batch = dict[str, np.ndarray]
+
+
+def make_example(record: Mapping[str, Any], data: Data, rng: np.random.Generator | None) -> Example:
+    """One image with its boxes, resized.
+
+    Crowd regions and degenerate boxes are left out (see `schema.trainable`); ground truth for
+    evaluation comes from `ground_truth.coco_ground_truth`, which keeps them.
+
+    Args:
+        record: of a `Dataset`.
+        data: sizes and probabilities.
+        rng: of this one image, for augmentation; None: none.
+
+    Returns:
+        image uint8[h, w, 3], boxes f32[N, 4] (x0, y0, x1, y1 in pixels of `image`), labels i32[N],
+        image_size and original_size (height, width), scale (x, y factors from original to
+        resized pixels, before the flip), image_id, valid.
+
+    Raises:
+        ConfigError: the image cannot be decoded.
+    """
+    try:
+        image = decode_image(record["image"])
+    except ValueError as error:
+        raise ConfigError(f"data.name: image {record['image/id']}: {error}; replace it") from None
+    original_size = image.shape[:2]
+    objects = read_objects(record, *original_size)
+    keep = trainable(objects)
+    image, boxes, scale = resize(image, objects.boxes[keep], data.short_side, data.long_side)
+    if rng is not None and rng.random() < data.flip:
+        image, boxes = flip_horizontal(image, boxes)
+    return {
+        "image": image,
+        "boxes": boxes,
+        "labels": objects.labels[keep],
+        "image_size": image.shape[:2],
+        "original_size": original_size,
+        "scale": scale,
+        "image_id": int(record["image/id"]),
+        "valid": True,
+    }
+
+
+def filler_example() -> Example:
+    """What fills the last batch of an evaluation: one black pixel that does not count."""
+    return {
+        "image": np.zeros((1, 1, 3), np.uint8),
+        "boxes": np.zeros((0, 4), np.float32),
+        "labels": np.zeros(0, np.int32),
+        "image_size": (1, 1),
+        "original_size": (1, 1),
+        "scale": (1.0, 1.0),
+        "image_id": -1,
+        "valid": False,
+    }
+
+
+def choose_bucket(
+    sizes: Iterable[tuple[int, int]], buckets: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The first (height, width) of `buckets` that holds images of all these (height, width).
+
+    Raises:
+        ConfigError: none does.
+    """
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    for bucket in buckets:
+        if height <= bucket[0] and width <= bucket[1]:
+            return bucket
+    raise ConfigError(
+        f"data.buckets: images of a batch need {height}x{width} pixels (height x width), more than "
+        f"any of {tuple(buckets)}; add a larger one"
+    )
+
+
+def collate(
+    examples: Sequence[Example], buckets: Sequence[tuple[int, int]], max_boxes: int
+) -> Batch:
+    """Pads B examples to one shape.
+
+    Images are padded with zeros at the bottom and the right, so that box coordinates stay. Of more
+    than `max_boxes` boxes the largest are kept.
+
+    Returns:
+        images uint8[B, H, W, 3], boxes f32[B, max_boxes, 4] (x0, y0, x1, y1 in pixels of the padded
+        image; 0 = padding), labels i32[B, max_boxes] (-1 = padding), image_size and original_size
+        i32[B, 2] (height, width), scale f32[B, 2] (x, y), image_id i32[B] (-1 = filler),
+        valid bool[B], dropped_boxes i32[B].
+
+    Raises:
+        ConfigError: an image fits in no bucket.
+    """
+    size = len(examples)
+    height, width = choose_bucket((e["image_size"] for e in examples), buckets)
+    images = np.zeros((size, height, width, 3), np.uint8)
+    boxes = np.zeros((size, max_boxes, 4), np.float32)
+    labels = np.full((size, max_boxes), -1, np.int32)
+    dropped = np.zeros(size, np.int32)
+    for i, example in enumerate(examples):
+        h, w = example["image_size"]
+        images[i, :h, :w] = example["image"]
+        kept = _largest(example["boxes"], max_boxes)
+        boxes[i, : len(kept)] = example["boxes"][kept]
+        labels[i, : len(kept)] = example["labels"][kept]
+        dropped[i] = len(example["boxes"]) - len(kept)
+    return {
+        "images": images,
+        "boxes": boxes,
+        "labels": labels,
+        "image_size": np.array([e["image_size"] for e in examples], np.int32),
+        "original_size": np.array([e["original_size"] for e in examples], np.int32),
+        "scale": np.array([e["scale"] for e in examples], np.float32),
+        "image_id": np.array([e["image_id"] for e in examples], np.int32),
+        "valid": np.array([e["valid"] for e in examples], bool),
+        "dropped_boxes": dropped,
+    }
+
+
+def _largest(boxes: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` boxes of largest area, in their order."""
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return np.sort(np.argsort(-areas, kind="stable")[:count])

@@ -1,0 +1,148 @@
+"""Data sets on disk: written without TensorFlow, opened for random access to their records."""
+
+import contextlib
+import io
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from ghm_jax.config import ConfigError, Data
+from ghm_jax.data.digit_scenes import DigitScenes
+from ghm_jax.data.schema import category_ids_of, detection_features
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a data set. Pickles small, so that worker processes can open it themselves."""
+
+    source: Sequence[dict[str, Any]]
+    """Records by number, in the schema of TFDS `coco/2017`; the image as encoded bytes."""
+    name: str
+    """TFDS name."""
+    class_names: tuple[str, ...]
+    """Class names in label order."""
+    category_ids: tuple[int, ...]
+    """COCO category id of each label."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def open_dataset(data: Data, split: str) -> Dataset:
+    """Opens a split of the data set `data.name` in `data.dir`.
+
+    The embedded data set `digit_scenes` is built there first when it is missing.
+
+    Args:
+        data: which data set.
+        split: TFDS split, also a part of one: `train[:1%]`.
+
+    Raises:
+        ConfigError: no such data set or split, or one that cannot be read.
+    """
+    name = data.name or _only_dataset(Path(data.dir))
+    if name == DigitScenes.name and not _versions(Path(data.dir) / name):
+        _build_digit_scenes(data.dir)
+    versions = _versions(Path(data.dir) / name)
+    if not versions:
+        raise ConfigError(
+            f"data.dir: no prepared data set {name!r} in {data.dir}; "
+            f'run "ghm-jax data prepare {name} --source ... --out {data.dir}" or set --data.dir'
+        )
+    builder: Any = tfds.builder_from_directory(versions[-1])
+    _check_format(builder, name)
+
+    key = "data.train_split" if split == data.train_split else "data.validation_split"
+    base = re.split(r"\W", split, maxsplit=1)[0]
+    if base not in builder.info.splits:
+        raise ConfigError(
+            f"{key}: {name} has no split {base!r}; choose from {', '.join(builder.info.splits)}"
+        )
+    try:
+        num_images = builder.info.splits[split].num_examples
+    except ValueError:
+        raise ConfigError(
+            f"{key}: {split!r} is no part of a split; write it like {base}[:10%] or {base}[:500]"
+        ) from None
+    if not num_images:
+        raise ConfigError(f"{key}: {split} of {name} holds no images; choose a larger part")
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    class_names = tuple(builder.info.features["objects"]["label"].names)
+    metadata = builder.info.metadata or {}
+    return Dataset(
+        source=source,
+        name=name,
+        class_names=class_names,
+        category_ids=tuple(metadata.get("category_ids", category_ids_of(class_names))),
+    )
+
+
+def _versions(directory: Path) -> list[Path]:
+    """The prepared versions of a data set, oldest first."""
+    versions = [
+        path
+        for path in (directory.iterdir() if directory.is_dir() else ())
+        if tfds.core.Version.is_valid(path.name) and (path / "features.json").is_file()
+    ]
+    return sorted(versions, key=lambda path: tfds.core.Version(path.name))
+
+
+def _only_dataset(directory: Path) -> str:
+    """The name of the one data set in a directory of data sets."""
+    inside = [*directory.glob("*"), *directory.glob("*/*")]
+    names = sorted(path.relative_to(directory).as_posix() for path in inside if _versions(path))
+    if len(names) != 1:
+        found = f"{', '.join(names)} in {directory}" if names else f"no data set in {directory}"
+        remedy = "choose one of them" if names else "set --data.dir to where one is prepared"
+        raise ConfigError(f"data.name: empty, and there is {found}; {remedy}")
+    return names[0]
+
+
+def write_array_record(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares a data set that needs no download, without TensorFlow.
+
+    TFDS writes into a temporary directory beside the final one and renames it at the end, so an
+    interrupted run leaves no half-made data set.
+    """
+    # TFDS says on stdout that it downloads, and wants a directory for that; neither is true here.
+    with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record", download_dir=downloads)
+
+
+def _build_digit_scenes(directory: str) -> None:
+    builder = DigitScenes(data_dir=directory)
+    try:
+        write_array_record(builder)
+    except OSError:
+        if not _versions(Path(directory) / builder.name):  # else: another process was faster
+            raise
+
+
+def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        raise ConfigError(
+            f"data.name: {name} is stored as {file_format and file_format.value}, which cannot be "
+            "read without TensorFlow; prepare it again as array_record (ghm-jax data prepare)"
+        )
+    needed = _leaves(detection_features(["any"]))
+    missing = needed - _leaves(builder.info.features)
+    if missing:
+        raise ConfigError(
+            f"data.name: {name} lacks the features {', '.join(sorted(missing))} of coco/2017; "
+            "prepare it from a COCO instances JSON (ghm-jax data prepare folder)"
+        )
+
+
+def _leaves(features: Any) -> set[str]:
+    """Dotted names of all features."""
+    inner = getattr(features, "feature", features)  # of a sequence, what it is a sequence of
+    if not hasattr(inner, "items"):
+        return {""}
+    return {f"{key}.{leaf}".rstrip(".") for key, sub in inner.items() for leaf in _leaves(sub)}

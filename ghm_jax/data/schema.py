@@ -1,0 +1,93 @@
+"""What a record holds, and how its boxes become pixels.
+
+Every data set has the feature structure of TFDS `coco/2017`, so that one pipeline reads COCO, a
+user's own folder and the embedded scenes alike. Outside of this file boxes are x0, y0, x1, y1.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+# The 80 names of COCO in label order, and their official ids: 1 to 90 with ten gaps.
+_COCO_NAMES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
+    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
+    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+)
+_COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_COCO_IDS = tuple(i for i in range(1, 91) if i not in _COCO_GAPS)
+COCO_CATEGORIES: dict[str, int] = dict(zip(_COCO_NAMES.split(","), _COCO_IDS, strict=True))
+"""Official category id of each COCO class name, in label order."""
+
+
+def detection_features(class_names: Sequence[str]) -> tfds.features.FeaturesDict:
+    """The feature structure of TFDS `coco/2017`, with these classes in label order."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "image/filename": tfds.features.Text(),
+            "image/id": np.int64,
+            "objects": tfds.features.Sequence(
+                {
+                    "id": np.int64,
+                    "area": np.int64,
+                    "bbox": tfds.features.BBoxFeature(),
+                    "label": tfds.features.ClassLabel(names=list(class_names)),
+                    "is_crowd": np.bool_,
+                }
+            ),
+        }
+    )
+
+
+def category_ids_of(class_names: Sequence[str]) -> tuple[int, ...]:
+    """COCO category ids in label order: the official ones for COCO's names, else 1..K."""
+    if set(class_names) == set(COCO_CATEGORIES):
+        return tuple(COCO_CATEGORIES[name] for name in class_names)
+    return tuple(range(1, len(class_names) + 1))
+
+
+class Objects(NamedTuple):
+    """The annotated objects of one image, N of them."""
+
+    boxes: np.ndarray
+    """f32[N, 4], x0, y0, x1, y1 in pixels of the stored image."""
+    labels: np.ndarray
+    """i32[N]"""
+    is_crowd: np.ndarray
+    """bool[N]"""
+    areas: np.ndarray
+    """i64[N], square pixels, as annotated (of the mask where there was one)."""
+    ids: np.ndarray
+    """i64[N]"""
+
+
+def read_objects(record: Mapping[str, Any], height: int, width: int) -> Objects:
+    """The objects of a record whose stored image has `height` x `width` pixels, all of them."""
+    objects = record["objects"]
+    # An image without objects comes as empty lists, without a shape.
+    yxyx = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)
+    boxes = yxyx[:, [1, 0, 3, 2]] * np.array([width, height, width, height])
+    return Objects(
+        boxes=boxes.astype(np.float32),
+        labels=np.asarray(objects["label"], np.int32),
+        is_crowd=np.asarray(objects["is_crowd"], bool),
+        areas=np.asarray(objects["area"], np.int64),
+        ids=np.asarray(objects["id"], np.int64),
+    )
+
+
+def trainable(objects: Objects) -> np.ndarray:
+    """bool[N]: objects to learn from.
+
+    Crowd regions are left out, as the published code does (what they cover becomes background),
+    and so are boxes without width or height, whose deltas would be infinite.
+    """
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    return (sides > 0).all(axis=1) & ~objects.is_crowd

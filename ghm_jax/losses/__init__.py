@@ -1,0 +1,19 @@
+"""Gradient-harmonized losses as pure functions of arrays and an explicit state."""
+
+from ghm_jax.losses.baselines import cross_entropy_loss, focal_loss, smooth_l1_loss
+from ghm_jax.losses.ghm import ghm_c_loss, ghm_r_loss, ghm_softmax_loss
+from ghm_jax.losses.harmonize import REFERENCE, GHMState, LossStats, harmonize, init_ghm_state
+
+__all__ = [
+    "REFERENCE",
+    "GHMState",
+    "LossStats",
+    "cross_entropy_loss",
+    "focal_loss",
+    "ghm_c_loss",
+    "ghm_r_loss",
+    "ghm_softmax_loss",
+    "harmonize",
+    "init_ghm_state",
+    "smooth_l1_loss",
+]

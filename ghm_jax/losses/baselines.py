@@ -1,0 +1,84 @@
+"""What the paper compares with, in the shape of the GHM losses: (loss, state, stats).
+
+The state is handed through untouched. As for GHM, the loss is this replica's share: `psum` it and
+its gradients when `axis_name` is given.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ghm_jax.losses.ghm import dense_targets, sigmoid_cross_entropy
+from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask
+
+
+def cross_entropy_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Sigmoid cross-entropy, mean over all valid (position, class) pairs; see `ghm_c_loss`."""
+    logits = logits.astype(jnp.float32)
+    dense, used = dense_targets(logits, targets, mask)
+    terms = sigmoid_cross_entropy(logits, dense)
+    used, stats = _plain_stats(terms, used, axis_name)
+    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+
+
+def focal_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Focal loss, summed and divided by the number of positive targets (at least 1).
+
+    Arguments as for `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection",
+    ICCV 2017, equation 5, and its section 4 for the division.
+    """
+    logits = logits.astype(jnp.float32)
+    dense, used = dense_targets(logits, targets, mask)
+    used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
+    terms = optax.losses.sigmoid_focal_loss(logits, dense, alpha=alpha, gamma=gamma)
+    positives = jnp.sum(jnp.where(used, dense, 0.0))
+    if axis_name is not None:
+        positives = jax.lax.psum(positives, axis_name)
+    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(positives, 1.0), state, stats
+
+
+def smooth_l1_loss(
+    predictions: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    delta: float = 1 / 9,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Smooth L1 (equation 15), mean over the valid coordinates; arguments as for `ghm_r_loss`."""
+    predictions, targets = predictions.astype(jnp.float32), targets.astype(jnp.float32)
+    terms = optax.losses.huber_loss(predictions, targets, delta) / delta
+    used = None if mask is None else broadcast_mask(mask, terms.shape)
+    used, stats = _plain_stats(terms, used, axis_name)
+    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+
+
+def _plain_stats(
+    terms: jax.Array, used: jax.Array | None, axis_name: str | None
+) -> tuple[jax.Array, LossStats]:
+    """The mask in full, and statistics without a histogram. NaN is not hidden: it shows."""
+    terms = jax.lax.stop_gradient(terms)
+    used = jnp.ones(terms.shape, bool) if used is None else used
+    total = jnp.sum(jnp.where(used, terms, 0.0))
+    valid = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    nonfinite = jnp.sum(used & ~jnp.isfinite(terms), dtype=jnp.int32).astype(jnp.float32)
+    if axis_name is not None:
+        total, valid, nonfinite = jax.lax.psum((total, valid, nonfinite), axis_name)
+    return used, LossStats(total / jnp.maximum(valid, 1.0), valid, nonfinite)

@@ -1,0 +1,199 @@
+"""The gradient-harmonized losses: GHM-C for class scores, GHM-R for box deltas.
+
+Each returns (loss, state, stats). The loss is this replica's sum of weighted terms over the number
+of examples of ALL replicas when `axis_name` is given: `jax.lax.psum` the loss and its gradients
+over that axis. Weights are constants of the gradient; nothing flows through the histogram.
+
+Settings not listed in a signature (`bins`, `normalizer`, `bias_correction`, `min_count`,
+`strength`) are those of `harmonize`; `**REFERENCE` gives the published code's behaviour.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, harmonize
+
+
+def ghm_c_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    momentum: float = 0.75,
+    axis_name: str | None = None,
+    **settings: Any,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Harmonized sigmoid cross-entropy; every (position, class) pair is an example.
+
+    Args:
+        logits: float[..., K], before the sigmoid.
+        targets: float[..., K] in [0, 1], or int[...] class indices where -1 is background (no
+            class) and -2 is ignored.
+        mask: bool or 0/1, shape of the logits or 1 in place of an axis; None: all valid.
+        state: moving histogram (`init_ghm_state`); None: this batch alone.
+        momentum: share of the old histogram, in [0, 1).
+        axis_name: replica axis to count over.
+        **settings: of `harmonize`.
+
+    Returns:
+        loss f32[] (nats per example), new state, statistics.
+
+    Raises:
+        ValueError: shapes that differ (they are never broadcast), or a setting out of range.
+
+    Source: equations 1-13. The gradient is w (p - p*) / N.
+    """
+    logits, finite = _finite(logits)
+    dense, used = dense_targets(logits, targets, mask)
+    norm = jnp.abs(jax.nn.sigmoid(logits) - dense)
+    terms = sigmoid_cross_entropy(logits, dense)
+    return _weighted_mean(norm, terms, finite, used, state, momentum, axis_name, settings)
+
+
+def ghm_r_loss(
+    predictions: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    mu: float = 0.02,
+    momentum: float = 0.7,
+    axis_name: str | None = None,
+    **settings: Any,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Harmonized authentic smooth L1 (ASL1); every coordinate is an example.
+
+    Args:
+        predictions: float[..., 4] box deltas (any shape works).
+        targets: float, same shape.
+        mask: bool or 0/1, same shape or 1 in place of an axis; True for positive anchors.
+        state: moving histogram; None: this batch alone.
+        mu: ASL1 is quadratic below and linear above this error (equation 17).
+        momentum: share of the old histogram, in [0, 1).
+        axis_name: replica axis to count over.
+        **settings: of `harmonize`; the published code has 10 bins here.
+
+    Returns:
+        loss f32[] (per coordinate), new state, statistics.
+
+    Raises:
+        ValueError: shapes that differ (they are never broadcast), or a setting out of range.
+
+    Source: equations 17-19.
+    """
+    _check_same_shape("predictions", predictions, targets)
+    if mu <= 0:
+        raise ValueError(f"mu must be positive, got {mu}")
+    error, finite = _finite(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
+    used = None if mask is None else broadcast_mask(mask, error.shape)
+    root = jnp.sqrt(error * error + mu * mu)
+    norm = jnp.abs(error) / root
+    return _weighted_mean(norm, root - mu, finite, used, state, momentum, axis_name, settings)
+
+
+def ghm_softmax_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    momentum: float = 0.75,
+    axis_name: str | None = None,
+    **settings: Any,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Harmonized softmax cross-entropy; the gradient norm of an example is 1 - p(label).
+
+    Not in the paper, which has sigmoid scores only; 1 - p(label) is its gradient with respect to
+    the label's own logit.
+
+    Args:
+        logits: float[..., K], before the softmax.
+        labels: int[...] class indices in [0, K); a negative label is ignored.
+        mask: bool or 0/1 [...], shape of the labels or 1 in place of an axis; None: all valid.
+        state: moving histogram; None: this batch alone.
+        momentum: share of the old histogram, in [0, 1).
+        axis_name: replica axis to count over.
+        **settings: of `harmonize`.
+
+    Returns:
+        loss f32[] (nats per example), new state, statistics.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a setting out of range.
+    """
+    if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be int{list(logits.shape[:-1])}, got {labels.dtype}{list(labels.shape)}"
+        )
+    used = labels >= 0
+    if mask is not None:
+        used &= broadcast_mask(mask, labels.shape)
+    logits, finite = _finite(logits)
+    log_probabilities = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+    norm, finite = -jnp.expm1(chosen), finite.all(-1)
+    return _weighted_mean(norm, -chosen, finite, used, state, momentum, axis_name, settings)
+
+
+def _weighted_mean(
+    norm: jax.Array,
+    terms: jax.Array,
+    finite: jax.Array,
+    used: jax.Array | None,
+    state: GHMState | None,
+    momentum: float,
+    axis_name: str | None,
+    settings: dict[str, Any],
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """sum(weights * terms) / N, and statistics with the plain mean of the terms."""
+    norm = jnp.where(finite, norm, jnp.nan)  # so that it is left out and reported
+    weights, state, stats = harmonize(
+        norm, used, state, momentum=momentum, axis_name=axis_name, **settings
+    )
+    count = jnp.maximum(stats.num_valid, 1.0)
+    plain = jax.lax.stop_gradient(jnp.sum(jnp.where(weights > 0, terms, 0.0)))
+    if axis_name is not None:
+        plain = jax.lax.psum(plain, axis_name)
+    return jnp.sum(weights * terms) / count, state, stats._replace(plain_loss=plain / count)
+
+
+def _finite(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values in float32 with 0 in place of NaN and infinity, and where they were finite.
+
+    Replaced before any arithmetic: a zero weight would not stop a NaN, 0 * NaN is NaN.
+    """
+    values = values.astype(jnp.float32)
+    finite = jnp.isfinite(values)
+    return jnp.where(finite, values, 0.0), finite
+
+
+def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Elementwise -t log p - (1 - t) log(1 - p) with p = sigmoid(logits), exact in both tails."""
+    return jnp.maximum(logits, 0.0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+
+
+def dense_targets(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Targets f32[..., K] and the mask bool[..., K] from either form of classification targets.
+
+    XLA fuses the comparison with the class index, so no one-hot array is written to memory.
+    """
+    used = None if mask is None else broadcast_mask(mask, logits.shape)
+    if jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == logits.shape[:-1]:
+        classes = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+        dense = targets[..., None] == classes.reshape((1,) * targets.ndim + (-1,))
+        kept = jnp.broadcast_to(targets[..., None] != -2, logits.shape)
+        return dense.astype(jnp.float32), kept if used is None else used & kept
+    _check_same_shape("logits", logits, targets)
+    return targets.astype(jnp.float32), used
+
+
+def _check_same_shape(name: str, values: jax.Array, targets: jax.Array) -> None:
+    if values.shape != targets.shape:
+        raise ValueError(
+            f"{name} and targets must have one shape, got {values.shape} and {targets.shape}"
+        )

@@ -1,0 +1,63 @@
+"""Which anchor is responsible for which box: targets of the heads."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ghm_jax.boxes import box_iou, encode_boxes
+
+BACKGROUND = -1
+IGNORE = -2
+
+
+class Targets(NamedTuple):
+    """Targets of the A anchors of an image."""
+
+    classes: jax.Array
+    """i32[A]: class index of positive anchors, BACKGROUND (-1) or IGNORE (-2)."""
+    deltas: jax.Array
+    """f32[A, 4]: box deltas, meaningful where `classes >= 0`."""
+
+
+def match_anchors(
+    anchors: jax.Array,
+    boxes: jax.Array,
+    labels: jax.Array,
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+) -> Targets:
+    """Matches the anchors of one image to its boxes by IoU; `vmap` it over a batch.
+
+    An anchor takes the box it overlaps most: positive from `positive_iou` on, background below
+    `negative_iou`, ignored between. Besides, every box gets the anchors that overlap it most of
+    all, however little (but not zero), as in the published code (`min_pos_iou=0`): so no object
+    goes unlearned. Where several boxes claim an anchor so, the last one has it.
+
+    Args:
+        anchors: f32[A, 4].
+        boxes: f32[M, 4], padded.
+        labels: i32[M], class indices; negative for padding.
+        positive_iou: in [negative_iou, 1].
+        negative_iou: in [0, positive_iou].
+
+    Returns:
+        Targets. An image without boxes is all background.
+    """
+    num_boxes = boxes.shape[0]
+    iou = jnp.where(labels[None, :] >= 0, box_iou(anchors, boxes), 0.0)  # [A, M]
+    overlap = iou.max(axis=1)  # [A]
+    nearest = iou.argmax(axis=1)
+
+    best = iou.max(axis=0)  # [M], the best overlap any anchor has with a box
+    claims = (iou == best[None, :]) & (best[None, :] > 0)  # [A, M]
+    last_claim = num_boxes - 1 - jnp.argmax(claims[:, ::-1], axis=1)
+    claimed = claims.any(axis=1)
+    chosen = jnp.where(claimed, last_claim, nearest)
+
+    positive = claimed | (overlap >= positive_iou)
+    background = overlap < negative_iou
+    classes = jnp.where(positive, labels[chosen], jnp.where(background, BACKGROUND, IGNORE))
+    deltas = encode_boxes(boxes[chosen], anchors)
+    return Targets(classes.astype(jnp.int32), jnp.where(positive[:, None], deltas, 0.0))

@@ -1,0 +1,59 @@
+"""RetinaNet: the network that turns images into logits and box deltas.
+
+Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 4.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ghm_jax.models.fpn import FPN
+from ghm_jax.models.heads import Head, prior_bias
+from ghm_jax.models.resnet import NormKind, ResNet
+
+
+class RetinaNet(nn.Module):
+    """Normalized images f32[B, H, W, 3] -> (logits f32[B, A, K], box deltas f32[B, A, 4]).
+
+    H and W are multiples of 32. The A anchors are in the order of `ghm_jax.anchors.make_anchors`.
+    `axis_name` is the replica axis that batch statistics are taken over.
+    """
+
+    num_classes: int
+    anchors_per_cell: int
+    backbone: str = "resnet50"
+    width: int = 64
+    norm: NormKind = "frozen"
+    channels: int = 256
+    head_convs: int = 4
+    head_norm: Literal["none", "group"] = "none"
+    prior: float = 0.01
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        features = ResNet(
+            self.backbone, self.width, self.norm, self.axis_name, self.dtype, name="backbone"
+        )(images.astype(self.dtype), train=train)
+        levels = FPN(self.channels, self.dtype, name="fpn")(features)
+
+        def head(name: str, outputs: int, bias: float) -> Head:
+            return Head(
+                anchors=self.anchors_per_cell,
+                outputs=outputs,
+                channels=self.channels,
+                depth=self.head_convs,
+                norm=self.head_norm,
+                bias=bias,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        classify = head("class_head", self.num_classes, prior_bias(self.prior))
+        regress = head("box_head", 4, 0.0)
+        logits = jnp.concatenate([classify(level) for level in levels], axis=1)
+        deltas = jnp.concatenate([regress(level) for level in levels], axis=1)
+        return logits, deltas

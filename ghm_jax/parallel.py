@@ -1,0 +1,91 @@
+"""How a per-device step meets the devices. Nothing else in the package knows of them.
+
+A step is written for one replica, with explicit collectives over `REPLICA`. The state goes in and
+comes out un-stacked and replicated; batches are split along their first axis.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+REPLICA = "replica"
+
+
+def parallelize(
+    step: Callable[[Any, Any], Any],
+    devices: list[jax.Device],
+    wrapper: Literal["pmap", "shard_map"] = "pmap",
+    *,
+    split_output: bool = False,
+    donate: bool = False,
+) -> Callable[[Any, Any], Any]:
+    """Runs `step(state, batch)` on every device at once.
+
+    Args:
+        step: what one replica does; may use collectives over `REPLICA`.
+        devices: one replica each.
+        wrapper: `jax.pmap`, or `jax.shard_map` under `jax.jit`.
+        split_output: False: the output is the same on all replicas and comes back once. This is
+            not checked: whatever the step returns must have been reduced over `REPLICA`. True: it
+            comes back with a leading axis of replicas.
+        donate: the memory of `state` may be re-used for the output.
+
+    Returns:
+        A function of a state and a batch as `split_batch` gives it, [replicas, B / replicas, ...].
+    """
+    donated = (0,) if donate else ()
+    if wrapper == "pmap":
+        return jax.pmap(
+            step,
+            REPLICA,
+            in_axes=(None, 0),
+            out_axes=0 if split_output else None,
+            donate_argnums=donated,
+            devices=devices,
+        )
+    spec = jax.sharding.PartitionSpec
+
+    def body(state: Any, batch: Any) -> Any:
+        output = step(state, jax.tree.map(lambda x: x[0], batch))
+        return jax.tree.map(lambda x: x[None], output) if split_output else output
+
+    # check_vma=False: with True, JAX itself sums gradients of replicated values over the replicas,
+    # and the psum in the step would make them too large without any error.
+    sharded = jax.shard_map(
+        body,
+        mesh=jax.sharding.Mesh(np.asarray(devices), (REPLICA,)),
+        in_specs=(spec(), spec(REPLICA)),
+        out_specs=spec(REPLICA) if split_output else spec(),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=donated)
+
+
+def split_batch(batch: dict[str, np.ndarray], replicas: int) -> dict[str, np.ndarray]:
+    """[B, ...] -> [replicas, B / replicas, ...] for every array; B must be a multiple."""
+    return {k: v.reshape(replicas, v.shape[0] // replicas, *v.shape[1:]) for k, v in batch.items()}
+
+
+def merge_batch(tree: Any) -> Any:
+    """[replicas, b, ...] -> NumPy [replicas * b, ...] for every array of a split output."""
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+
+
+def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
+    """Gives the CPU backend one device per core, as many as divide every batch size.
+
+    Call it before JAX is used. XLA runs one convolution on few threads, so replicas are the better
+    use of cores. No effect on accelerators, when the user set a count, or when JAX runs already.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = max(n for n in range(1, (cores or 1) + 1) if all(b % n == 0 for b in batch_sizes))
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend is running: its devices are what they are
+        return

@@ -1,0 +1,16 @@
+"""Pictures of a run: boxes on images, curves and histograms, the page that shows them together."""
+
+from ghm_jax.plots.drawing import Sample, class_color, draw_boxes, sample_grid
+from ghm_jax.plots.figures import harmonizing_panel, loss_curves
+from ghm_jax.plots.report import read_history, render_report
+
+__all__ = [
+    "Sample",
+    "class_color",
+    "draw_boxes",
+    "harmonizing_panel",
+    "loss_curves",
+    "read_history",
+    "render_report",
+    "sample_grid",
+]

@@ -1,0 +1,128 @@
+"""A run's directory: what lies where, and whether a new start may use it.
+
+runs/NAME/
+    config.json      the resolved config
+    checkpoints/     Orbax checkpoints by step
+    metrics.jsonl    one record of training a line
+    tensorboard/     the same for TensorBoard
+    metrics.json     the COCO figures of the last evaluation
+    detections.json  its detections in COCO results form
+    report.html      all of it to look at
+"""
+
+import json
+import runpy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghm_jax.config import Config, ConfigError, differences, from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside a run's directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def detections(self) -> Path:
+        return self.path / "detections.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+
+def load_experiment(path: str | Path) -> Config:
+    """The `config` of an experiment file.
+
+    Raises:
+        ConfigError: no such file, or it does not define a `Config` of that name.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such experiment file; see experiments/ for those there are")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the file") from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{path}: defines no `config = Config(...)`; see experiments/quickstart.py"
+        )
+    return config
+
+
+def load_run(path: str | Path) -> tuple[RunDirectory, Config]:
+    """An existing run and its config.
+
+    Raises:
+        ConfigError: the directory is no run, or its config cannot be read.
+    """
+    run = RunDirectory(Path(path))
+    if not run.config.is_file():
+        raise ConfigError(f"{path}: not a run (no config.json in it); give the directory of a run")
+    try:
+        return run, from_dict(json.loads(run.config.read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{run.config}: {error}") from error
+
+
+def claim_run(path: str | Path, config: Config) -> RunDirectory:
+    """The directory for a run of `config`: a new one, or one to go on in.
+
+    Args:
+        path: of the run.
+        config: resolved.
+
+    Raises:
+        ConfigError: something else lies there, or a run of another config.
+    """
+    run = RunDirectory(Path(path))
+    if run.config.is_file():
+        changed = differences(load_run(path)[1], config)
+        if changed:
+            key, (old, new) = next(iter(changed.items()))
+            others = f" (and {', '.join(list(changed)[1:])})" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{path}: was started with {key} {old!r}, not {new!r}{others}; "
+                "choose another --run-dir, or --restart to move it aside and start anew"
+            )
+    elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise ConfigError(f"{path}: exists and is not a run; choose another --run-dir")
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_text(run.config, json.dumps(to_dict(config), indent=2) + "\n")
+    return run
+
+
+def set_aside(path: Path) -> Path:
+    """Renames an old run, so that nothing is lost; returns its new path."""
+    new = path.with_name(f"{path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+    return path.rename(new)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the old one: a crash between never tears it."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,232 @@
+"""What one replica does in a step of training or prediction: pure functions of arrays."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ghm_jax import losses
+from ghm_jax.anchors import level_sizes, make_anchors
+from ghm_jax.config import Config
+from ghm_jax.matching import IGNORE, Targets, match_anchors
+from ghm_jax.models import RetinaNet
+from ghm_jax.nms import Detections, select_detections
+
+Batch = dict[str, Any]
+"""Arrays of `ghm_jax.data.batching`."""
+
+# Channel means and standard deviations of ImageNet in 0..255, as torchvision and mmdetection.
+_MEAN = (123.675, 116.28, 103.53)
+_STD = (58.395, 57.12, 57.375)
+
+
+class GHMStates(NamedTuple):
+    """Histograms of the two losses."""
+
+    classification: losses.GHMState
+    box: losses.GHMState
+
+
+class TrainState(NamedTuple):
+    """All that training changes; one pytree, and what a checkpoint holds."""
+
+    step: jax.Array
+    """i32[], steps done."""
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    ghm: GHMStates
+
+
+def make_model(config: Config, num_classes: int, axis_name: str | None = None) -> RetinaNet:
+    """The network a config describes; batch statistics are taken over `axis_name`."""
+    model = config.model
+    return RetinaNet(
+        num_classes=num_classes,
+        anchors_per_cell=config.anchors.octaves * len(config.anchors.ratios),
+        backbone=model.backbone,
+        width=model.width,
+        norm=model.norm,
+        channels=model.channels,
+        head_convs=model.head_convs,
+        head_norm=model.head_norm,
+        prior=model.prior,
+        axis_name=axis_name,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def init_state(
+    config: Config, model: RetinaNet, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step, fixed by `config.seed`."""
+    images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
+    variables = jax.jit(model.init)(jax.random.key(config.seed), images)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(variables["params"]),
+        ghm=GHMStates(
+            losses.init_ghm_state(config.loss.bins), losses.init_ghm_state(config.loss.box_bins)
+        ),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: Config,
+    model: RetinaNet,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step of one replica; state and metrics come out the same on all of `axis_name`.
+
+    Args:
+        state: the same on all replicas.
+        batch: images u8[b, H, W, 3], boxes f32[b, M, 4], labels i32[b, M], image_size i32[b, 2]:
+            this replica's part.
+        config, model, optimizer: what to do, not traced.
+        axis_name: replica axis; None: a single device.
+
+    Returns:
+        The next state and metrics over the whole batch, f32[]: loss, loss_class, loss_box,
+        cross_entropy and box_error (unweighted means per example), num_positive (anchors an
+        image), num_nonfinite, grad_norm; and for a GHM loss a dict ghm_c or ghm_r with `counts`
+        and `weights` f32[bins].
+    """
+
+    def total_loss(params: Any) -> tuple[jax.Array, Any]:
+        (logits, deltas), batch_stats = _apply(model, params, state.batch_stats, batch, train=True)
+        targets = make_targets(batch, config)
+        positive = targets.classes >= 0  # [b, A]
+        loss_class, ghm_class, stats_class = _class_loss(config)(
+            logits, targets.classes, None, state.ghm.classification, axis_name=axis_name
+        )
+        loss_box, ghm_box, stats_box = _box_loss(config)(
+            deltas, targets.deltas, positive[..., None], state.ghm.box, axis_name=axis_name
+        )
+        loss = config.loss.weight * loss_class + config.loss.box_weight * loss_box
+        parts = {"loss": loss, "loss_class": loss_class, "loss_box": loss_box}
+        return loss, (
+            parts,
+            (stats_class, stats_box),
+            jnp.mean(positive.sum(axis=1).astype(jnp.float32)),
+            batch_stats,
+            GHMStates(ghm_class, ghm_box),
+        )
+
+    gradient_of = jax.value_and_grad(total_loss, has_aux=True)
+    (_, (parts, stats, num_positive, batch_stats, ghm)), grads = gradient_of(state.params)
+    if axis_name is not None:
+        # Sums, not means: the losses already divide by the count of the whole batch.
+        grads, parts = jax.lax.psum((grads, parts), axis_name)
+        num_positive = jax.lax.pmean(num_positive, axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    stats_class, stats_box = stats
+    metrics = {
+        **parts,
+        "cross_entropy": stats_class.plain_loss,
+        "box_error": stats_box.plain_loss,
+        "num_positive": num_positive,
+        "num_nonfinite": stats_class.num_nonfinite + stats_box.num_nonfinite,
+        "grad_norm": optax.global_norm(grads),
+    }
+    for name, part in (("ghm_c", stats_class), ("ghm_r", stats_box)):
+        if part.counts is not None:
+            metrics[name] = {"counts": part.counts, "weights": part.weights}
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ghm), metrics
+
+
+def predict_step(
+    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
+) -> Detections:
+    """Detections [b, D] in pixels of the padded image.
+
+    Args:
+        variables: `params` and `batch_stats`.
+        batch: images u8[b, H, W, 3] and image_size i32[b, 2] of one replica.
+    """
+    (logits, deltas), _ = _apply(
+        model, variables["params"], variables["batch_stats"], batch, train=False
+    )
+    size = _padded_size(batch)
+    per_cell = model.anchors_per_cell
+    select = functools.partial(
+        select_detections,
+        anchors=_anchors(config, size),
+        level_sizes=level_sizes(size, per_cell),
+        score_threshold=config.predict.score_threshold,
+        candidates=config.predict.candidates,
+        nms_iou=config.predict.nms_iou,
+        max_detections=config.predict.max_detections,
+    )
+    return jax.vmap(lambda scores, moves, image_size: select(scores, moves, image_size=image_size))(
+        logits, deltas, batch["image_size"]
+    )
+
+
+def make_targets(batch: Batch, config: Config) -> Targets:
+    """Targets [b, A] of a batch. Anchors whose centre lies in the padding are ignored.
+
+    An image counts as reaching to the next multiple of 32 pixels, as in the published code, where
+    every image is padded so far by itself before it is padded to the batch.
+    """
+    anchors = _anchors(config, _padded_size(batch))
+    match = functools.partial(
+        match_anchors,
+        anchors,
+        positive_iou=config.anchors.positive_iou,
+        negative_iou=config.anchors.negative_iou,
+    )
+    targets = jax.vmap(match)(batch["boxes"], batch["labels"])
+    reach = -(-batch["image_size"] // 32) * 32  # [b, 2] height, width
+    x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
+    inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
+    return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
+
+
+def _apply(
+    model: RetinaNet, params: Any, batch_stats: Any, batch: Batch, *, train: bool
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    images = (batch["images"].astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
+        jnp.asarray(_STD)[None, None, None]
+    )
+    outputs, changed = model.apply(
+        {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
+    )
+    return outputs, changed.get("batch_stats", batch_stats)
+
+
+def _class_loss(config: Config) -> Callable[..., Any]:
+    loss = config.loss
+    if loss.classification == "focal":
+        return losses.focal_loss
+    if loss.classification == "cross_entropy":
+        return losses.cross_entropy_loss
+    settings = losses.REFERENCE if loss.preset == "reference" else {"min_count": loss.min_count}
+    return functools.partial(losses.ghm_c_loss, momentum=loss.momentum, **settings)
+
+
+def _box_loss(config: Config) -> Callable[..., Any]:
+    loss = config.loss
+    if loss.box == "smooth_l1":
+        return losses.smooth_l1_loss
+    settings = losses.REFERENCE if loss.preset == "reference" else {"min_count": loss.box_min_count}
+    return functools.partial(losses.ghm_r_loss, mu=loss.mu, momentum=loss.box_momentum, **settings)
+
+
+def _anchors(config: Config, size: tuple[int, int]) -> jax.Array:
+    a = config.anchors
+    return jnp.asarray(make_anchors(size, a.scale, a.octaves, a.ratios))
+
+
+def _padded_size(batch: Batch) -> tuple[int, int]:
+    return batch["images"].shape[1], batch["images"].shape[2]

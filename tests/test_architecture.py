@@ -1,0 +1,251 @@
+"""Rules that a reader relies on and no linter knows: who imports whom, and what is left out."""
+
+import ast
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from packaging.requirements import Requirement
+
+from ghm_jax.config import Config, flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ghm_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import of ours; a folder is one part and may import itself. A part stands
+# below all that it may import.
+PURE = {"boxes", "anchors", "matching", "nms"}
+MAY_IMPORT = {
+    "config": set(),
+    "losses": set(),
+    "boxes": set(),
+    "anchors": set(),
+    "matching": {"boxes"},
+    "nms": {"boxes"},
+    "models": set(),
+    "data": {"config"},
+    "parallel": set(),
+    "schedule": {"config"},
+    "step": {"losses", "models", "schedule", "config", *PURE},
+    "checkpoint": {"step", "config"},
+    "rundir": {"config"},
+    "progress": set(),
+    "plots": set(),
+}
+# These bring the parts together: they may import all of the above, and what stands before them.
+for part in ("predict", "evaluate", "export", "train", "bench", "cli"):
+    MAY_IMPORT[part] = set(MAY_IMPORT)
+MAY_IMPORT["__init__"] = {"losses"}
+
+# The losses are for everybody's training loop, whatever holds its weights.
+LOSSES_MAY_IMPORT = {"jax", "numpy", "optax", "ghm_jax"} | sys.stdlib_module_names
+
+
+def part_of(path: Path) -> str:
+    """The part a file belongs to: `losses` for ghm_jax/losses/ghm.py, `boxes` for boxes.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in it, relative ones written out."""
+    package = [PACKAGE.name, *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from ghm_jax import boxes` imports ghm_jax.boxes.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def name(path: Path) -> str:
+    """Path below the project's root, to show."""
+    return path.relative_to(ROOT).as_posix()
+
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=name)
+
+
+@each_module
+def test_imports_point_down_only(path):
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"a new part: say in {Path(__file__).name} what {part} may import"
+    ours = {found.split(".")[1] for found in imports(path) if found.startswith("ghm_jax.")}
+    wrong = ours - MAY_IMPORT[part] - {part}
+    assert not wrong, f"{name(path)} imports {', '.join(sorted(wrong))}"
+    outside = {found.split(".")[0] for found in imports(path)}
+    assert not outside & {"experiments", "notebooks", "tests"}
+
+
+def test_no_part_imports_one_that_imports_it():
+    parts = list(MAY_IMPORT)
+    for part in parts[:-1]:
+        assert MAY_IMPORT[part] <= set(parts[: parts.index(part)]), part
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) == "losses"], ids=name)
+def test_losses_need_only_jax_numpy_and_optax(path):
+    assert {found.split(".")[0] for found in imports(path)} <= LOSSES_MAY_IMPORT
+
+
+@each_module
+def test_only_models_define_flax_modules(path):
+    if any(found.startswith("flax.linen") for found in imports(path)):
+        assert part_of(path) == "models"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) == "data"], ids=name)
+def test_data_workers_do_not_import_jax(path):
+    libraries = {found.split(".")[0] for found in imports(path)}
+    assert not libraries & {"jax", "flax", "optax", "orbax"}, "every worker would start a JAX"
+    assert "tensorflow" not in libraries, "reading must work without TensorFlow"
+
+
+@each_module
+def test_only_the_command_line_prints_and_exits(path):
+    if part_of(path) == "cli":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(func=ast.Name(id="print" | "exit" | "quit" as found)):
+                pytest.fail(f"{name(path)}:{node.lineno}: {found}")
+            case ast.Attribute(value=ast.Name(id="sys"), attr="exit" | "argv" as found):
+                pytest.fail(f"{name(path)}:{node.lineno}: sys.{found}")
+            case ast.ImportFrom(module="sys", names=names):
+                assert not {alias.name for alias in names} & {"exit", "argv"}, name(path)
+            case ast.Name(id="SystemExit"):
+                pytest.fail(f"{name(path)}:{node.lineno}: SystemExit")
+
+
+@each_module
+def test_library_code_raises_instead_of_asserting(path):
+    lines = [n.lineno for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+    assert not lines, f"{name(path)}: python -O removes the asserts in lines {lines}"
+
+
+SECTIONS = {
+    type(getattr(Config(), field.name)).__name__: field.name
+    for field in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(getattr(Config(), field.name))
+} | {"Config": ""}
+
+
+def settings_read(path: Path) -> set[str]:
+    """Dotted names of the settings that a file reads.
+
+    Follows `config.loss.bins`, `loss = config.loss; loss.bins` and `def f(x: Loss): x.bins`.
+    """
+    tree = ast.parse(path.read_text())
+    section_of = {"config": ""}  # what a variable holds
+
+    def section(node: ast.expr | None) -> str | None:
+        """The section that an expression is, '' for the whole config, None for anything else."""
+        match node:
+            case ast.Name(id=variable):
+                return section_of.get(variable)
+            case ast.Attribute(attr=attr) if attr in SECTIONS.values():
+                return attr
+        return None
+
+    for node in ast.walk(tree):
+        pairs = []
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+                pairs = list(zip(targets, values, strict=False))
+            case ast.Assign(targets=[target], value=value):
+                pairs = [(target, value)]
+            case ast.arg(arg=variable, annotation=ast.Name(id=kind) | ast.Attribute(attr=kind)):
+                if kind in SECTIONS:
+                    section_of[variable] = SECTIONS[kind]
+        for target, value in pairs:
+            if isinstance(target, ast.Name) and (held := section(value)) is not None:
+                section_of[target.id] = held
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (base := section(node.value)) is not None:
+            found.add(f"{base}.{node.attr}".lstrip("."))
+    return found
+
+
+READ = set().union(*(settings_read(path) for path in MODULES if path.name != "config.py"))
+
+
+@pytest.mark.parametrize("key", flatten(Config()))
+def test_every_setting_is_read_outside_config(key):
+    assert key in READ, f"nothing reads {key}: a setting that does nothing is a lie"
+
+
+# Written so that this file does not find itself.
+PRIVATE = {
+    "a path of one machine": r"(?<![\w.~])/(work|root|home|Users|opt|mnt)/\w",
+    "where packages come from": r"index[-_]url|find[-_]links|trusted[-_]host",
+    "a private address": r"(?<![\d.])(10|192\.168)(\.\d{1,3}){2,3}(?![\d.])",
+}
+
+
+def test_files_name_no_machine_and_no_package_host():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("needs git to tell the project's files from others")
+    listing = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in filter(None, names.split("\0")):
+        try:
+            text = (ROOT / file).read_text()
+        except (UnicodeDecodeError, FileNotFoundError):  # a picture; deleted but not committed
+            continue
+        for what, pattern in PRIVATE.items():
+            hit = re.search(pattern, text)
+            assert not hit, f"{file} names {what}: {hit.group()}"
+
+
+def pins(file: str) -> dict[str, str]:
+    """Package -> version that a lock file gives this Python."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if "==" in line[1:]]
+    requirements = [Requirement(line) for line in lines if not line.lstrip().startswith("#")]
+    return {
+        r.name.lower(): str(r.specifier).removeprefix("==")
+        for r in requirements
+        if not r.marker or r.marker.evaluate()
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [
+        ("requirements.txt", ("detector", "test", "dev")),
+        ("requirements-floor.txt", ("detector", "test")),
+    ],
+)
+def test_lock_files_agree_with_pyproject(file, extras):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"]]
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    locked = pins(file)
+    for requirement in map(Requirement, wanted):
+        if requirement.name == project["name"]:
+            continue
+        version = locked.get(requirement.name.lower())
+        assert version, f"{file} lacks {requirement.name}: make lock"
+        assert version in requirement.specifier, f"{file}: {requirement} but {version}: make lock"
+
+
+def test_the_floor_is_the_oldest_jax_and_flax_supported():
+    floor = pins("requirements-floor.txt")
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in ("jax", "flax"):
+        assert f'"{name}>={floor[name]}"' in text
+
+
+def test_tests_see_eight_devices():
+    """Without them a pmap test would pass on one device and show nothing."""
+    assert jax.device_count() == 8

@@ -1,0 +1,329 @@
+"""A folder of images with COCO annotations goes in; what evaluation and training see is checked
+against the annotations themselves and against pycocotools."""
+
+import contextlib
+import io
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ghm_jax.config import Config, ConfigError, Data, Predict, Run
+from ghm_jax.data import coco_ground_truth, open_dataset, prepare_folder, validation_batches
+
+CATEGORIES = [{"id": 40, "name": "猫"}, {"id": 3, "name": "traffic light"}, {"id": 7, "name": "ox"}]
+IMAGES = [  # id, file name, width, height
+    (11, "ein Bild mit Lücke.jpg", 64, 48),
+    (2_000_000_000, "写真/二.png", 50, 90),
+    (5, "empty.jpg", 40, 40),
+]
+ANNOTATIONS = [  # id, image, category, bbox, area, crowd
+    (1, 11, 40, [3.25, 4.5, 20.1, 30.7], 512.77, 0),
+    (2, 11, 3, [0, 0, 64, 48], 3072, 1),
+    (9, 2_000_000_000, 7, [10, 20, 39.99, 70], 2799.3, 0),
+    (10, 2_000_000_000, 3, [-5, 80, 20, 20], 150, 0),  # reaches over two borders
+    (11, 2_000_000_000, 3, [5, 80, 0, 5], 0, 0),  # no width
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A COCO folder: gaps in the category ids, names in several scripts, an empty image."""
+    for _, name, width, height in IMAGES:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(path.suffix, np.full((height, width, 3), 90, np.uint8))[1])
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    write(
+        tmp_path,
+        {
+            "images": [
+                dict(zip(("id", "file_name", "width", "height"), i, strict=True)) for i in IMAGES
+            ],
+            "annotations": [dict(zip(keys, a, strict=True)) for a in ANNOTATIONS],
+            "categories": CATEGORIES,
+        },
+    )
+    return tmp_path
+
+
+def read(folder):
+    return json.loads((folder / "instances.json").read_text())
+
+
+def write(folder, annotations):
+    (folder / "instances.json").write_text(json.dumps(annotations))
+
+
+def prepare(folder, name="mine", split="validation"):
+    source = (folder / "images", folder / "instances.json")
+    return prepare_folder(name, folder / "data", {split: source})
+
+
+def data(folder, name="mine"):
+    sizes = {"short_side": 96, "long_side": 160, "buckets": ((160, 160),), "max_boxes": 4}
+    return Data(name=name, dir=str(folder / "data"), **sizes)
+
+
+def test_names_labels_and_category_ids_are_those_of_the_file(folder):
+    assert prepare(folder) == folder / "data" / "mine" / "1.0.0"
+    dataset = open_dataset(data(folder), "validation")
+    assert dataset.name == "mine"
+    assert len(dataset) == 3
+    assert dataset.category_ids == (3, 7, 40)
+    assert dataset.class_names == ("traffic light", "ox", "猫")
+
+
+def test_ground_truth_comes_back_as_it_was_annotated(folder):
+    prepare(folder)
+    truth = coco_ground_truth(open_dataset(data(folder), "validation"))
+    images = {(i["id"], i["file_name"], i["width"], i["height"]) for i in truth["images"]}
+    assert images == set(IMAGES)
+    assert {c["id"]: c["name"] for c in truth["categories"]} == {
+        c["id"]: c["name"] for c in CATEGORIES
+    }
+    found = {a["id"]: a for a in truth["annotations"]}
+    assert sorted(found) == [1, 2, 9, 10, 11]
+    for number, image_id, category_id, bbox, area, crowd in ANNOTATIONS:
+        a = found[number]
+        assert (a["image_id"], a["category_id"], a["iscrowd"]) == (image_id, category_id, crowd)
+        assert a["area"] == math.floor(area)  # TFDS areas are whole numbers
+        expected = [0, 80, 15, 10] if number == 10 else bbox  # clipped to the image
+        np.testing.assert_allclose(a["bbox"], expected, atol=1e-3)
+
+
+def test_boxes_of_a_batch_scale_back_to_the_annotated_ones(folder):
+    prepare(folder)
+    config = Config(data=data(folder), predict=Predict(batch_size=2), run=Run(workers=0))
+    dataset = open_dataset(config.data, "validation")
+    learned = {1: (11, 2), 9: (2_000_000_000, 1)}  # annotation: image, label
+    for batch in validation_batches(dataset, config):
+        for i in range(2):
+            original = batch["boxes"][i].astype(np.float64) / np.tile(batch["scale"][i], 2)
+            for number, image_id, _, (x, y, w, h), _, _ in ANNOTATIONS:
+                if learned.get(number, (None,))[0] != batch["image_id"][i]:
+                    continue
+                at = np.flatnonzero(batch["labels"][i] == learned.pop(number)[1])
+                assert len(at) == 1
+                np.testing.assert_allclose(original[at[0]], [x, y, x + w, y + h], atol=1e-3)
+                assert image_id == batch["image_id"][i]
+    assert not learned
+
+
+def evaluate(truth, detections):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        scores = COCOeval(coco, coco.loadRes(detections), "bbox")
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+    return scores.stats[0]
+
+
+@pytest.mark.parametrize("first_id", [0, 1])
+def test_pycocotools_gives_the_ground_truth_itself_full_marks(folder, first_id):
+    source = read(folder)
+    source["annotations"] = source["annotations"][:3]
+    for number, annotation in enumerate(source["annotations"], start=first_id):
+        annotation["id"] = number  # an object 0 counts as unmatched, if nobody takes care
+    write(folder, source)
+    prepare(folder)
+    truth = coco_ground_truth(open_dataset(data(folder), "validation"))
+    detections = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in truth["annotations"]
+        if not a["iscrowd"]
+    ]
+    assert evaluate(truth, detections) == pytest.approx(1.0)
+
+
+def test_a_name_with_a_configuration_gets_a_directory_of_its_own(folder):
+    prepare(folder, name="coco/2017")
+    dataset = open_dataset(data(folder, "coco/2017"), "validation")
+    assert dataset.name == "coco/2017"
+    assert len(dataset) == 3
+
+
+def test_an_empty_name_means_the_only_data_set(folder):
+    prepare(folder, name="coco/2017")
+    assert open_dataset(data(folder, ""), "validation").name == "coco/2017"
+    prepare(folder, name="other")
+    with pytest.raises(ConfigError, match=r"data.name: .* coco/2017, other in .*choose one"):
+        open_dataset(data(folder, ""), "validation")
+
+
+def test_an_existing_data_set_is_never_overwritten(folder):
+    prepare(folder)
+    with pytest.raises(ConfigError, match=r"out: .*mine is already there; delete it"):
+        prepare(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("absent", "validation", r'data.dir: no prepared data set .absent. in .*; run "ghm-jax da'),
+        ("mine", "train", r"data.train_split: mine has no split 'train'; choose from validation"),
+        ("mine", "validation[:0]", r"data.validation_split: .* holds no images; cho"),
+        ("mine", "validation[", r"data.validation_split: .* is no part of a split; write it like"),
+    ],
+)
+def test_what_is_not_there_is_named_with_the_remedy(folder, name, split, message):
+    prepare(folder)
+    with pytest.raises(ConfigError, match=message) as error:
+        open_dataset(data(folder, name), split)
+    assert "\n" not in str(error.value)
+
+
+def breakages():
+    def change(part, entry, **fields):
+        def apply(folder):
+            source = read(folder)
+            source[part][entry].update(fields)
+            write(folder, source)
+
+        return apply
+
+    def remove(part):
+        def apply(folder):
+            source = read(folder)
+            del source[part]
+            write(folder, source)
+
+        return apply
+
+    def text(content):
+        return lambda folder: (folder / "instances.json").write_text(content)
+
+    return {
+        "missing image": (
+            lambda folder: (folder / "images" / "empty.jpg").unlink(),
+            r"validation: no image .*empty.jpg, .* add it",
+        ),
+        "broken image": (
+            lambda folder: (folder / "images" / "empty.jpg").write_bytes(b"?"),
+            r"empty.jpg is no image; replace",
+        ),
+        "missing json": (
+            lambda folder: (folder / "instances.json").unlink(),
+            r"validation: no annotation file .*instances.json; give",
+        ),
+        "no json": (text("{"), r"instances.json is not JSON .*; give"),
+        "list": (text("[]"), r"has no list 'images'; give a COCO instances JSON"),
+        "no annotations": (remove("annotations"), r"has no list 'annotations'; give"),
+        "no category name": (
+            change("categories", 1, name=None),
+            r"categories\[1\] has no 'name' of the type str; give",
+        ),
+        "same category name": (
+            change("categories", 1, name="ox"),
+            r"two categories have the id \d+ or the name 'ox'; give",
+        ),
+        "text as image id": (
+            change("images", 0, id="11"),
+            r"images\[0\] has no 'id' of the type int; give",
+        ),
+        "huge image id": (change("images", 0, id=2**31), r"does not fit in 32 bits; number"),
+        "wrong size": (
+            change("images", 0, width=48, height=64),
+            r"Lücke.jpg has 64x48 pixels, the annotations say 48x64; save",
+        ),
+        "unknown image": (
+            change("annotations", 2, image_id=12),
+            r"annotations\[2\] is of image 12 .* does not list; add or remove",
+        ),
+        "unknown category": (
+            change("annotations", 2, category_id=1),
+            r"annotations\[2\] is of .* category 1, which the file does not list",
+        ),
+        "negative width": (
+            change("annotations", 0, bbox=[1, 2, -3, 4]),
+            r"annotations\[0\] has the bbox \[1, 2, -3, 4\]; it must be",
+        ),
+        "nan": (change("annotations", 0, bbox=[1, 2, math.nan, 4]), r"annotations\[0\] has the bb"),
+    }
+
+
+@pytest.mark.parametrize("breakage", breakages())
+def test_bad_input_is_one_line_and_nothing_is_written(folder, breakage):
+    damage, message = breakages()[breakage]
+    damage(folder)
+    with pytest.raises(ConfigError, match=message) as error:
+        prepare(folder)
+    assert "\n" not in str(error.value)
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("My Set", "train", "name: 'My Set' cannot name a data set; use small letters"),
+        ("../up", "train", "name: .* cannot name a data set"),
+        ("mine", "Train-1", "Train-1: cannot name a split; use small letters"),
+    ],
+)
+def test_names_that_tfds_cannot_take_are_refused(folder, name, split, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(folder, name, split)
+
+
+def test_splits_must_share_their_categories(folder):
+    other = read(folder)
+    other["categories"][0]["id"], other["annotations"] = 41, []
+    (folder / "other.json").write_text(json.dumps(other))
+    images = folder / "images"
+    splits = {"train": (images, folder / "instances.json"), "test": (images, folder / "other.json")}
+    with pytest.raises(ConfigError, match="test: the categories differ from those of train; give"):
+        prepare_folder("mine", folder / "data", splits)
+
+
+def test_a_data_set_of_another_schema_is_refused(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class OnlyImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {
+                "train": iter([(0, {"image": cv2.imencode(".png", np.ones((2, 2)))[1].tobytes()})])
+            }
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        OnlyImages(data_dir=tmp_path).download_and_prepare(
+            file_format="array_record", download_dir=tmp_path / "downloads"
+        )
+    with pytest.raises(ConfigError, match=r"only_images lacks .*objects.bbox.*; prepare it"):
+        open_dataset(Data(name="only_images", dir=str(tmp_path)), "train")
+
+
+def test_real_annotated_images_come_back_as_annotated(shared, tmp_path):
+    source = shared / "data" / "coco_val2017_open"
+    if not source.is_dir():
+        pytest.skip("needs ../shared/data/coco_val2017_open")
+    prepare_folder(
+        "mine", tmp_path / "data", {"val": (source / "val", source / "instances_val.json")}
+    )
+    dataset = open_dataset(data(tmp_path), "val")
+    truth = coco_ground_truth(dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        official = COCO(str(source / "instances_val.json"))
+    assert dataset.category_ids == tuple(sorted(official.cats))
+    assert {i["id"] for i in truth["images"]} == set(official.imgs)
+    assert {a["id"] for a in truth["annotations"]} == set(official.anns)
+    for annotation in truth["annotations"]:
+        expected = official.anns[annotation["id"]]
+        np.testing.assert_allclose(annotation["bbox"], expected["bbox"], atol=1e-3)
+        for key in ("image_id", "category_id", "iscrowd"):
+            assert annotation[key] == expected[key]

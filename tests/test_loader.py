@@ -1,0 +1,195 @@
+"""What a step sees is a function of the seed and the step: not of workers, hosts or restarts."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from ghm_jax.config import Config, Data, Optimizer, Predict, Run
+from ghm_jax.data import Dataset, DigitScenes, open_dataset, train_batches, validation_batches
+
+BATCH = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Twenty-two scenes to train on, eleven to validate: neither divides by the batch size."""
+    return Config(
+        seed=3,
+        data=Data(
+            name="digit_scenes",
+            dir=str(tmp_path_factory.mktemp("data")),
+            short_side=160,
+            long_side=160,
+            buckets=((160, 160),),
+            max_boxes=20,
+        ),
+        optimizer=Optimizer(batch_size=BATCH),
+        predict=Predict(batch_size=4),
+        run=Run(workers=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def datasets(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitScenes, "SCENES", {"train": 22, "validation": 11})
+        return {split: open_dataset(config.data, split) for split in ("train", "validation")}
+
+
+def take(count, batches):
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def with_workers(config, workers):
+    return dataclasses.replace(config, run=Run(workers=workers))
+
+
+def test_every_epoch_holds_every_image_once_and_in_another_order(config, datasets):
+    batches = take(11, train_batches(datasets["train"], config, 0))  # 66 images: three epochs
+    ids = np.concatenate([batch["image_id"] for batch in batches]).reshape(3, 22)
+    for epoch in ids:
+        assert len(set(epoch.tolist())) == 22
+    assert (ids[0] != ids[1]).any()
+    assert (ids[1] != ids[2]).any()
+
+
+def test_worker_processes_change_nothing(config, datasets):
+    here = take(5, train_batches(datasets["train"], config, 2))
+    there = take(5, train_batches(datasets["train"], with_workers(config, 2), 2))
+    for a, b in zip(here, there, strict=True):
+        assert_equal(a, b)
+    assert all(type(value) is np.ndarray for value in there[0].values())
+
+
+def test_starting_in_the_middle_gives_what_would_have_come(config, datasets):
+    whole = take(9, train_batches(datasets["train"], config, 0))
+    for start in (1, 4, 7):
+        resumed = take(9 - start, train_batches(datasets["train"], config, start))
+        for a, b in zip(whole[start:], resumed, strict=True):
+            assert_equal(a, b)
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_hosts_get_contiguous_shares_of_the_one_batch(config, datasets, hosts):
+    for read in (
+        lambda *host: train_batches(datasets["train"], config, 5, *host),
+        lambda *host: validation_batches(
+            datasets["validation"],
+            dataclasses.replace(config, predict=Predict(batch_size=6)),
+            *host,
+        ),
+    ):
+        whole = take(2, read())
+        shares = [take(2, read(host, hosts)) for host in range(hosts)]
+        for step, batch in enumerate(whole):
+            together = {
+                key: np.concatenate([share[step][key] for share in shares]) for key in batch
+            }
+            assert_equal(batch, together)
+
+
+def test_the_seed_decides(config, datasets):
+    other = dataclasses.replace(config, seed=4)
+    a, b = (take(3, train_batches(datasets["train"], c, 0)) for c in (config, other))
+    assert any((x["image_id"] != y["image_id"]).any() for x, y in zip(a, b, strict=True))
+
+
+def test_flips_are_drawn_for_each_image_and_turn_pixels_and_boxes(config, datasets):
+    plain, flipped, mixed = (
+        dataclasses.replace(config, data=dataclasses.replace(config.data, flip=p))
+        for p in (0.0, 1.0, 0.5)
+    )
+    steps = 8
+    batches = [take(steps, train_batches(datasets["train"], c, 0)) for c in (plain, flipped, mixed)]
+    turned = []
+    for a, b, c in zip(*batches, strict=True):
+        np.testing.assert_array_equal(b["images"], a["images"][:, :, ::-1])
+        real = a["labels"] >= 0
+        np.testing.assert_allclose(b["boxes"][real][:, [2, 0]], 160 - a["boxes"][real][:, [0, 2]])
+        np.testing.assert_array_equal(b["boxes"][real][:, [1, 3]], a["boxes"][real][:, [1, 3]])
+        for i in range(BATCH):
+            turned.append((c["images"][i] != a["images"][i]).any())
+            np.testing.assert_array_equal(c["images"][i], (b if turned[-1] else a)["images"][i])
+    assert 0.2 < np.mean(turned) < 0.8
+    per_step = np.reshape(turned, (steps, BATCH))
+    assert (per_step.any(axis=1) & ~per_step.all(axis=1)).any()  # not one draw for the batch
+
+
+def test_validation_holds_every_image_once_in_order(config, datasets):
+    batches = list(validation_batches(datasets["validation"], config))
+    assert len(batches) == 3
+    assert all(batch["images"].shape == (4, 160, 160, 3) for batch in batches)
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    ids = np.concatenate([batch["image_id"] for batch in batches])
+    assert valid.tolist() == [True] * 11 + [False]
+    stored = [int(record["image/id"]) for record in datasets["validation"].source]
+    assert ids[valid].tolist() == stored
+    assert len(set(stored)) == 11
+    assert batches[-1]["labels"][-1].max() == -1
+
+
+def test_validation_is_not_flipped(config, datasets):
+    always = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=1.0))
+    a, b = (take(1, validation_batches(datasets["validation"], c))[0] for c in (config, always))
+    assert_equal(a, b)
+
+
+def mixed_shapes():
+    """Portrait and landscape images in memory."""
+    source = []
+    for i in range(12):
+        size = (40, 60, 3) if i % 3 else (60, 40, 3)
+        encoded = cv2.imencode(".png", np.full(size, i, np.uint8))[1].tobytes()
+        objects = {key: [] for key in ("bbox", "label", "is_crowd", "area", "id")}
+        source.append({"image": encoded, "image/id": i, "objects": objects})
+    return Dataset(source=source, name="shapes", class_names=("a",), category_ids=(1,))
+
+
+def test_all_hosts_pad_a_step_to_the_bucket_of_the_global_batch():
+    config = Config(
+        data=Data(short_side=64, long_side=96, buckets=((64, 96), (96, 64), (96, 96))),
+        optimizer=Optimizer(batch_size=2),
+        run=Run(workers=0),
+    )
+    whole = take(18, train_batches(mixed_shapes(), config, 0))
+    shares = [take(18, train_batches(mixed_shapes(), config, 0, host, 2)) for host in (0, 1)]
+    shapes = [batch["images"].shape[1:3] for batch in whole]
+    assert set(shapes) >= {(64, 96), (96, 96)}
+    for share in shares:
+        assert [batch["images"].shape[1:3] for batch in share] == shapes
+
+
+def test_a_batch_that_hosts_cannot_share_is_refused(config, datasets):
+    with pytest.raises(ValueError, match="6 images cannot be split over 4 processes"):
+        train_batches(datasets["train"], config, 0, 0, 4)
+
+
+def test_reading_needs_neither_absl_app_nor_tensorflow(config, datasets, tmp_path):
+    """A plain script with workers, as a notebook or a command line is."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from ghm_jax.config import Config, Data, Predict, Run\n"
+        "from ghm_jax.data import open_dataset, validation_batches\n"
+        "if __name__ == '__main__':\n"
+        f"    data = Data(name='digit_scenes', dir={config.data.dir!r}, short_side=160,\n"
+        "                long_side=160, buckets=((160, 160),))\n"
+        "    config = Config(data=data, predict=Predict(batch_size=4), run=Run(workers=1))\n"
+        "    batches = list(validation_batches(open_dataset(data, 'validation'), config))\n"
+        "    print(sum(b['valid'].sum() for b in batches), 'tensorflow' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.stdout == "11 False\n", done.stderr
