@@ -24,7 +24,8 @@ try:
     from ghm_jax.rundir import load_experiment, load_run
 except ModuleNotFoundError as missing:
     sys.exit(
-        f'ghm-jax: {missing}; the detector needs more than the losses: pip install "ghm-jax[detector]"'
+        f"ghm-jax: {missing}; the detector needs more than the losses: "
+        'pip install "ghm-jax[detector]"'
     )
 
 
@@ -86,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not command:
         wanted = [a for a in args if a not in ("-h", "--help")]
         if wanted:
-            _fail(
-                f"unknown command {' '.join(wanted[:3])!r}; the commands are: {', '.join(_COMMANDS)}"
-            )
+            _fail(f"unknown command {' '.join(wanted[:3])!r}; choose from {', '.join(_COMMANDS)}")
         print(__doc__)
         return
     try:

@@ -8,7 +8,6 @@ by its dotted name (`--loss.momentum 0.9`). Nothing here reads or writes a file.
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class Model:
     width: int = 64
     """Channels of the backbone's stem; the published networks have 64."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
-    """Backbone normalization: fixed statistics, batch statistics over all replicas, or GroupNorm."""
+    """Backbone normalization: fixed statistics, those of the whole batch, or GroupNorm."""
     channels: int = 256
     """Channels of the pyramid and of the heads."""
     head_convs: int = 4
@@ -231,10 +230,11 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
 
     for key in ("optimizer.batch_size", "predict.batch_size"):
         size = flatten(c)[key]
+        nearest = max(1, size // num_devices) * num_devices
         yield (
             size > 0 and size % num_devices == 0,
             f"{key}: {size} images cannot be split over {num_devices} devices; "
-            f"use a multiple of {num_devices}, for example {max(1, size // num_devices) * num_devices}",
+            f"use a multiple of {num_devices}, for example {nearest}",
         )
 
     yield bool(c.data.buckets), "data.buckets: needs at least one (height, width)"
@@ -284,6 +284,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     ):
         value = flatten(c)[key]
         yield value >= 0, f"{key}: must not be negative, got {value}"
+    yield c.seed < 2**32, f"seed: must be below 2**32, got {c.seed}"
     yield 0 < c.model.prior < 1, f"model.prior: must be in (0, 1), got {c.model.prior}"
     yield (
         c.optimizer.warmup_steps <= c.optimizer.steps,
@@ -357,9 +358,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return value
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
-        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return value
+    elif kind in (int, str) and type(value) is kind:  # True is no number here
+        return value
     raise ConfigError(f"{key}: {value!r} is not of the type {kind}")
 
 

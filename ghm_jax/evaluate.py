@@ -1,7 +1,6 @@
 """From a run to COCO figures and a report."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -19,14 +18,13 @@ from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.ground_truth import coco_ground_truth
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.transforms import decode_image
-from ghm_jax.parallel import merge_batch, parallelize, split_batch
+from ghm_jax.parallel import Device, choose_devices, merge_batch, parallelize, split_batch
 from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, load_run, write_text
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import init_state, make_model, predict_step
-from ghm_jax.train import choose_devices
 
 Evaluator = Literal["hotcoco", "pycocotools"]
 
@@ -72,7 +70,7 @@ def evaluate(
     progress = progress or Silent()
     run, config = load_run(run_dir)
     split = split or config.data.validation_split
-    devices = choose_devices(config)
+    devices = choose_devices(config.run.devices)
     config.check(len(devices))
     dataset = open_dataset(config.data, split)
     if config.data.classes and dataset.class_names != config.data.classes:
@@ -103,7 +101,7 @@ def evaluate(
 
 
 def restore_variables(
-    run: RunDirectory, config: Config, device: jax.Device
+    run: RunDirectory, config: Config, device: Device
 ) -> tuple[dict[str, Any], int]:
     """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
     if not run.checkpoints.is_dir():
@@ -122,7 +120,7 @@ def detect(
     config: Config,
     dataset: Dataset,
     variables: dict[str, Any],
-    devices: list[jax.Device],
+    devices: Sequence[Any],
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Detections of every image of a data set, once, in COCO results form.
@@ -194,21 +192,16 @@ def score(
         detections: COCO results.
         evaluator: which library computes; both have one interface.
     """
-    if evaluator == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    else:
-        from hotcoco import COCO, COCOeval
-
     found = list(detections)
     if not found:  # the evaluators cannot read an empty list: a box of nothing finds nothing
         image, category = truth["images"][0]["id"], truth["categories"][0]["id"]
         found = [{"image_id": image, "category_id": category, "bbox": [0, 0, 0, 0], "score": 0.0}]
     with contextlib.redirect_stdout(io.StringIO()):
-        ground = COCO()
+        coco, coco_eval_class = _evaluator_classes(evaluator)
+        ground = coco()
         ground.dataset = {"info": {}, **truth}
         ground.createIndex()
-        coco_eval = COCOeval(ground, ground.loadRes(found), "bbox")
+        coco_eval = coco_eval_class(ground, ground.loadRes(found), "bbox")
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
@@ -224,6 +217,16 @@ def score(
     return metrics, per_class
 
 
+def _evaluator_classes(evaluator: Evaluator) -> tuple[Any, Any]:
+    """COCO and COCOeval: hotcoco's have the interface of pycocotools'."""
+    if evaluator == "pycocotools":
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    else:
+        from hotcoco import COCO, COCOeval
+    return COCO, COCOeval
+
+
 def report(
     run: RunDirectory,
     config: Config,
@@ -236,7 +239,7 @@ def report(
     """The run's `report.html`."""
     history = read_history(run.history) if run.history.is_file() else []
     minutes = history[-1]["seconds"] / 60 if history else 0.0
-    devices = choose_devices(config)
+    devices = choose_devices(config.run.devices)
     facts = {
         "steps": str(result["step"]),
         "training": f"{minutes:.1f} minutes on {len(devices)} x {devices[0].device_kind}",

@@ -13,10 +13,13 @@ import numpy as np
 
 REPLICA = "replica"
 
+Device = Any
+"""A `jax.Device` (which type checkers take for a variable)."""
+
 
 def parallelize(
     step: Callable[[Any, Any], Any],
-    devices: list[jax.Device],
+    devices: list[Device],
     wrapper: Literal["pmap", "shard_map"] = "pmap",
     *,
     split_output: bool = False,
@@ -72,6 +75,12 @@ def split_batch(batch: dict[str, np.ndarray], replicas: int) -> dict[str, np.nda
 def merge_batch(tree: Any) -> Any:
     """[replicas, b, ...] -> NumPy [replicas * b, ...] for every array of a split output."""
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+
+
+def choose_devices(count: int) -> list[Device]:
+    """The first `count` devices, or all for 0."""
+    devices = jax.devices()
+    return devices[: count or len(devices)]
 
 
 def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:

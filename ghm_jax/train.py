@@ -19,7 +19,7 @@ from ghm_jax.checkpoint import Checkpoints
 from ghm_jax.config import Config
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import train_batches
-from ghm_jax.parallel import REPLICA, parallelize, split_batch
+from ghm_jax.parallel import REPLICA, choose_devices, parallelize, split_batch
 from ghm_jax.plots.report import read_history
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, claim_run, set_aside, write_text
@@ -61,7 +61,7 @@ def train(
     progress = progress or Silent()
 
     # Everything that a person can get wrong, before any compute.
-    devices = choose_devices(config)
+    devices = choose_devices(config.run.devices)
     config.check(len(devices))
     dataset = open_dataset(config.data, config.data.train_split)
     config = dataclasses.replace(
@@ -97,16 +97,16 @@ def train(
         )
         progress.say("compiling the training step, half a minute or so ...")
 
+        done = start
         log = TrainingLog(run, config, start, progress)
         batches = train_batches(dataset, config, start)
         try:
             with stop_on_signal(progress) as stopping:
-                for done in range(start + 1, total + 1):
+                while done < total and not stopping.is_set():
                     state, metrics = step(state, split_batch(next(batches), len(devices)))
+                    done += 1
                     log.record(done, metrics)
-                    if stopping.is_set():
-                        break
-                    if done % config.run.checkpoint_every == 0 and done < total:
+                    if done % config.run.checkpoint_every == 0:
                         checkpoints.save(done, state)
             log.flush()
             checkpoints.save(done, state)
@@ -118,12 +118,6 @@ def train(
     if done < total:
         raise TrainingInterrupted(f"stopped at step {done} of {total}, checkpoint written")
     return state
-
-
-def choose_devices(config: Config) -> list[jax.Device]:
-    """The devices of a run: all, or the first `run.devices`."""
-    devices = jax.devices()
-    return devices[: config.run.devices or len(devices)]
 
 
 class TrainingLog:
@@ -169,7 +163,7 @@ class TrainingLog:
         record = {
             "step": done,
             **values,
-            "learning_rate": float(self._rate(done - 1)),
+            "learning_rate": np.asarray(self._rate(done - 1)).item(),
             "images_per_second": images / (now - self._since),
             "seconds": self._seconds,
         }

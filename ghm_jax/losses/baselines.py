@@ -64,7 +64,7 @@ def smooth_l1_loss(
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Smooth L1 (equation 15), mean over the valid coordinates; arguments as for `ghm_r_loss`."""
     predictions, targets = predictions.astype(jnp.float32), targets.astype(jnp.float32)
-    terms = optax.losses.huber_loss(predictions, targets, delta) / delta
+    terms = optax.losses.huber_loss(predictions, targets, delta=delta) / delta
     used = None if mask is None else broadcast_mask(mask, terms.shape)
     used, stats = _plain_stats(terms, used, axis_name)
     return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats

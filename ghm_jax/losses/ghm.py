@@ -48,9 +48,10 @@ def ghm_c_loss(
     """
     logits, finite = _finite(logits)
     dense, used = dense_targets(logits, targets, mask)
+    dense, known = _finite(dense)
     norm = jnp.abs(jax.nn.sigmoid(logits) - dense)
     terms = sigmoid_cross_entropy(logits, dense)
-    return _weighted_mean(norm, terms, finite, used, state, momentum, axis_name, settings)
+    return _weighted_mean(norm, terms, finite & known, used, state, momentum, axis_name, settings)
 
 
 def ghm_r_loss(
@@ -85,11 +86,11 @@ def ghm_r_loss(
     Source: equations 17-19.
     """
     _check_same_shape("predictions", predictions, targets)
-    if mu <= 0:
+    if not mu > 0:  # so that NaN is refused as well
         raise ValueError(f"mu must be positive, got {mu}")
     error, finite = _finite(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
     used = None if mask is None else broadcast_mask(mask, error.shape)
-    root = jnp.sqrt(error * error + mu * mu)
+    root = jnp.hypot(error, mu)  # the square of a wild error overflows
     norm = jnp.abs(error) / root
     return _weighted_mean(norm, root - mu, finite, used, state, momentum, axis_name, settings)
 
@@ -171,8 +172,14 @@ def _finite(values: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Elementwise -t log p - (1 - t) log(1 - p) with p = sigmoid(logits), exact in both tails."""
-    return jnp.maximum(logits, 0.0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    """Elementwise -t log p - (1 - t) log(1 - p) with p = sigmoid(logits), exact in both tails.
+
+    One branch for both kinks, because they must cancel in the gradient: with maximum and abs it
+    would be -t, not 1/2 - t, at logits of exactly 0, which a zero-initialized layer gives.
+    """
+    upper = logits >= 0
+    tail = jnp.log1p(jnp.exp(jnp.where(upper, -logits, logits)))
+    return jnp.where(upper, logits, 0.0) - logits * targets + tail
 
 
 def dense_targets(

@@ -95,8 +95,8 @@ def harmonize(
     Raises:
         ValueError: mask of another shape, or a setting out of range.
     """
-    _check_settings(momentum, normalizer, min_count, strength)
     bins = bins if state is None else state.counts.shape[0]
+    _check_settings(bins, momentum, normalizer, min_count, strength)
     norm = jax.lax.stop_gradient(gradient_norm).astype(jnp.float32)
     used = jnp.ones(norm.shape, bool) if mask is None else broadcast_mask(mask, norm.shape)
     finite = jnp.isfinite(norm)
@@ -156,12 +156,16 @@ def broadcast_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(mask.astype(bool), shape)
 
 
-def _check_settings(momentum: float, normalizer: str, min_count: float, strength: float) -> None:
+def _check_settings(
+    bins: int, momentum: float, normalizer: str, min_count: float, strength: float
+) -> None:
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     if not 0.0 <= momentum < 1.0:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if normalizer not in ("nonempty", "bins"):
         raise ValueError(f"normalizer must be 'nonempty' or 'bins', got {normalizer!r}")
-    if min_count < 0.0:
+    if not min_count >= 0.0:  # so that NaN is refused as well
         raise ValueError(f"min_count must not be negative, got {min_count}")
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be in [0, 1], got {strength}")

@@ -120,7 +120,8 @@ class ResNet(nn.Module):
         bottleneck, depths = DEPTHS[self.name_of]
         x = Conv(self.width, 7, 2, self.dtype, name="stem_conv")(images)
         x = Norm(self.norm, self.axis_name, self.dtype, name="stem_norm")(x, train=train)
-        x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        padding: Any = ((1, 1), (1, 1))
+        x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)
         features = []
         for stage, depth in enumerate(depths):
             for i in range(depth):

@@ -1,0 +1,130 @@
+"""Cross-entropy, focal loss and smooth L1 against float64 formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from ghm_jax.losses import cross_entropy_loss, focal_loss, init_ghm_state, smooth_l1_loss
+
+SHAPE = (64, 20)
+LOSSES = {"cross_entropy": cross_entropy_loss, "focal": focal_loss, "smooth_l1": smooth_l1_loss}
+
+
+@functools.cache
+def differentiated(name: str, axis_name: str | None = None):
+    def function(values, *rest):
+        loss, _, stats = LOSSES[name](values, *rest, axis_name=axis_name)
+        return loss, stats
+
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
+
+
+def draw(rng, name: str):
+    if name == "smooth_l1":
+        values, targets = rng.normal(0, 0.2, (2, *SHAPE)).astype(np.float32)
+    else:
+        values = np.float32(rng.normal(-3, 3, SHAPE))
+        targets = np.float32(rng.uniform(size=SHAPE) < 0.05)
+    return values, targets, rng.uniform(size=SHAPE) < 0.8
+
+
+def oracle(name: str, values, targets, mask) -> float:
+    x, t = np.float64(values), np.float64(targets)
+    if name == "smooth_l1":  # equation 15
+        d, delta = np.abs(x - t), 1 / 9
+        return np.where(d <= delta, d**2 / (2 * delta), d - delta / 2)[mask].mean()
+    if name == "cross_entropy":
+        return oracles.binary_cross_entropy(x, t)[mask].mean()
+    p = oracles.sigmoid(x)
+    hit = 0.25 * (1 - p) ** 2 * np.logaddexp(0, -x)
+    miss = 0.75 * p**2 * np.logaddexp(0, x)
+    return np.where(t == 1, hit, miss)[mask].sum() / max(t[mask].sum(), 1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_equal_the_oracle(rng, name):
+    values, targets, mask = draw(rng, name)
+    (loss, stats), gradient = differentiated(name)(values, targets, mask, None)
+    np.testing.assert_allclose(loss, oracle(name, values, targets, mask), rtol=1e-5)
+    assert stats.num_valid == mask.sum()
+    plain = oracle("cross_entropy" if name == "focal" else name, values, targets, mask)
+    np.testing.assert_allclose(stats.plain_loss, plain, rtol=1e-5)
+    direction, step = rng.normal(size=SHAPE), 1e-6
+    up, down = (oracle(name, values + s * direction, targets, mask) for s in (step, -step))
+    np.testing.assert_allclose(
+        np.sum(gradient * direction), (up - down) / (2 * step), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_replicas_equal_one_device(rng, name):
+    values, targets, mask = draw(rng, name)
+    mask[:12] = False
+    targets[12:32] = 0  # replicas without positives
+    want, slope = differentiated(name)(values, targets, mask, None)
+
+    @functools.partial(jax.pmap, axis_name="replica")
+    def run(*args):
+        (loss, stats), gradient = differentiated(name, "replica")(*args, None)
+        return (jax.lax.psum(loss, "replica"), stats), gradient
+
+    got, gradient = run(*(array.reshape(8, 8, 20) for array in (values, targets, mask)))
+    np.testing.assert_allclose(gradient.reshape(SHAPE), slope, rtol=1e-5, atol=1e-9)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, np.full(8, b), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_values_do_not_matter_and_unmasked_nan_shows(rng, name):
+    values, targets, mask = draw(rng, name)
+    want, slope = differentiated(name)(values, targets, mask, None)
+    junk = np.float32(rng.choice([np.nan, np.inf, 3.0], SHAPE))
+    hidden = np.where(mask, values, junk), np.where(mask, targets, junk)
+    (loss, stats), gradient = differentiated(name)(*hidden, mask, None)
+    assert loss == want[0]
+    assert stats.num_nonfinite == 0
+    np.testing.assert_array_equal(gradient, slope)
+    mask[0, 0], values[0, 0] = True, np.nan
+    (loss, stats), _ = differentiated(name)(values, targets, mask, None)
+    assert np.isnan(loss)
+    assert stats.num_nonfinite == 1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_valid_gives_zero(rng, name):
+    values, targets, mask = draw(rng, name)
+    (loss, stats), gradient = differentiated(name)(values, targets, np.zeros_like(mask), None)
+    assert loss == 0
+    assert stats.plain_loss == 0
+    assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_class_indices_are_dense_targets_with_a_mask(rng, name):
+    values, _, _ = draw(rng, name)
+    classes = rng.integers(-2, 20, 64)
+    dense = np.float32(classes[:, None] == np.arange(20))
+    kept = np.repeat(classes[:, None] != -2, 20, axis=1)
+    got, gradient = differentiated(name)(values, classes, None, None)
+    want, slope = differentiated(name)(values, dense, kept, None)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_are_never_broadcast(name):
+    zeros = jnp.zeros((6, 4))
+    with pytest.raises(ValueError, match="must have"):
+        LOSSES[name](zeros, jnp.zeros((6, 1)))
+    with pytest.raises(ValueError, match="must have"):
+        LOSSES[name](zeros, zeros, jnp.ones(6))
+
+
+def test_state_is_handed_through():
+    zeros, state = jnp.zeros((6, 4)), init_ghm_state(10)
+    for loss in LOSSES.values():
+        assert loss(zeros, zeros, None, state)[1] is state

@@ -1,0 +1,276 @@
+"""Weights of a histogram of gradient norms; see `oracles` for the formulas in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from ghm_jax.losses import REFERENCE, GHMState, harmonize, init_ghm_state
+from ghm_jax.losses.harmonize import count_bins
+
+SHAPE = (64, 20)
+
+
+@functools.cache
+def jitted(**settings):
+    return jax.jit(functools.partial(harmonize, **settings))
+
+
+def draw(rng, steps: int = 1, bins: int = 30):
+    """Norms piled up at 0 and thin elsewhere, and masks, for some steps."""
+    norms = [
+        oracles.draw_off_edges(lambda: rng.uniform(size=SHAPE) ** 6, np.asarray, bins)
+        for _ in range(steps)
+    ]
+    return norms, [rng.uniform(size=SHAPE) < 0.8 for _ in range(steps)]
+
+
+def run(norms, masks, bins, **settings):
+    state = init_ghm_state(bins)
+    for norm, mask in zip(norms, masks, strict=True):
+        weights, state, stats = jitted(**settings)(norm, mask, state)
+    return weights, state, stats
+
+
+@pytest.mark.parametrize(
+    ("bins", "settings"),
+    [
+        (30, {"momentum": 0.75}),
+        (10, {"momentum": 0.7, "min_count": 3.0}),
+        (30, {"momentum": 0.0, "min_count": 0.0}),
+        (30, {"momentum": 0.99, "strength": 0.5}),
+        (10, {"momentum": 0.75, "normalizer": "bins"}),
+        (30, {"momentum": 0.9, "normalizer": "bins", "strength": 0.75, "min_count": 0.0}),
+    ],
+)
+def test_weights_follow_the_formula_over_several_steps(rng, bins, settings):
+    norms, masks = draw(rng, 4)
+    momentum = settings["momentum"]
+    for step in (1, 2, 4):
+        weights, state, stats = run(norms[:step], masks[:step], bins, **settings)
+        want = oracles.weights_after(norms[:step], masks[:step], bins=bins, **settings)
+        np.testing.assert_allclose(weights, want, rtol=2e-5)
+        seen = [oracles.histogram(n, m, bins) for n, m in zip(norms[:step], masks[:step])]  # noqa: B905
+        average = sum(
+            (1 - momentum) * momentum ** (step - 1 - i) * counts for i, counts in enumerate(seen)
+        )
+        np.testing.assert_allclose(state.counts, average, rtol=1e-5)
+        assert state.step == step
+        np.testing.assert_array_equal(stats.counts, seen[-1])
+        assert stats.num_valid == masks[step - 1].sum()
+        mean_norm = norms[step - 1][masks[step - 1]].mean(dtype=np.float64)
+        np.testing.assert_allclose(stats.plain_loss, mean_norm, rtol=1e-5)
+        table = np.asarray(stats.weights)[oracles.bin_of(norms[step - 1], bins)]
+        np.testing.assert_array_equal(weights, np.where(masks[step - 1], table, 0))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+def test_reference_follows_the_published_code(rng, momentum):
+    norms, masks = draw(rng, 4)
+    norms[2] *= np.float32(0.5)  # the upper bins stay as they were
+    norms[2] = oracles.draw_off_edges(lambda: 0.5 * rng.uniform(size=SHAPE) ** 6, np.asarray, 30)
+    for step in (1, 3, 4):
+        weights, state, _ = run(norms[:step], masks[:step], 30, momentum=momentum, **REFERENCE)
+        want, moving = oracles.published_weights(
+            norms[:step], masks[:step], bins=30, momentum=momentum
+        )
+        np.testing.assert_allclose(weights, want, rtol=1e-5)
+        np.testing.assert_allclose(state.counts, moving, rtol=1e-5)
+
+
+def test_without_state_only_this_batch_counts(rng):
+    norms, masks = draw(rng)
+    weights, state, _ = jitted(bins=30, momentum=0.75)(norms[0], masks[0])
+    assert state is None
+    want = oracles.weights_after(norms, masks, bins=30, momentum=0.0)
+    np.testing.assert_allclose(weights, want, rtol=1e-5)
+
+
+def test_bins_are_closed_below_and_the_last_one_above():
+    edges = np.arange(64, dtype=np.float32) / 64  # exact in float32
+    below = np.nextafter(np.append(edges[1:], edges[1]), np.float32(0))
+    one = np.ones(64, np.float32)
+    for norm, want in [(edges, np.arange(64)), (below, [*range(63), 0]), (one, [63] * 64)]:
+        _, _, stats = jitted(bins=64)(norm)
+        np.testing.assert_array_equal(stats.counts, np.bincount(want, minlength=64))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_bins_of_half_precision_norms_are_decided_in_float32(rng, dtype):
+    # 0.9961 is the largest bfloat16 below 1; times 300 it would round to 299 or 300 in bfloat16.
+    norm = jnp.asarray(np.concatenate([rng.uniform(size=200), [0.9961]]), dtype)
+    weights, _, stats = jitted(bins=300)(norm)
+    assert weights.dtype == jnp.float32
+    index = np.minimum(np.float64(norm) * 300, 299).astype(int)
+    np.testing.assert_array_equal(stats.counts, np.bincount(index, minlength=300))
+
+
+def test_mean_weight_over_the_averaged_histogram_is_one(rng):
+    norms, masks = draw(rng, 3)
+    for settings in ({}, {"strength": 0.3}, {"min_count": 0.0}):
+        _, state, stats = run(norms, masks, 30, momentum=0.75, **settings)
+        mean = np.average(stats.weights, weights=np.float64(state.counts))
+        np.testing.assert_allclose(mean, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bins", "settings"),
+    [(1, {}), (30, {"strength": 0.0}), (30, {"min_count": 2000.0}), (1, {"normalizer": "bins"})],
+    ids=["one bin", "strength 0", "no bin reaches the floor", "one bin, normalizer bins"],
+)
+def test_weights_are_one(rng, bins, settings):
+    (norm,), (mask,) = draw(rng)
+    if settings.get("normalizer") == "bins":
+        settings = settings | {"momentum": 0.0}
+    weights, _, _ = jitted(**settings)(norm, mask, init_ghm_state(bins))
+    np.testing.assert_allclose(weights, mask, rtol=1e-5)
+
+
+@pytest.mark.parametrize("min_count", [1.0, 10.0, 100.0])
+def test_floor_bounds_the_weights(rng, min_count):
+    (norm,), (mask,) = draw(rng)
+    _, _, stats = jitted(bins=30, min_count=min_count)(norm, mask)
+    filled = np.minimum(np.float64(stats.counts) / min_count, 1).sum()
+    bound = mask.sum() / (min_count * filled)
+    assert 1 < np.max(stats.weights) <= bound * (1 + 1e-5)
+
+
+def test_floor_makes_the_weights_continuous_where_a_bin_empties():
+    norm = np.full(1000, 0.1)
+
+    def weight(rest: float, min_count: float) -> float:
+        state = GHMState(jnp.array([1000.0, rest]), jnp.array(50))
+        return float(jitted(min_count=min_count)(norm, None, state)[0][0])
+
+    assert weight(1e-3, 10.0) == pytest.approx(weight(0.0, 10.0), rel=1e-3)
+    assert weight(1e-3, 0.0) == pytest.approx(0.5 * weight(0.0, 0.0), rel=1e-3)  # why there is one
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+def test_first_steps_do_not_blow_up_unless_as_published(rng, momentum):
+    norms, masks = draw(rng, 2)
+    no_average = run(norms[:1], masks[:1], 30, momentum=0.0, min_count=0.0)[0]
+    first = run(norms[:1], masks[:1], 30, momentum=momentum, min_count=0.0)[0]
+    np.testing.assert_allclose(first, no_average, rtol=1e-4)
+    published = run(norms[:1], masks[:1], 30, momentum=momentum, **REFERENCE)[0]
+    np.testing.assert_allclose(published, no_average / (1 - momentum), rtol=1e-4)
+    for step in (1, 2):
+        weights = run(norms[:step], masks[:step], 30, momentum=momentum)[0]
+        assert np.max(weights) <= np.prod(SHAPE) / 10
+
+
+def test_masked_is_filtered(rng):
+    (norm,), (mask,) = draw(rng)
+    hidden = np.where(mask, norm, rng.choice([np.nan, np.inf, 0.5, -7], SHAPE)).astype(np.float32)
+    weights, _, stats = jitted()(hidden, mask)
+    want, _, want_stats = jitted()(norm[mask])
+    np.testing.assert_allclose(weights[mask], want, rtol=1e-6)
+    assert not np.any(weights[~mask])
+    assert stats.num_nonfinite == 0
+    np.testing.assert_array_equal(stats.counts, want_stats.counts)
+
+
+def test_mask_may_be_numbers_and_have_axes_of_one(rng):
+    (norm,), _ = draw(rng)
+    rows = rng.uniform(size=(64, 1)) < 0.5
+    want = jitted()(norm, np.broadcast_to(rows, SHAPE))[0]
+    np.testing.assert_array_equal(jitted()(norm, rows)[0], want)
+    np.testing.assert_array_equal(jitted()(norm, np.float32(rows))[0], want)
+
+
+def test_empty_batch_changes_nothing_that_matters(rng):
+    norms, masks = draw(rng, 3)
+    masks[0][:] = masks[1][:] = False
+    for settings in ({"momentum": 0.75}, {"momentum": 0.75, **REFERENCE}):
+        weights, state, stats = run(norms[:1], masks[:1], 30, **settings)
+        assert not np.any(weights)
+        assert stats.num_valid == 0
+        assert np.isfinite(stats.plain_loss)
+        assert np.isfinite(stats.weights).all()
+        assert not np.any(state.counts)
+    weights, _, _ = run(norms, masks, 30, momentum=0.75, min_count=0.0)
+    alone = oracles.weights_after(norms[2:], masks[2:], bins=30, momentum=0.0, min_count=0.0)
+    np.testing.assert_allclose(weights, alone, rtol=1e-5)
+
+
+def test_nonfinite_norms_are_reported_and_left_out(rng):
+    (norm,), (mask,) = draw(rng)
+    mask[:3, 0] = True
+    broken, rest = norm.copy(), mask.copy()
+    broken[:3, 0] = np.nan, np.inf, -np.inf
+    rest[:3, 0] = False
+    weights, state, stats = jitted()(broken, mask, init_ghm_state(30))
+    want, want_state, _ = jitted()(norm, rest, init_ghm_state(30))
+    assert stats.num_nonfinite == 3
+    assert stats.num_valid == rest.sum()
+    np.testing.assert_array_equal(weights, want)
+    np.testing.assert_array_equal(state.counts, want_state.counts)
+
+
+def test_counts_do_not_stop_at_2_to_the_24():
+    size = 2**24 + 2**20
+    index = jnp.ones(size, jnp.uint8)
+    counts = jax.jit(count_bins, static_argnums=2)(index, jnp.ones(size, bool), 3)
+    np.testing.assert_array_equal(counts, [0, size, 0])
+    assert counts.dtype == jnp.int32
+
+
+def test_no_gradient_flows_through_the_weights(rng):
+    (norm,), (mask,) = draw(rng)
+
+    def total(norm):
+        weights, state, stats = harmonize(norm, mask, init_ghm_state(30))
+        return weights.sum() + state.counts.sum() + stats.plain_loss + stats.weights.sum()
+
+    assert not np.any(jax.jit(jax.grad(total))(norm))
+
+
+def test_jit_equals_eager(rng):
+    (norm,), (mask,) = draw(rng)
+    got, want = jitted()(norm, mask, init_ghm_state(30)), harmonize(norm, mask, init_ghm_state(30))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+def test_replicas_share_one_histogram_only_with_an_axis_name(rng):
+    (norm,), (mask,) = draw(rng)
+    norm.sort(axis=0)  # so that replicas see different parts of the axis
+    norm[oracles.near_edge(norm, 30)] = 0.05
+    state = GHMState(jnp.arange(30.0), jnp.array(3))
+    want_weights, want_state, want_stats = jitted()(norm, mask, state)
+
+    def replicas(axis_name):
+        function = functools.partial(harmonize, axis_name=axis_name)
+        split = (norm.reshape(8, 8, 20), mask.reshape(8, 8, 20))
+        return jax.pmap(function, "replica", in_axes=(0, 0, None))(*split, state)
+
+    weights, new, stats = replicas("replica")
+    np.testing.assert_allclose(weights.reshape(SHAPE), want_weights, rtol=1e-6)
+    for got, want in [*zip(new, want_state, strict=True), *zip(stats, want_stats, strict=True)]:
+        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), rtol=1e-6)
+    weights, new, _ = replicas(None)
+    assert not np.allclose(weights.reshape(SHAPE), want_weights, rtol=0.01)
+    assert np.ptp(new.counts, axis=0).any()
+
+
+@pytest.mark.parametrize("shape", [(20,), (64, 20, 1), (20, 64), (32, 20), (64,)])
+def test_masks_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="mask must have the shape"):
+        harmonize(jnp.zeros(SHAPE), jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[("momentum", value) for value in (-0.1, 1.0, float("nan"))],
+        *[("strength", value) for value in (-0.1, 1.1, float("nan"))],
+        *[("min_count", value) for value in (-1.0, float("nan"))],
+        ("normalizer", "mean"),
+        ("bins", 0),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        harmonize(jnp.zeros(3), **{setting: value})
