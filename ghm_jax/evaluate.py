@@ -120,7 +120,7 @@ def detect(
     config: Config,
     dataset: Dataset,
     variables: dict[str, Any],
-    devices: Sequence[Any],
+    devices: list[Device],
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Detections of every image of a data set, once, in COCO results form.

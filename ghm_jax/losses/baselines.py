@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ghm_jax.losses.ghm import dense_targets, sigmoid_cross_entropy
+from ghm_jax.losses.ghm import check_same_shape, dense_targets, sigmoid_cross_entropy
 from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask
 
 
@@ -23,6 +23,7 @@ def cross_entropy_loss(
     """Sigmoid cross-entropy, mean over all valid (position, class) pairs; see `ghm_c_loss`."""
     logits = logits.astype(jnp.float32)
     dense, used = dense_targets(logits, targets, mask)
+    logits, dense = _unmasked(logits, used), _unmasked(dense, used)
     terms = sigmoid_cross_entropy(logits, dense)
     used, stats = _plain_stats(terms, used, axis_name)
     return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
@@ -45,6 +46,7 @@ def focal_loss(
     """
     logits = logits.astype(jnp.float32)
     dense, used = dense_targets(logits, targets, mask)
+    logits, dense = _unmasked(logits, used), _unmasked(dense, used)
     used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
     terms = optax.losses.sigmoid_focal_loss(logits, dense, alpha=alpha, gamma=gamma)
     positives = jnp.sum(jnp.where(used, dense, 0.0))
@@ -63,11 +65,18 @@ def smooth_l1_loss(
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Smooth L1 (equation 15), mean over the valid coordinates; arguments as for `ghm_r_loss`."""
-    predictions, targets = predictions.astype(jnp.float32), targets.astype(jnp.float32)
+    check_same_shape("predictions", predictions, targets)
+    used = None if mask is None else broadcast_mask(mask, predictions.shape)
+    predictions = _unmasked(predictions.astype(jnp.float32), used)
+    targets = _unmasked(targets.astype(jnp.float32), used)
     terms = optax.losses.huber_loss(predictions, targets, delta=delta) / delta
-    used = None if mask is None else broadcast_mask(mask, terms.shape)
     used, stats = _plain_stats(terms, used, axis_name)
     return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+
+
+def _unmasked(values: jax.Array, used: jax.Array | None) -> jax.Array:
+    """Values with 0 where masked: a NaN there would reach the gradient, 0 * NaN is NaN."""
+    return values if used is None else jnp.where(used, values, 0.0)
 
 
 def _plain_stats(

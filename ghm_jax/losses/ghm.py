@@ -85,7 +85,7 @@ def ghm_r_loss(
 
     Source: equations 17-19.
     """
-    _check_same_shape("predictions", predictions, targets)
+    check_same_shape("predictions", predictions, targets)
     if not mu > 0:  # so that NaN is refused as well
         raise ValueError(f"mu must be positive, got {mu}")
     error, finite = _finite(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
@@ -195,11 +195,11 @@ def dense_targets(
         dense = targets[..., None] == classes.reshape((1,) * targets.ndim + (-1,))
         kept = jnp.broadcast_to(targets[..., None] != -2, logits.shape)
         return dense.astype(jnp.float32), kept if used is None else used & kept
-    _check_same_shape("logits", logits, targets)
+    check_same_shape("logits", logits, targets)
     return targets.astype(jnp.float32), used
 
 
-def _check_same_shape(name: str, values: jax.Array, targets: jax.Array) -> None:
+def check_same_shape(name: str, values: jax.Array, targets: jax.Array) -> None:
     if values.shape != targets.shape:
         raise ValueError(
             f"{name} and targets must have one shape, got {values.shape} and {targets.shape}"

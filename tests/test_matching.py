@@ -1,0 +1,133 @@
+"""Targets of anchors against the published rule, written out anchor by anchor.
+
+Corners are small whole numbers: then overlaps are exact in float32 up to one rounding, so that
+ties and thresholds are hit and fall the same way in the oracle.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghm_jax.matching import BACKGROUND, IGNORE, match_anchors
+
+match = jax.jit(functools.partial(match_anchors, positive_iou=0.5, negative_iou=0.4))
+
+
+def draw(rng, count: int) -> np.ndarray:
+    low = rng.integers(0, 24, (count, 2))
+    return np.float32(np.concatenate([low, low + rng.integers(1, 12, (count, 2))], axis=1))
+
+
+def overlap(a, b) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = float(width * height)
+    return shared / (float((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])) - shared)
+
+
+def oracle(anchors, boxes, labels, positive=0.5, negative=0.4):
+    """mmdetection's MaxIoUAssigner with min_pos_iou 0 and all best anchors, as box or class."""
+    real = [m for m, label in enumerate(labels) if label >= 0]
+    iou = {m: [overlap(anchor, boxes[m]) for anchor in anchors] for m in real}
+    chosen = []
+    for a in range(len(anchors)):
+        best = max((iou[m][a] for m in real), default=0.0)
+        if best >= positive:
+            chosen.append(next(m for m in real if iou[m][a] == best))
+        else:
+            chosen.append(BACKGROUND if best < negative else IGNORE)
+    for m in real:
+        best = max(iou[m])
+        for a in range(len(anchors)):
+            if best > 0 and iou[m][a] == best:
+                chosen[a] = m
+    return chosen
+
+
+def padded(boxes, labels, size: int = 8):
+    rest = size - len(boxes)
+    boxes = np.concatenate([boxes, np.zeros((rest, 4), np.float32)])
+    return boxes, np.concatenate([labels, np.full(rest, -1)]).astype(np.int32)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8])
+def test_matching_equals_the_published_rule(rng, count):
+    for _ in range(5):
+        anchors = draw(rng, 150)
+        boxes, labels = padded(draw(rng, count), rng.integers(0, 20, count))
+        targets = match(anchors, boxes, labels)
+        chosen = oracle(anchors, boxes, labels)
+        classes = [labels[m] if m >= 0 else m for m in chosen]
+        np.testing.assert_array_equal(targets.classes, classes)
+        for a, m in enumerate(chosen):
+            if m >= 0:
+                (ax, ay), (aw, ah) = (anchors[a, :2] + anchors[a, 2:]) / 2, np.ptp(
+                    anchors[a].reshape(2, 2), axis=0
+                )
+                (bx, by), (bw, bh) = (boxes[m, :2] + boxes[m, 2:]) / 2, np.ptp(
+                    boxes[m].reshape(2, 2), axis=0
+                )
+                want = [(bx - ax) / aw, (by - ay) / ah, np.log(bw / aw), np.log(bh / ah)]
+                np.testing.assert_allclose(targets.deltas[a], want, rtol=1e-5, atol=1e-6)
+            else:
+                assert not np.any(targets.deltas[a])
+
+
+def test_image_without_boxes_is_all_background(rng):
+    boxes, labels = padded(np.zeros((0, 4), np.float32), np.zeros(0))
+    targets = match(draw(rng, 150), boxes, labels)
+    assert (np.asarray(targets.classes) == BACKGROUND).all()
+
+
+def test_padding_never_matches(rng):
+    anchors = draw(rng, 150)
+    boxes, labels = padded(draw(rng, 3), rng.integers(0, 20, 3))
+    want = match(anchors, boxes, labels)
+    boxes[3:] = anchors[:5]  # would fit perfectly
+    jax.tree.map(np.testing.assert_array_equal, match(anchors, boxes, labels), want)
+
+
+def test_thresholds_and_the_band_between():
+    #        IoU 0.5 exactly   0.45            0.4 exactly       just below       none
+    corners = [[0, 0, 10, 5], [0, 0, 9, 5], [0, 0, 10, 4], [0, 0, 10, 3], [50, 50, 60, 60]]
+    box, rival = [0, 0, 10, 10], [0, 0, 10, 10]  # the box itself is an anchor and takes the claim
+    anchors = np.float32([*corners, rival])
+    boxes, labels = padded(np.float32([box]), np.array([7]))
+    classes = match(anchors, boxes, labels).classes
+    assert classes.tolist() == [7, IGNORE, IGNORE, BACKGROUND, BACKGROUND, 7]
+
+
+def test_equal_claims_go_to_the_last_box_and_all_best_anchors_are_taken():
+    anchors = np.float32([[0, 0, 4, 4], [6, 0, 10, 4], [20, 20, 24, 24]])
+    boxes = np.float32([[2, 0, 8, 4], [2, 0, 8, 4]])  # overlaps the first two alike, IoU 0.25
+    boxes, labels = padded(boxes, np.array([3, 5]))
+    assert match(anchors, boxes, labels).classes.tolist() == [5, 5, BACKGROUND]
+
+
+def test_every_box_that_touches_an_anchor_has_one_inside_a_batch(rng):
+    """Under jit and vmap, with odd sides: the two uses of an overlap must be the same number."""
+    low = np.float32(rng.uniform(0, 20, (16, 8, 2)))
+    boxes = np.concatenate([low, low + np.float32(rng.uniform(0.1, 5, low.shape))], axis=-1)
+    labels = np.tile(np.arange(8, dtype=np.int32), (16, 1))
+    low = rng.uniform(-1, 25, (400, 2))
+    anchors = np.float32(np.concatenate([low, low + rng.uniform(3, 9, (400, 2))], axis=1))
+    classes = jax.jit(jax.vmap(match_anchors, (None, 0, 0)))(anchors, boxes, labels).classes
+    for row, some in zip(np.asarray(classes), boxes, strict=True):
+        best = [max(overlap(anchor, box) for anchor in anchors) for box in some]
+        assert len(set(row[row >= 0])) >= sum(b > 0.5 for b in best)
+        # A box can lose its best anchor to a later box that claims it too, to nothing else.
+        lost = {label for label in range(8) if best[label] > 0} - set(row)
+        for label in lost:
+            taken = [int(np.argmax([overlap(anchor, box) for anchor in anchors])) for box in some]
+            assert taken[label] in taken[label + 1 :]
+
+
+def test_result_types():
+    targets = match_anchors(jnp.zeros((3, 4)), jnp.zeros((2, 4)), jnp.array([-1, -1]))
+    assert targets.classes.dtype == jnp.int32
+    assert targets.deltas.dtype == jnp.float32
