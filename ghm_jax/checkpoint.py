@@ -54,7 +54,7 @@ class Checkpoints:
                 f"{self._manager.directory / str(step)}: does not fit the run's model "
                 f"({str(error).splitlines()[0]})"
             ) from error
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(plain))
+        return TrainState(**plain)
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -52,9 +52,11 @@ class Model:
     """RetinaNet: ResNet, feature pyramid P3-P7, two convolutional heads."""
 
     backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50, resnet101 or resnet152."""
+    """resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152."""
     width: int = 64
     """Channels of the backbone's stem; the published networks have 64."""
+    stem_kernel: int = 7
+    """Side of the stem's convolution; 3 is cheaper, and enough for small images."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
     """Backbone normalization: fixed statistics, those of the whole batch, or GroupNorm."""
     channels: int = 256
@@ -204,7 +206,7 @@ class Config:
         return self
 
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # A resumed run may change these: they do not decide its result.
 HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
 
@@ -260,17 +262,30 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
         f"{c.anchors.positive_iou}",
     )
     yield bool(c.anchors.ratios), "anchors.ratios: needs at least one ratio"
-    yield min(c.anchors.ratios) > 0, f"anchors.ratios: must be positive, got {c.anchors.ratios}"
+    yield (
+        all(0 < ratio < math.inf for ratio in c.anchors.ratios),
+        f"anchors.ratios: must be positive, got {c.anchors.ratios}",
+    )
     yield c.anchors.scale > 0, f"anchors.scale: must be positive, got {c.anchors.scale}"
 
     for key in ("loss.momentum", "loss.box_momentum", "optimizer.momentum"):
         value = flatten(c)[key]
         yield 0 <= value < 1, f"{key}: must be in [0, 1), got {value}"
-    for key in ("anchors.positive_iou", "anchors.negative_iou", "predict.nms_iou", "data.flip"):
+    for key in (
+        *("anchors.positive_iou", "anchors.negative_iou", "predict.nms_iou", "data.flip"),
+        *("predict.score_threshold", "optimizer.warmup_factor"),
+    ):
         value = flatten(c)[key]
         yield 0 <= value <= 1, f"{key}: must be in [0, 1], got {value}"
     for key in (
-        *("data.short_side", "data.max_boxes", "model.width", "model.channels", "anchors.octaves"),
+        *(
+            "data.short_side",
+            "data.max_boxes",
+            "model.width",
+            "model.stem_kernel",
+            "model.channels",
+            "anchors.octaves",
+        ),
         *("loss.bins", "loss.box_bins", "loss.mu", "optimizer.steps", "optimizer.learning_rate"),
         *("optimizer.clip_norm", "predict.candidates", "predict.max_detections"),
         *("run.log_every", "run.checkpoint_every", "run.keep"),
@@ -284,6 +299,10 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     ):
         value = flatten(c)[key]
         yield value >= 0, f"{key}: must not be negative, got {value}"
+    yield (
+        c.model.stem_kernel % 2 == 1,
+        f"model.stem_kernel: must be odd, got {c.model.stem_kernel}",
+    )
     yield c.seed < 2**32, f"seed: must be below 2**32, got {c.seed}"
     yield 0 < c.model.prior < 1, f"model.prior: must be in (0, 1), got {c.model.prior}"
     yield (

@@ -252,13 +252,13 @@ def report(
         history=history,
         figures_of_merit={key: result[key] for key in METRICS},
         per_class=result["per_class"],
-        samples=_samples(dataset, truth, detections, num_samples),
+        samples=make_samples(dataset, truth, detections, num_samples),
         class_names=dataset.class_names,
         facts=facts,
     )
 
 
-def _samples(
+def make_samples(
     dataset: Dataset, truth: dict[str, Any], detections: list[dict[str, Any]], count: int
 ) -> list[Sample]:
     """The first images of the data set with their boxes and detections."""

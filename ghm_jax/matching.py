@@ -45,15 +45,16 @@ def match_anchors(
     Returns:
         Targets. An image without boxes is all background.
     """
-    num_boxes = boxes.shape[0]
     iou = jnp.where(labels[None, :] >= 0, box_iou(anchors, boxes), 0.0)  # [A, M]
+    number = jnp.broadcast_to(jnp.arange(boxes.shape[0]), iou.shape)
+    # Numbers of boxes by min and max, not argmax, which is several times slower on a CPU.
     overlap = iou.max(axis=1)  # [A]
-    nearest = iou.argmax(axis=1)
+    nearest = jnp.where(iou == overlap[:, None], number, boxes.shape[0]).min(axis=1)
 
     best = iou.max(axis=0)  # [M], the best overlap any anchor has with a box
-    claims = (iou == best[None, :]) & (best[None, :] > 0)  # [A, M]
-    last_claim = num_boxes - 1 - jnp.argmax(claims[:, ::-1], axis=1)
-    claimed = claims.any(axis=1)
+    claims = (iou == best[None, :]) & (best[None, :] > 0)
+    last_claim = jnp.where(claims, number, -1).max(axis=1)
+    claimed = last_claim >= 0
     chosen = jnp.where(claimed, last_claim, nearest)
 
     positive = claimed | (overlap >= positive_iou)

@@ -88,10 +88,11 @@ def select_detections(
     )
     score, pair = jax.nn.sigmoid(score), jnp.concatenate(pairs)[place]  # [N]
     anchor, label = pair // num_classes, pair % num_classes
-    boxes = clip_boxes(decode_boxes(deltas[anchor], anchors[anchor]), image_size)  # [N, 4]
+    boxes = clip_boxes(decode_boxes(deltas[anchor], anchors[anchor]), image_size[None])  # [N, 4]
 
     keep = suppress(boxes, label, score > score_threshold, nms_iou)
-    score, best = jax.lax.top_k(jnp.where(keep, score, 0.0), min(max_detections, score.size))
+    unused = max(0, max_detections - score.size)  # D rows also where there are fewer pairs
+    score, best = jax.lax.top_k(jnp.pad(jnp.where(keep, score, 0.0), (0, unused)), max_detections)
     return Detections(
         jnp.where(score[:, None] > 0, boxes[best], 0.0),
         score,

@@ -49,6 +49,7 @@ def make_model(config: Config, num_classes: int, axis_name: str | None = None) -
         anchors_per_cell=config.anchors.octaves * len(config.anchors.ratios),
         backbone=model.backbone,
         width=model.width,
+        stem_kernel=model.stem_kernel,
         norm=model.norm,
         channels=model.channels,
         head_convs=model.head_convs,

@@ -12,16 +12,17 @@ def test_table_of_one_cell():
     assert anchors.shape == ((2 + 4) * 4, 4)
     assert anchors.dtype == np.float32
     root2 = 2**0.5
-    table = [
+    cell = [
         [-32, -8, 32, 8],
         [-32 * root2, -8 * root2, 32 * root2, 8 * root2],
         [-16, -16, 16, 16],
         [-16 * root2, -16 * root2, 16 * root2, 16 * root2],
     ]
+    table = np.array(cell)
     np.testing.assert_allclose(anchors[:4], table, rtol=1e-6)
-    np.testing.assert_allclose(anchors[4:8], np.array(table) + [8, 0, 8, 0], rtol=1e-6)
-    np.testing.assert_allclose(anchors[8:12], np.array(table) * 2, rtol=1e-6)
-    np.testing.assert_allclose(anchors[-4:], np.array(table) * 16, rtol=1e-6)
+    np.testing.assert_allclose(anchors[4:8], table + np.array([8, 0, 8, 0]), rtol=1e-6)
+    np.testing.assert_allclose(anchors[8:12], table * 2, rtol=1e-6)
+    np.testing.assert_allclose(anchors[-4:], table * 16, rtol=1e-6)
 
 
 def test_counts_of_the_published_input_size():

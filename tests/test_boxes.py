@@ -65,7 +65,7 @@ def test_wild_deltas_give_finite_boxes():
     box = decode_boxes(jnp.array([0.0, 0, 1e30, 1e30]), anchor)
     np.testing.assert_allclose(box, [8 - 500, 8 - 500, 8 + 500, 8 + 500], rtol=1e-5)
     wild = jnp.array([[1e30, -1e30, 1e30, -1e30], [3e38, 3e38, 3e38, 3e38]])
-    clipped = clip_boxes(decode_boxes(wild, anchor[None]), jnp.array([100, 200]))
+    clipped = clip_boxes(decode_boxes(wild, anchor[None]), jnp.array([[100, 200]]))
     assert np.isfinite(clipped).all()
 
 

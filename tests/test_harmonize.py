@@ -15,8 +15,13 @@ SHAPE = (64, 20)
 
 
 @functools.cache
+def compiled(settings):
+    return jax.jit(functools.partial(harmonize, **dict(settings)))
+
+
 def jitted(**settings):
-    return jax.jit(functools.partial(harmonize, **settings))
+    """`harmonize` with these settings; compiling takes most of the time here, so only once."""
+    return compiled(tuple(sorted(({"momentum": 0.75, "bins": 30} | settings).items())))
 
 
 def draw(rng, steps: int = 1, bins: int = 30):
@@ -40,10 +45,8 @@ def run(norms, masks, bins, **settings):
     [
         (30, {"momentum": 0.75}),
         (10, {"momentum": 0.7, "min_count": 3.0}),
-        (30, {"momentum": 0.0, "min_count": 0.0}),
-        (30, {"momentum": 0.99, "strength": 0.5}),
-        (10, {"momentum": 0.75, "normalizer": "bins"}),
-        (30, {"momentum": 0.9, "normalizer": "bins", "strength": 0.75, "min_count": 0.0}),
+        (30, {"momentum": 0.99, "strength": 0.5, "min_count": 0.0}),
+        (10, {"momentum": 0.9, "normalizer": "bins", "strength": 0.75}),
     ],
 )
 def test_weights_follow_the_formula_over_several_steps(rng, bins, settings):
@@ -83,7 +86,7 @@ def test_reference_follows_the_published_code(rng, momentum):
 
 def test_without_state_only_this_batch_counts(rng):
     norms, masks = draw(rng)
-    weights, state, _ = jitted(bins=30, momentum=0.75)(norms[0], masks[0])
+    weights, state, _ = jitted()(norms[0], masks[0])
     assert state is None
     want = oracles.weights_after(norms, masks, bins=30, momentum=0.0)
     np.testing.assert_allclose(weights, want, rtol=1e-5)
@@ -98,10 +101,9 @@ def test_bins_are_closed_below_and_the_last_one_above():
         np.testing.assert_array_equal(stats.counts, np.bincount(want, minlength=64))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_bins_of_half_precision_norms_are_decided_in_float32(rng, dtype):
+def test_bins_of_half_precision_norms_are_decided_in_float32(rng):
     # 0.9961 is the largest bfloat16 below 1; times 300 it would round to 299 or 300 in bfloat16.
-    norm = jnp.asarray(np.concatenate([rng.uniform(size=200), [0.9961]]), dtype)
+    norm = jnp.asarray(np.concatenate([rng.uniform(size=200), [0.9961]]), jnp.bfloat16)
     weights, _, stats = jitted(bins=300)(norm)
     assert weights.dtype == jnp.float32
     index = np.minimum(np.float64(norm) * 300, 299).astype(int)
@@ -110,7 +112,7 @@ def test_bins_of_half_precision_norms_are_decided_in_float32(rng, dtype):
 
 def test_mean_weight_over_the_averaged_histogram_is_one(rng):
     norms, masks = draw(rng, 3)
-    for settings in ({}, {"strength": 0.3}, {"min_count": 0.0}):
+    for settings in ({}, {"min_count": 0.0}):
         _, state, stats = run(norms, masks, 30, momentum=0.75, **settings)
         mean = np.average(stats.weights, weights=np.float64(state.counts))
         np.testing.assert_allclose(mean, 1, rtol=1e-5)
@@ -118,48 +120,44 @@ def test_mean_weight_over_the_averaged_histogram_is_one(rng):
 
 @pytest.mark.parametrize(
     ("bins", "settings"),
-    [(1, {}), (30, {"strength": 0.0}), (30, {"min_count": 2000.0}), (1, {"normalizer": "bins"})],
-    ids=["one bin", "strength 0", "no bin reaches the floor", "one bin, normalizer bins"],
+    [(1, {}), (30, {"strength": 0.0}), (30, {"min_count": 2000.0})],
+    ids=["one bin", "strength 0", "no bin reaches the floor"],
 )
 def test_weights_are_one(rng, bins, settings):
     (norm,), (mask,) = draw(rng)
-    if settings.get("normalizer") == "bins":
-        settings = settings | {"momentum": 0.0}
     weights, _, _ = jitted(**settings)(norm, mask, init_ghm_state(bins))
     np.testing.assert_allclose(weights, mask, rtol=1e-5)
 
 
-@pytest.mark.parametrize("min_count", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("min_count", [1.0, 10.0])
 def test_floor_bounds_the_weights(rng, min_count):
     (norm,), (mask,) = draw(rng)
-    _, _, stats = jitted(bins=30, min_count=min_count)(norm, mask)
+    _, _, stats = jitted(min_count=min_count)(norm, mask)
     filled = np.minimum(np.float64(stats.counts) / min_count, 1).sum()
     bound = mask.sum() / (min_count * filled)
     assert 1 < np.max(stats.weights) <= bound * (1 + 1e-5)
 
 
 def test_floor_makes_the_weights_continuous_where_a_bin_empties():
-    norm = np.full(1000, 0.1)
+    norm, mask = np.full(SHAPE, 0.01, np.float32), np.ones(SHAPE, bool)
 
     def weight(rest: float, min_count: float) -> float:
-        state = GHMState(jnp.array([1000.0, rest]), jnp.array(50))
-        return float(jitted(min_count=min_count)(norm, None, state)[0][0])
+        state = GHMState(jnp.array([1280.0, rest, *[0.0] * 28]), jnp.array(50))
+        return float(jitted(min_count=min_count)(norm, mask, state)[0][0, 0])
 
     assert weight(1e-3, 10.0) == pytest.approx(weight(0.0, 10.0), rel=1e-3)
     assert weight(1e-3, 0.0) == pytest.approx(0.5 * weight(0.0, 0.0), rel=1e-3)  # why there is one
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.99])
-def test_first_steps_do_not_blow_up_unless_as_published(rng, momentum):
+def test_first_steps_do_not_blow_up_unless_as_published(rng):
     norms, masks = draw(rng, 2)
-    no_average = run(norms[:1], masks[:1], 30, momentum=0.0, min_count=0.0)[0]
-    first = run(norms[:1], masks[:1], 30, momentum=momentum, min_count=0.0)[0]
-    np.testing.assert_allclose(first, no_average, rtol=1e-4)
-    published = run(norms[:1], masks[:1], 30, momentum=momentum, **REFERENCE)[0]
-    np.testing.assert_allclose(published, no_average / (1 - momentum), rtol=1e-4)
-    for step in (1, 2):
-        weights = run(norms[:step], masks[:step], 30, momentum=momentum)[0]
-        assert np.max(weights) <= np.prod(SHAPE) / 10
+    alone = oracles.weights_after(norms[:1], masks[:1], bins=30, momentum=0.0, min_count=0.0)
+    first = run(norms[:1], masks[:1], 30, momentum=0.99, min_count=0.0)[0]
+    np.testing.assert_allclose(first, alone, rtol=1e-4)
+    published = run(norms[:1], masks[:1], 30, momentum=0.99, **REFERENCE)[0]
+    np.testing.assert_allclose(published, alone * 100, rtol=1e-4)
+    second = run(norms, masks, 30, momentum=0.99, min_count=0.0)[0]
+    assert np.max(second) <= 2 * masks[1].sum()  # one example of two steps' in a bin, at most
 
 
 def test_masked_is_filtered(rng):
@@ -226,12 +224,6 @@ def test_no_gradient_flows_through_the_weights(rng):
         return weights.sum() + state.counts.sum() + stats.plain_loss + stats.weights.sum()
 
     assert not np.any(jax.jit(jax.grad(total))(norm))
-
-
-def test_jit_equals_eager(rng):
-    (norm,), (mask,) = draw(rng)
-    got, want = jitted()(norm, mask, init_ghm_state(30)), harmonize(norm, mask, init_ghm_state(30))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
 
 
 def test_replicas_share_one_histogram_only_with_an_axis_name(rng):

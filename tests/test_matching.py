@@ -30,6 +30,12 @@ def overlap(a, b) -> float:
     return shared / (float((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])) - shared)
 
 
+def deltas(anchor, box) -> np.ndarray:
+    shift = (box[:2] + box[2:] - anchor[:2] - anchor[2:]) / 2
+    sides, anchor_sides = box[2:] - box[:2], anchor[2:] - anchor[:2]
+    return np.concatenate([shift / anchor_sides, np.log(sides / anchor_sides)])
+
+
 def oracle(anchors, boxes, labels, positive=0.5, negative=0.4):
     """mmdetection's MaxIoUAssigner with min_pos_iou 0 and all best anchors, as box or class."""
     real = [m for m, label in enumerate(labels) if label >= 0]
@@ -65,17 +71,8 @@ def test_matching_equals_the_published_rule(rng, count):
         classes = [labels[m] if m >= 0 else m for m in chosen]
         np.testing.assert_array_equal(targets.classes, classes)
         for a, m in enumerate(chosen):
-            if m >= 0:
-                (ax, ay), (aw, ah) = (anchors[a, :2] + anchors[a, 2:]) / 2, np.ptp(
-                    anchors[a].reshape(2, 2), axis=0
-                )
-                (bx, by), (bw, bh) = (boxes[m, :2] + boxes[m, 2:]) / 2, np.ptp(
-                    boxes[m].reshape(2, 2), axis=0
-                )
-                want = [(bx - ax) / aw, (by - ay) / ah, np.log(bw / aw), np.log(bh / ah)]
-                np.testing.assert_allclose(targets.deltas[a], want, rtol=1e-5, atol=1e-6)
-            else:
-                assert not np.any(targets.deltas[a])
+            want = deltas(anchors[a], boxes[m]) if m >= 0 else np.zeros(4)
+            np.testing.assert_allclose(targets.deltas[a], want, rtol=1e-5, atol=1e-6)
 
 
 def test_image_without_boxes_is_all_background(rng):
@@ -109,25 +106,21 @@ def test_equal_claims_go_to_the_last_box_and_all_best_anchors_are_taken():
     assert match(anchors, boxes, labels).classes.tolist() == [5, 5, BACKGROUND]
 
 
-def test_every_box_that_touches_an_anchor_has_one_inside_a_batch(rng):
-    """Under jit and vmap, with odd sides: the two uses of an overlap must be the same number."""
-    low = np.float32(rng.uniform(0, 20, (16, 8, 2)))
-    boxes = np.concatenate([low, low + np.float32(rng.uniform(0.1, 5, low.shape))], axis=-1)
-    labels = np.tile(np.arange(8, dtype=np.int32), (16, 1))
-    low = rng.uniform(-1, 25, (400, 2))
-    anchors = np.float32(np.concatenate([low, low + rng.uniform(3, 9, (400, 2))], axis=1))
+def test_every_box_that_touches_an_anchor_has_one(rng):
+    """In a batch under jit, where the two uses of an overlap must still be the same number."""
+    cells = np.arange(8)[:, None] * 50.0  # boxes far apart, which do not compete
+    low = cells + rng.uniform(10, 30, (64, 8, 2))
+    boxes = np.float32(np.concatenate([low, low + rng.uniform(0.1, 20, low.shape)], axis=-1))
+    labels = np.tile(np.arange(8, dtype=np.int32), (64, 1))
+    low = (cells + rng.uniform(0, 40, (8, 40, 2)).transpose(1, 0, 2)).reshape(-1, 2)
+    anchors = np.float32(np.concatenate([low, low + rng.uniform(3, 20, low.shape)], axis=-1))
     classes = jax.jit(jax.vmap(match_anchors, (None, 0, 0)))(anchors, boxes, labels).classes
-    for row, some in zip(np.asarray(classes), boxes, strict=True):
-        best = [max(overlap(anchor, box) for anchor in anchors) for box in some]
-        assert len(set(row[row >= 0])) >= sum(b > 0.5 for b in best)
-        # A box can lose its best anchor to a later box that claims it too, to nothing else.
-        lost = {label for label in range(8) if best[label] > 0} - set(row)
-        for label in lost:
-            taken = [int(np.argmax([overlap(anchor, box) for anchor in anchors])) for box in some]
-            assert taken[label] in taken[label + 1 :]
+    for row, image in zip(np.asarray(classes), boxes, strict=True):
+        touched = [any(overlap(anchor, box) > 0 for anchor in anchors) for box in image]
+        assert set(np.flatnonzero(touched)) <= set(row)
 
 
 def test_result_types():
-    targets = match_anchors(jnp.zeros((3, 4)), jnp.zeros((2, 4)), jnp.array([-1, -1]))
+    targets = match(jnp.zeros((150, 4)), jnp.zeros((8, 4)), jnp.full(8, -1))
     assert targets.classes.dtype == jnp.int32
     assert targets.deltas.dtype == jnp.float32

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from ghm_jax.data.schema import detection_features
 
 SIDE = 160  # pixels of a scene
-MIN_SIZE, MAX_SIZE = 10, 72  # height of a digit before rotation, in pixels
+MIN_SIZE, MAX_SIZE = 14, 76  # height of a digit before rotation, in pixels
 MAX_DIGITS = 17
 MAX_OVERLAP = 0.1  # of the smaller of two boxes
 INK = 0.3  # opacity from which a pixel belongs to the digit
@@ -27,7 +27,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-    SCENES: ClassVar[dict[str, int]] = {"train": 4000, "validation": 300}
+    SCENES: ClassVar[dict[str, int]] = {"train": 2500, "validation": 250}
     SEED = 0
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -188,7 +188,7 @@ def _blend(patch: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> 
         rng: decides the colour.
     """
     local = (patch * opacity).sum(axis=(1, 2)) / opacity.sum()
-    brightness, contrast = local.mean(), rng.uniform(60, 130)
+    brightness, contrast = local.mean(), rng.uniform(70, 140)
     lighter = rng.random() < 0.5
     if brightness + contrast > 250:
         lighter = False

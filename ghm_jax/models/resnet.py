@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 DEPTHS: dict[str, tuple[bool, tuple[int, ...]]] = {
     # name: (bottleneck blocks?, blocks per stage)
+    "resnet10": (False, (1, 1, 1, 1)),  # not in the paper: for small data on a CPU
     "resnet18": (False, (2, 2, 2, 2)),
     "resnet34": (False, (3, 4, 6, 3)),
     "resnet50": (True, (3, 4, 6, 3)),
@@ -111,6 +112,7 @@ class ResNet(nn.Module):
 
     name_of: str
     width: int
+    stem_kernel: int
     norm: NormKind
     axis_name: str | None = None
     dtype: Any = jnp.float32
@@ -118,7 +120,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, ...]:
         bottleneck, depths = DEPTHS[self.name_of]
-        x = Conv(self.width, 7, 2, self.dtype, name="stem_conv")(images)
+        x = Conv(self.width, self.stem_kernel, 2, self.dtype, name="stem_conv")(images)
         x = Norm(self.norm, self.axis_name, self.dtype, name="stem_norm")(x, train=train)
         padding: Any = ((1, 1), (1, 1))
         x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)

@@ -25,6 +25,7 @@ class RetinaNet(nn.Module):
     anchors_per_cell: int
     backbone: str = "resnet50"
     width: int = 64
+    stem_kernel: int = 7
     norm: NormKind = "frozen"
     channels: int = 256
     head_convs: int = 4
@@ -36,7 +37,13 @@ class RetinaNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
         features = ResNet(
-            self.backbone, self.width, self.norm, self.axis_name, self.dtype, name="backbone"
+            self.backbone,
+            self.width,
+            self.stem_kernel,
+            self.norm,
+            self.axis_name,
+            self.dtype,
+            name="backbone",
         )(images.astype(self.dtype), train=train)
         levels = FPN(self.channels, self.dtype, name="fpn")(features)
 

@@ -1,0 +1,280 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: jupytext,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Train a detector
+#
+# A small RetinaNet learns to find handwritten digits, with the two gradient-harmonized losses:
+# GHM-C for the classes and GHM-R for the boxes. You see the data, the imbalance that these losses
+# are about, the training, what harmonizing did to the gradients, the COCO figures, and detections
+# on images that the network has never seen.
+#
+# It is `make quickstart` in cells: the same functions with the same settings. On two CPU cores the
+# whole takes some minutes; a GPU or TPU is used where there is one.
+
+# %%
+# Installs only what is missing; in an environment that has ghm_jax it does nothing.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = ""  # to run this file on its own, as on Colab: where to clone the repository from
+
+here = Path.cwd()
+places = (here, *here.parents, here / "checkout")
+root = next((path for path in places if (path / "experiments/quickstart.py").is_file()), None)
+if root is None:
+    if not REPOSITORY:
+        raise SystemExit(f"{here} is in no checkout of ghm_jax: set REPOSITORY to its address")
+    root = here / "checkout"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
+if not all(importlib.util.find_spec(name) for name in ("ghm_jax", "hotcoco")):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{root}[detector]"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Settings
+#
+# Everything that decides a run is one `config`, and an experiment file is a Python file that
+# defines it. The quickstart's differs from the defaults, which are those for COCO, in these fields.
+# To try something else, use `dataclasses.replace`.
+
+# %%
+import os
+from dataclasses import replace
+
+import jax
+
+from ghm_jax.config import Config, differences
+from ghm_jax.parallel import use_cpu_cores
+from ghm_jax.rundir import load_experiment
+
+config = load_experiment(root / "experiments/quickstart.py")
+config = replace(config, data=replace(config.data, dir=str(root / "data")))
+
+if os.environ.get("GHM_NOTEBOOK_SMOKE"):  # the tests run the same cells, in seconds
+    config = replace(
+        config,
+        data=replace(config.data, short_side=64, long_side=64, buckets=((64, 64),)),
+        model=replace(config.model, width=8, channels=8),
+        optimizer=replace(config.optimizer, steps=4, warmup_steps=1),
+        predict=replace(config.predict, candidates=20, max_detections=10),
+        run=replace(config.run, log_every=1),
+    )
+
+# Before JAX computes anything: a CPU counts as one device, unless asked to be one per core.
+use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))
+
+print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}\n")
+print(f"{'setting':<25}{'here':<16}for COCO")
+for key, (for_coco, value) in differences(Config(), config).items():
+    print(f"{key:<25}{value!s:<16}{for_coco}")
+
+# %% [markdown]
+# ## Data
+#
+# `digit_scenes` places real scans of handwritten digits, at very different sizes, on textured
+# backgrounds. It is built on first use, in a moment, and has the structure of TFDS `coco/2017`.
+# Training and validation scenes draw from different scans.
+
+# %%
+import io
+
+import numpy as np
+import PIL.Image
+from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
+
+from ghm_jax.data import open_dataset, train_batches
+from ghm_jax.plots import draw_boxes
+
+
+def show(picture: Figure | np.ndarray) -> None:
+    """Displays a figure, or an image uint8[H, W, 3]."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png")
+    else:
+        PIL.Image.fromarray(picture).save(buffer, format="jpeg", quality=88)
+    display(Image(buffer.getvalue(), retina=True))
+
+
+scenes = open_dataset(config.data, config.data.train_split)
+batches = train_batches(scenes, config, start_step=0)
+batch = next(batches)  # what the first step of training sees
+batches.close()
+
+print(f"{len(scenes):,} scenes; a batch:")
+for name in ("images", "boxes", "labels"):
+    print(f"  {name:<8}{batch[name].dtype}{list(batch[name].shape)}")
+
+
+def draw_scene(i: int) -> np.ndarray:
+    """A scene of the batch with its boxes."""
+    real = batch["labels"][i] >= 0  # the rest is padding
+    scene, boxes, labels = batch["images"][i], batch["boxes"][i][real], batch["labels"][i][real]
+    return draw_boxes(scene, boxes, labels, scenes.class_names, scale=4)
+
+
+gap = ((0, 0), (0, 16), (0, 0))
+show(np.hstack([np.pad(draw_scene(i), gap, constant_values=255) for i in range(3)]))
+
+# %% [markdown]
+# ## Anchors, and who is positive
+#
+# RetinaNet lays a fixed grid of anchor boxes over the image and scores every anchor for every
+# class. An anchor that overlaps a digit well is positive, and so is the best one for each digit: it
+# shall name the digit, and its box is corrected to fit. The next best are ignored, and all the rest
+# is background.
+
+# %%
+from matplotlib.patches import Rectangle
+
+from ghm_jax.anchors import make_anchors
+from ghm_jax.matching import IGNORE
+from ghm_jax.plots import class_color
+from ghm_jax.step import make_targets
+
+settings = config.anchors
+size = batch["images"].shape[1:3]
+anchors = make_anchors(size, settings.scale, settings.octaves, settings.ratios)  # [A, 4]
+classes = np.asarray(make_targets(batch, config).classes)  # [B, A]
+
+figure = Figure(figsize=(10.8, 5.4), dpi=180, layout="constrained")
+for ax, i in zip(figure.subplots(1, 2), (0, 1), strict=True):
+    positive = np.flatnonzero(classes[i] >= 0)
+    ax.imshow(batch["images"][i])
+    for anchor in positive:
+        x0, y0, x1, y1 = anchors[anchor]
+        color = np.array(class_color(classes[i, anchor])) / 255
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
+    ax.set_title(f"{len(positive)} of {len(anchors):,} anchors are positive", fontsize=11)
+    ax.set_axis_off()
+show(figure)
+
+examples = int((classes != IGNORE).sum()) * len(scenes.class_names)
+positives = int((classes >= 0).sum())
+print(f"(anchor, class) pairs in the batch    {examples:>9,}")
+print(f"of these positive                     {positives:>9,}   one in {examples / positives:,.0f}")
+
+# %% [markdown]
+# ## Why harmonize the gradients
+#
+# Each of these pairs is an example for the classification loss. Nearly all of them are plain
+# background that the network soon gets right: each has a tiny gradient, but there are so many of
+# them that together they drown the few that matter. At the other end are examples that it gets
+# entirely wrong and may never get right, such as an anchor between two digits; each of them pulls
+# as hard as it can.
+#
+# GHM looks at the gradient norm of an example, $g = |p - p^*|$: how far the probability is from the
+# target. It counts how many examples have about the same norm and **divides the weight of an
+# example by that density**. What there is plenty of, very easy or very hard, counts less, and every
+# range of norms gets its share of the gradient. GHM-C does so for class scores, GHM-R for the four
+# box coordinates of positive anchors.
+#
+# **The density floor.** Dividing by a density goes wrong where there is next to nothing to count. A
+# range that happens to hold three examples would give these three as much weight as another gives
+# to its thousands, and at the next step it would be three others: single examples would steer the
+# network. On a small data set with small batches that happens all the time. So
+# `loss.min_count = 100` treats a range of fewer than 100 examples as if it held 100. That bounds
+# every weight and leaves well filled ranges to the published rule; `min_count = 0` is the published
+# loss.
+
+# %% [markdown]
+# ## Train
+#
+# Every step runs on all devices at once, and the histograms of gradient norms are summed over them:
+# GHM sees the whole batch. Interrupting the cell leaves a checkpoint; running it again goes on from
+# there, and a finished run is left as it is. `restart=True` moves an old run aside and starts anew.
+
+# %%
+from ghm_jax.progress import Bar
+from ghm_jax.rundir import RunDirectory
+from ghm_jax.train import train
+
+run = RunDirectory(root / "runs/notebook")
+state = train(config, run.path, progress=Bar())
+
+# %% [markdown]
+# ## What harmonizing did
+#
+# Grey is the share of examples in each range of gradient norm, as the network produces them; the
+# scale is logarithmic. Blue is the share of the total weight after harmonizing, and orange the
+# weight of an example that makes the difference. The blue line is level where a range holds more
+# examples than the floor, and falls off where it holds fewer.
+
+# %%
+from ghm_jax.plots import harmonizing_panel, loss_curves, read_history
+from ghm_jax.plots.figures import recent_histogram
+
+history = read_history(run.history)
+for key, title, norm in (
+    ("ghm_c", "GHM-C: class scores", "gradient norm |p - p*| of a class score"),
+    ("ghm_r", "GHM-R: boxes", "gradient norm of a box coordinate"),
+):
+    counts, weights, _ = recent_histogram(history, key)
+    show(harmonizing_panel(counts, weights, title, norm))
+
+# %% [markdown]
+# A harmonized loss hardly falls: its weights keep all ranges equally heavy, however good the
+# network gets. Learning shows in the plain cross-entropy and the plain box error, which are logged
+# beside it.
+
+# %%
+show(loss_curves(history))
+
+# %% [markdown]
+# ## Evaluate
+#
+# The twelve COCO figures on the validation scenes.
+
+# %%
+from ghm_jax.evaluate import METRICS, evaluate
+
+result = evaluate(run.path, progress=Bar())
+rows = [
+    f"| {name} | {f'{100 * result[name]:.1f}' if result[name] >= 0 else '-'} | {meaning} |"
+    for name, meaning in METRICS.items()
+]
+display(Markdown("\n".join(["| figure | percent | |", "| :-- | --: | :-- |", *rows])))
+
+# %% [markdown]
+# ## Look at detections
+#
+# Left the ground truth, right what the network found.
+
+# %%
+import json
+
+from ghm_jax.data import coco_ground_truth
+from ghm_jax.evaluate import make_samples
+from ghm_jax.plots import sample_grid
+
+validation = open_dataset(config.data, config.data.validation_split)
+detections = json.loads(run.detections.read_text())
+samples = make_samples(validation, coco_ground_truth(validation), detections, 4)
+show(sample_grid(samples, validation.class_names))
+
+# %% [markdown]
+# ## Where to go next
+#
+# * `runs/notebook/report.html` has all of this on one page, and `runs/notebook/tensorboard` the
+#   curves: `tensorboard --logdir runs`.
+# * See what the floor does: `replace(config, loss=replace(config.loss, min_count=0))` is the
+#   published loss, `classification="focal"` the focal loss. Give each run a directory of its own.
+# * The losses are plain functions for any training loop in JAX:
+#   `from ghm_jax.losses import ghm_c_loss, ghm_r_loss`.
+# * The README tells how to train on COCO and on images of your own.

@@ -1,0 +1,68 @@
+"""Notebooks: they run from top to bottom, agree with their pairs, are stored without outputs."""
+
+import ast
+import shutil
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from ghm_jax.config import Data
+from ghm_jax.data import DigitScenes, open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.mark.slow
+@every_notebook
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    # A stand-in for the checkout, so that data and runs do not go into the real one.
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments/quickstart.py", tmp_path / "experiments")
+    monkeypatch.setattr(DigitScenes, "SCENES", {"train": 16, "validation": 6})
+    open_dataset(Data(name="digit_scenes", dir=str(tmp_path / "data")), "train")
+
+    monkeypatch.setenv("GHM_NOTEBOOK_SMOKE", "1")
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # a notebook finds the cores by itself
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is nearly all of the time
+    # Where Jupyter's widgets are missing, tqdm says so and draws its bar as text.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no profile of the person
+    notebook = nbformat.read(path, as_version=4)
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+
+    said = [
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    ]
+    assert not [text for text in said if "Warning" in text]
+
+
+@every_notebook
+def test_a_notebook_and_its_pair_agree(path):
+    notebook = nbformat.read(path, as_version=4)
+    pair = jupytext.read(path.with_suffix(".py"))
+    assert notebook.metadata.jupytext.formats == "ipynb,py:percent"
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [
+        (c.cell_type, c.source) for c in pair.cells
+    ], f"run: jupytext --sync {path.relative_to(ROOT)}"
+
+
+@every_notebook
+def test_a_notebook_is_stored_without_outputs_and_its_cells_are_python(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
+            ast.parse(cell.source)
