@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 class Progress(Protocol):

@@ -231,7 +231,8 @@ for key, title, norm in (
 # %% [markdown]
 # A harmonized loss hardly falls: its weights keep all ranges equally heavy, however good the
 # network gets. Learning shows in the plain cross-entropy and the plain box error, which are logged
-# beside it.
+# beside it. The cross-entropy begins low, because a fresh network takes everything for background,
+# and rises before it falls.
 
 # %%
 show(loss_curves(history))

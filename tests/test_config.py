@@ -100,10 +100,10 @@ def test_a_section_must_be_a_section():
         from_dict({"loss": 3})
 
 
-POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel
-    model.channels anchors.octaves anchors.scale loss.bins loss.box_bins loss.mu optimizer.steps optimizer.learning_rate
-    optimizer.clip_norm predict.candidates predict.max_detections run.log_every
-    run.checkpoint_every run.keep optimizer.batch_size predict.batch_size"""
+POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel model.channels
+    anchors.octaves anchors.scale loss.bins loss.box_bins loss.mu optimizer.steps
+    optimizer.learning_rate optimizer.clip_norm predict.candidates predict.max_detections
+    run.log_every run.checkpoint_every run.keep optimizer.batch_size predict.batch_size"""
 NOT_NEGATIVE = """seed model.head_convs loss.min_count loss.box_min_count loss.weight
     loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices"""
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip

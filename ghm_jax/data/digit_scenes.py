@@ -101,7 +101,7 @@ def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def draw_background(rng: np.random.Generator) -> np.ndarray:
     """f32[160, 160, 3] in 0..255: noise of several scales, a gradient, a few strokes."""
-    colour = rng.uniform(55, 200) + rng.normal(0, 18, 3)
+    colour = rng.uniform(120, 210) + rng.normal(0, 18, 3)
     image = np.full((1, 1, 3), colour, np.float32)
     for cells in (3, 7, 15, 40):  # coarse to fine: each scale adds to the one before
         noise = rng.standard_normal((cells, cells, 1)) + rng.normal(0, 0.5, (cells, cells, 3))
@@ -180,23 +180,17 @@ def _render(scan: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarr
 
 
 def _blend(patch: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> None:
-    """Draws a digit onto a patch (in place) in a colour that stands out from what is there.
+    """Draws a digit onto a patch (in place), with ink darker than the paper there.
 
     Args:
         patch: f32[3, h, w] in 0..255.
         opacity: f32[h, w] in 0..1.
-        rng: decides the colour.
+        rng: decides the ink.
     """
     local = (patch * opacity).sum(axis=(1, 2)) / opacity.sum()
-    brightness, contrast = local.mean(), rng.uniform(70, 140)
-    lighter = rng.random() < 0.5
-    if brightness + contrast > 250:
-        lighter = False
-    elif brightness - contrast < 5:
-        lighter = True
-    colour = local + rng.normal(contrast if lighter else -contrast, 15, 3)
-    colour = colour.clip(0, 255).astype(np.float32)
-    patch += opacity * (colour[:, None, None] - patch)
+    ink = local - rng.uniform(80, 150) + rng.normal(0, 12, 3)
+    ink = ink.clip(0, 255).astype(np.float32)
+    patch += opacity * (ink[:, None, None] - patch)
 
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:

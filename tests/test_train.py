@@ -1,0 +1,169 @@
+"""Training end to end on a tiny data set: what it writes, how it stops, how it goes on."""
+
+import dataclasses
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from ghm_jax.checkpoint import Checkpoints
+from ghm_jax.config import ConfigError, from_dict
+from ghm_jax.progress import Silent
+from ghm_jax.rundir import RunDirectory
+from ghm_jax.train import TrainingDiverged, TrainingInterrupted, train
+
+
+class Listener(Silent):
+    """Keeps what is said; at the news of one step it does something."""
+
+    def __init__(self, at=None, action=None):
+        self.lines, self.steps, self._at, self._action = [], [], at, action
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def update(self, name, done, total, fields):
+        self.steps.append(done)
+        if done == self._at:
+            self._action()
+
+
+def records(run):
+    return [json.loads(line) for line in run.history.read_text().splitlines()]
+
+
+def assert_same(a, b):
+    """Bit for bit the same pytree."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), jax.tree_util.keystr(path))
+
+
+def test_a_run_writes_its_config_log_and_checkpoint(finished_run, dataset_dir):
+    run, state, _ = finished_run
+    assert int(state.step) == 6
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.latest == 6
+    saved = from_dict(json.loads(run.config.read_text()))
+    assert saved.data.classes == ("dark", "light", "absent")  # resolved from the data set
+    assert dataclasses.replace(saved.data, classes=()) == tiny_config(dataset_dir).data
+    assert list(run.tensorboard.glob("events.out.tfevents.*"))
+
+
+def test_every_step_is_logged_with_the_rate_and_the_histograms(finished_run):
+    run, _, listener = finished_run
+    history = records(run)
+    assert [record["step"] for record in history] == [1, 2, 3, 4, 5, 6] == listener.steps
+    # Two steps of warm-up from a third of the peak, then half a cosine in four steps.
+    rates = [3e-3 * (1 / 3), 3e-3 * (2 / 3)]
+    rates += [3e-3 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(4)]
+    np.testing.assert_allclose([record["learning_rate"] for record in history], rates, rtol=1e-5)
+    assert all(np.diff([record["seconds"] for record in history]) > 0)
+    for record in history:
+        assert len(record["ghm_c"]["counts"]) == len(record["ghm_c"]["weights"]) == 10
+        assert len(record["ghm_r"]["counts"]) == 5
+        assert record["num_nonfinite"] == 0
+
+
+def test_a_complete_run_is_left_as_it_is(finished_run, dataset_dir):
+    run, state, _ = finished_run
+    before = {p: p.read_bytes() for p in (run.history, run.config)}
+    listener = Listener()
+    assert_same(train(tiny_config(dataset_dir), run.path, progress=listener), state)
+    assert "complete at step 6" in listener.lines[-1]
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset_dir, tmp_path):
+    whole_run, whole, _ = finished_run
+    config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
+
+    def crash():
+        raise RuntimeError("the power failed")
+
+    with pytest.raises(RuntimeError, match="the power failed"):
+        train(config, run.path, progress=Listener(4, crash))  # step 5 is done, step 3 saved
+
+    # Ctrl-C during step 5: the step is finished, saved and logged.
+    listener = Listener(4, lambda: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match="stopped at step 5 of 6") as stopped:
+        train(config, run.path, progress=listener)
+    assert "\n" not in str(stopped.value)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert any("resuming at step 3" in line for line in listener.lines)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert checkpoints.latest == 5
+
+    listener = Listener()
+    resumed = train(config, run.path, progress=listener)
+    assert listener.steps == [6]
+    assert_same(resumed, whole)
+
+    timeless = {"seconds", "images_per_second"}
+    for a, b in zip(records(run), records(whole_run), strict=True):
+        assert {k: v for k, v in a.items() if k not in timeless} == {
+            k: v for k, v in b.items() if k not in timeless
+        }
+
+
+def test_a_second_interrupt_stops_at_once(dataset_dir, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(dataset_dir), tmp_path / "run", progress=Listener(2, twice))
+
+
+def test_another_config_is_refused_and_restart_moves_the_old_run_aside(
+    finished_run, dataset_dir, tmp_path
+):
+    config = tiny_config(dataset_dir)
+    run = RunDirectory(tmp_path / "run")
+    stop = Listener(1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingInterrupted):
+        train(config, run.path, progress=stop)
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ConfigError, match=r"seed 0, not 1.*--restart"):
+        train(other, run.path)
+
+    listener = Listener(1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingInterrupted):
+        train(other, run.path, restart=True, progress=listener)
+    (old,) = (path for path in tmp_path.iterdir() if path != run.path)
+    assert str(old) in listener.lines[0]
+    assert json.loads((old / "config.json").read_text())["seed"] == 0
+    assert json.loads(run.config.read_text())["seed"] == 1
+    assert [record["step"] for record in records(run)] == [1, 2]
+
+
+def test_a_diverging_run_says_so_in_one_line(dataset_dir, tmp_path):
+    config = tiny_config(dataset_dir)
+    wild = dataclasses.replace(config.optimizer, learning_rate=1e30)
+    with pytest.raises(TrainingDiverged, match=r"learning-rate") as diverged:
+        train(dataclasses.replace(config, optimizer=wild), tmp_path / "run")
+    assert "\n" not in str(diverged.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "key"),
+    [
+        ("data", {"dir": "nowhere"}, "data.dir"),
+        ("data", {"train_split": "test"}, "data.train_split"),
+        ("optimizer", {"batch_size": 3}, "optimizer.batch_size"),
+        ("model", {"backbone": "resnet51"}, "model.backbone"),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_written(
+    dataset_dir, tmp_path, section, changes, key
+):
+    config = tiny_config(dataset_dir)
+    part = dataclasses.replace(getattr(config, section), **changes)
+    with pytest.raises(ConfigError, match=rf"^{key}: ") as refused:
+        train(dataclasses.replace(config, **{section: part}), tmp_path / "run")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
