@@ -1,14 +1,16 @@
 """The quickstart with three classification losses and several seeds; GHM-R for the boxes in all.
 
-    python experiments/quickstart_losses.py [--seeds 3] [--out experiments/results/FILE.json]
+    python experiments/quickstart_losses.py [--seeds 0 1 2] [--devices 1]
 
-focal: focal loss (0.25, 2). published: GHM-C as in the published code but with one histogram for
-all levels, momentum 0.75, no floor. floored: the quickstart itself. Nine runs of a few minutes on
-two cores; finished ones are not run again. The result goes into the README.
+focal: focal loss (0.25, 2). published: GHM-C without the floor, which is the published weighting
+with one histogram for all levels. floored: the quickstart itself. Nine runs of a
+few minutes on two cores; finished ones are not run again, and the result in
+experiments/results/quickstart_losses.json holds all that are finished. It goes into the README.
 """
 
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
@@ -19,62 +21,84 @@ import jax
 import tyro
 
 from ghm_jax.config import Config
+from ghm_jax.evaluate import evaluate
 from ghm_jax.parallel import use_cpu_cores
 from ghm_jax.progress import Bar
 from ghm_jax.rundir import load_experiment
+from ghm_jax.train import train
 
 LOSSES = {
     "focal": {"classification": "focal"},
     "published": {"min_count": 0.0},
     "floored": {},
 }
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "AR100")
+RESULT = Path(__file__).parent / "results" / "quickstart_losses.json"
 
 
-def variant(base: Config, name: str, seed: int) -> Config:
+def variant(base: Config, name: str, seed: int, devices: int) -> Config:
     """The quickstart's config with another classification loss and seed."""
-    return dataclasses.replace(base, seed=seed, loss=dataclasses.replace(base.loss, **LOSSES[name]))
+    return dataclasses.replace(
+        base,
+        seed=seed,
+        loss=dataclasses.replace(base.loss, **LOSSES[name]),
+        run=dataclasses.replace(base.run, devices=devices),
+    )
 
 
 def main(
-    seeds: int = 3,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    losses: tuple[str, ...] = tuple(LOSSES),
+    devices: int = 0,
     runs: str = "runs/quickstart_losses",
-    out: str = "experiments/results/quickstart_losses.json",
 ) -> None:
+    """Trains and scores what is not finished yet, and writes the table.
+
+    Args:
+        seeds: of the runs.
+        losses: focal, published, floored.
+        devices: for each run; 0: all.
+        runs: where the runs go.
+    """
     base = load_experiment(Path(__file__).parent / "quickstart.py")
     use_cpu_cores((base.optimizer.batch_size, base.predict.batch_size))
+    for seed in seeds:
+        for name in losses:
+            run_dir = Path(runs) / f"{name}-{seed}"
+            if not (run_dir / "metrics.json").is_file():
+                train(variant(base, name, seed, devices), run_dir, progress=Bar())
+                evaluate(run_dir)
+    write_result(Path(runs), base.optimizer.steps)
 
-    from ghm_jax.evaluate import evaluate
-    from ghm_jax.train import train
 
-    results = []
-    for seed in range(seeds):
-        for name in LOSSES:
-            run_dir = f"{runs}/{name}-{seed}"
-            train(variant(base, name, seed), run_dir, progress=Bar())
-            figures = evaluate(run_dir)
-            figures = {k: figures[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "AR100")}
-            results.append({"loss": name, "seed": seed, **figures})
-            print(results[-1], flush=True)
-    summary = {
-        name: {
+def write_result(runs: Path, steps: int) -> None:
+    """Gathers the figures of all finished runs."""
+    rows = []
+    for path in sorted(runs.glob("*/metrics.json")):
+        name, seed = path.parent.name.rsplit("-", 1)
+        figures = json.loads(path.read_text())
+        rows.append({"loss": name, "seed": int(seed), **{key: figures[key] for key in FIGURES}})
+    summary = {}
+    for name in LOSSES:
+        of_loss = [row for row in rows if row["loss"] == name]
+        summary[name] = {
             key: {
-                "mean": statistics.mean(r[key] for r in results if r["loss"] == name),
-                "stdev": statistics.stdev(r[key] for r in results if r["loss"] == name),
+                "mean": statistics.mean(row[key] for row in of_loss),
+                "min": min(row[key] for row in of_loss),
+                "max": max(row[key] for row in of_loss),
             }
-            for key in ("AP", "AP50", "AR100")
+            for key in (FIGURES if of_loss else ())
         }
-        for name in LOSSES
-    }
     record = {
-        "command": f"python {' '.join(sys.argv)}",
+        "command": "python experiments/quickstart_losses.py " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        "device": f"{os.cpu_count()} cores, {jax.devices()[0].device_kind} {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "steps": base.optimizer.steps,
-        "runs": results,
+        "steps": steps,
         "summary": summary,
+        "runs": rows,
     }
-    Path(out).write_text(json.dumps(record, indent=2) + "\n")
+    RESULT.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

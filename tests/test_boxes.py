@@ -11,7 +11,7 @@ from ghm_jax.boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_bo
 
 def draw(rng, count: int) -> np.ndarray:
     corner = rng.uniform(0, 200, (count, 2))
-    return np.float32(np.concatenate([corner, corner + rng.uniform(1, 100, (count, 2))], axis=1))
+    return np.float32(np.concatenate([corner, corner + rng.uniform(2, 100, (count, 2))], axis=1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from ghm_jax.data.schema import detection_features
 
 SIDE = 160  # pixels of a scene
-MIN_SIZE, MAX_SIZE = 14, 76  # height of a digit before rotation, in pixels
+MIN_SIZE, MAX_SIZE = 16, 72  # height of a digit before rotation, in pixels
 MAX_DIGITS = 17
 MAX_OVERLAP = 0.1  # of the smaller of two boxes
 INK = 0.3  # opacity from which a pixel belongs to the digit
