@@ -30,7 +30,7 @@ config = Config(
     anchors=Anchors(scale=1.75, octaves=2, ratios=(1.0, 1.5, 2.2)),
     loss=Loss(
         # One histogram for all levels gives a smaller loss than the published sum over levels.
-        weight=5.0,
+        weight=3.0,
         # The published loss (min_count=0) fails on data this small: bins that hold a handful of
         # examples, other ones at each step, get as much of the gradient as those with thousands.
         # The floor treats a bin with fewer than 100 of the 130,000 examples as if it had 100.

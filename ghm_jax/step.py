@@ -138,7 +138,7 @@ def train_step(
         "box_error": stats_box.plain_loss,
         "num_positive": num_positive,
         "num_nonfinite": stats_class.num_nonfinite + stats_box.num_nonfinite,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     for name, part in (("ghm_c", stats_class), ("ghm_r", stats_box)):
         if part.counts is not None:

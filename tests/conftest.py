@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict JAX settings, no display."""
 
 import os
+import tempfile
 
 # In the environment, not by jax.config, so that the processes a test starts are the same; before
 # jax is imported, because that is when it reads them.
@@ -8,12 +9,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # so that pmap really splits its batch
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # (8,) against (8, 1) is nearly always a mistake
 os.environ["MPLBACKEND"] = "agg"
+# Most of the time goes into compiling: one program is compiled once, whoever asks for it.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ghm-jax-tests-")
 
+import atexit
 import secrets
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture
@@ -31,3 +38,34 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """See `tiny.quick_compilation`."""
+    from tiny import quick_compilation
+
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory) -> Path:
+    """A `data.dir` with the data set of `tiny`. Read it only."""
+    from tiny import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(dataset_dir, tmp_path_factory):
+    """A run of `tiny_config` that went through, its last state, and its listener. Read it only."""
+    from tiny import Listener, quick_compilation, tiny_config
+
+    from ghm_jax.rundir import RunDirectory
+    from ghm_jax.train import train
+
+    run, listener = RunDirectory(tmp_path_factory.mktemp("runs") / "finished"), Listener()
+    with quick_compilation():
+        state = train(tiny_config(dataset_dir), run.path, progress=listener)
+    return run, state, listener

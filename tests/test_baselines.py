@@ -10,6 +10,8 @@ import pytest
 
 from ghm_jax.losses import cross_entropy_loss, focal_loss, init_ghm_state, smooth_l1_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (64, 20)
 LOSSES = {"cross_entropy": cross_entropy_loss, "focal": focal_loss, "smooth_l1": smooth_l1_loss}
 

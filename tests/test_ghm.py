@@ -17,6 +17,8 @@ from ghm_jax.losses import (
     init_ghm_state,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (64, 20)
 LOSSES = {"c": ghm_c_loss, "r": ghm_r_loss, "softmax": ghm_softmax_loss}
 BINS = {"c": 30, "r": 10, "softmax": 30}

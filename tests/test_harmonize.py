@@ -11,6 +11,8 @@ import pytest
 from ghm_jax.losses import REFERENCE, GHMState, harmonize, init_ghm_state
 from ghm_jax.losses.harmonize import count_bins
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (64, 20)
 
 

@@ -106,6 +106,12 @@ def test_equal_claims_go_to_the_last_box_and_all_best_anchors_are_taken():
     assert match(anchors, boxes, labels).classes.tolist() == [5, 5, BACKGROUND]
 
 
+def test_equal_overlaps_without_a_claim_go_to_the_first_box():
+    anchors = np.float32([[0, 0, 10, 10], [0, 0, 10, 8]])  # the first one takes the claims
+    boxes, labels = padded(np.float32([[0, 0, 10, 10]] * 2), np.array([3, 5]))
+    assert match(anchors, boxes, labels).classes.tolist() == [5, 3]
+
+
 def test_every_box_that_touches_an_anchor_has_one(rng):
     """In a batch under jit, where the two uses of an overlap must still be the same number."""
     cells = np.arange(8)[:, None] * 50.0  # boxes far apart, which do not compete

@@ -9,6 +9,8 @@ import pytest
 
 from ghm_jax.nms import select_detections, suppress
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = 64
 suppressed = jax.jit(suppress)
 

@@ -2,33 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import Listener, tiny_config
 
 from ghm_jax.checkpoint import Checkpoints
 from ghm_jax.config import ConfigError, from_dict
-from ghm_jax.progress import Silent
 from ghm_jax.rundir import RunDirectory
-from ghm_jax.train import TrainingDiverged, TrainingInterrupted, train
+from ghm_jax.step import init_state
+from ghm_jax.train import TrainingDiverged, TrainingInterrupted, stop_on_signal, train
 
-
-class Listener(Silent):
-    """Keeps what is said; at the news of one step it does something."""
-
-    def __init__(self, at=None, action=None):
-        self.lines, self.steps, self._at, self._action = [], [], at, action
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def update(self, name, done, total, fields):
-        self.steps.append(done)
-        if done == self._at:
-            self._action()
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def records(run):
@@ -110,43 +99,49 @@ def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset
         }
 
 
-def test_a_second_interrupt_stops_at_once(dataset_dir, tmp_path):
-    def twice():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(dataset_dir), tmp_path / "run", progress=Listener(2, twice))
+def test_a_second_interrupt_stops_at_once():
+    listener = Listener()
+    with stop_on_signal(listener) as stopping:
+        assert not stopping.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert len(listener.lines) == 1
 
 
 def test_another_config_is_refused_and_restart_moves_the_old_run_aside(
     finished_run, dataset_dir, tmp_path
 ):
-    config = tiny_config(dataset_dir)
     run = RunDirectory(tmp_path / "run")
-    stop = Listener(1, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(TrainingInterrupted):
-        train(config, run.path, progress=stop)
-    other = dataclasses.replace(config, seed=1)
+    shutil.copytree(finished_run[0].path, run.path)
+    other = dataclasses.replace(tiny_config(dataset_dir), seed=1)
+    before = run.config.read_text()
     with pytest.raises(ConfigError, match=r"seed 0, not 1.*--restart"):
         train(other, run.path)
+    assert run.config.read_text() == before
 
     listener = Listener(1, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(TrainingInterrupted):
         train(other, run.path, restart=True, progress=listener)
     (old,) = (path for path in tmp_path.iterdir() if path != run.path)
     assert str(old) in listener.lines[0]
-    assert json.loads((old / "config.json").read_text())["seed"] == 0
+    assert (old / "config.json").read_text() == before
     assert json.loads(run.config.read_text())["seed"] == 1
     assert [record["step"] for record in records(run)] == [1, 2]
 
 
-def test_a_diverging_run_says_so_in_one_line(dataset_dir, tmp_path):
-    config = tiny_config(dataset_dir)
-    wild = dataclasses.replace(config.optimizer, learning_rate=1e30)
-    with pytest.raises(TrainingDiverged, match=r"learning-rate") as diverged:
-        train(dataclasses.replace(config, optimizer=wild), tmp_path / "run")
+def test_a_run_that_diverges_says_so_in_one_line(dataset_dir, tmp_path, monkeypatch):
+    def broken_state(*args):
+        state = init_state(*args)
+        return state._replace(params=jax.tree.map(lambda p: p + jnp.nan, state.params))
+
+    monkeypatch.setattr("ghm_jax.train.init_state", broken_state)
+    with pytest.raises(TrainingDiverged, match=r"step 1 .*learning-rate.*--restart") as diverged:
+        train(tiny_config(dataset_dir), tmp_path / "run")
     assert "\n" not in str(diverged.value)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.latest is None  # a state that is not finite is not worth keeping
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """A run small enough for a test: a config, a data set of drawn images, one batch."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 
 from ghm_jax.config import Anchors, Config, Data, Loss, Model, Optimizer, Predict, Run
 from ghm_jax.data import prepare_folder
+from ghm_jax.progress import Silent
 
 CATEGORIES = {2: "dark", 5: "light", 9: "absent"}  # ids with gaps; no object is `absent`
 SIDE = 64
@@ -25,7 +29,7 @@ def tiny_config(data_dir: str | Path = "data", **sections) -> Config:
             max_boxes=4,
         ),
         "model": Model(
-            backbone="resnet18", width=4, norm="group", channels=8, head_convs=0, dtype="float32"
+            backbone="resnet10", width=4, norm="group", channels=8, head_convs=0, dtype="float32"
         ),
         "anchors": Anchors(scale=2.0, octaves=1, ratios=(1.0,)),
         "loss": Loss(bins=10, box_bins=5),
@@ -110,3 +114,27 @@ def tiny_batch(rng: np.random.Generator, size: int = 8) -> dict[str, np.ndarray]
         batch["boxes"][i, : len(boxes)] = boxes
         batch["labels"][i, : len(boxes)] = [(2, 5).index(c) for c in categories]
     return batch
+
+
+class Listener(Silent):
+    """Keeps what is said; at the news of the step `at` it does something."""
+
+    def __init__(self, at: int = -1, action: Callable[[], None] = lambda: None):
+        self.lines, self.steps = [], []
+        self._at, self._action = at, action
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def update(self, name, done, total, fields):
+        self.steps.append(done)
+        if done == self._at:
+            self._action()
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Programs that are compiled in a third of the time; that they run slower is no matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,176 @@
+"""The command line: what works prints what to do next, what cannot work is one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_config
+
+from ghm_jax.cli import main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IMPORTS = "from ghm_jax.config import *\n\nconfig = "
+
+
+@pytest.fixture
+def place(tmp_path, dataset_dir, monkeypatch):
+    """A working directory with one experiment, `tiny.py`."""
+    (tmp_path / "tiny.py").write_text(IMPORTS + repr(tiny_config(dataset_dir)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_dir(place, finished_run):
+    """A copy of the finished run in that directory."""
+    shutil.copytree(finished_run[0].path, place / "run")
+    return "run"
+
+
+def files(place):
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}, sorted(
+        place.rglob("*")
+    )
+
+
+def fails(capsys, *args):
+    """The one line that the command leaves on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 1
+    assert out == ""
+    assert err.startswith("ghm-jax: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    assert "\x1b" not in err  # no colours in a file
+    return err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        # what was typed, what the line must hold: the key, what is wrong, the remedy
+        ("trian tiny.py", ["unknown command", "trian", "train, evaluate"]),
+        ("train", ["usage: ghm-jax train EXPERIMENT"]),
+        ("train --loss.momentum 0.9 tiny.py", ["usage: ghm-jax train EXPERIMENT"]),
+        ("train nosuch.py", ["nosuch.py", "no such experiment", "experiments/"]),
+        ("train tiny.py --loss.momentun 0.9", ["loss.momentun", "did you mean loss.momentum"]),
+        ("train tiny.py --momentum 0.9", ["momentum", "--help"]),
+        ("train tiny.py --loss.bins ten", ["loss.bins", "ten", "int", "--help"]),
+        ("train tiny.py --loss.bins", ["loss.bins", "--help"]),
+        ("train tiny.py --loss.bins 0", ["loss.bins: must be positive, got 0"]),
+        ("train tiny.py --loss.classification ghmc", ["loss.classification", "ghm_c"]),
+        ("train tiny.py --model.norm grup", ["model.norm", "group"]),
+        ("train tiny.py --model.backbone resnet81", ["model.backbone", "did you mean resnet18"]),
+        ("train tiny.py --data.dir gone", ["data.dir", "'squares'", "data prepare"]),
+        ("train tiny.py --data.name rounds", ["data.dir", "'rounds'", "data prepare"]),
+        ("train tiny.py --data.train-split test", ["data.train_split", "train, validation"]),
+        ("train tiny.py --optimizer.batch-size 3", ["optimizer.batch_size: 3", "multiple of 2"]),
+        ("train tiny.py --data.buckets 65 64", ["data.buckets", "multiples of 32"]),
+        ("train tiny.py --run-dir taken", ["taken", "not a run", "--run-dir"]),
+        ("train tiny.py --run-dir run --loss.bins 7", ["loss.bins 10, not 7", "--restart"]),
+        ("evaluate", ["usage: ghm-jax evaluate RUN"]),
+        ("evaluate taken", ["taken", "not a run"]),
+        ("evaluate nosuch", ["nosuch", "not a run"]),
+        ("evaluate run --split test", ["data.validation_split", "train, validation"]),
+        ("evaluate run --evaluator coco", ["evaluator", "hotcoco", "pycocotools"]),
+        ("data prepare", ["unknown command", "data prepare folder"]),
+        ("data prepare coco/2017 --source taken", ["--source", "train2017", "unpack"]),
+        ("data prepare folder --name mine", ["train"]),
+        ("data prepare folder --name mine --train taken gone.json", ["train", "gone.json"]),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
+    place, run_dir, capsys, command, words
+):
+    (place / "taken").mkdir()
+    (place / "taken" / "precious.txt").write_text("mine")
+    before = files(place)
+    line = fails(capsys, *command.split())
+    for word in words:
+        assert word in line
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("config = 1", ["defines no `config = Config(...)`"]),
+        ("", ["defines no `config = Config(...)`"]),
+        ("config = Config(", ["SyntaxError"]),
+        ("import nosuchmodule", ["ModuleNotFoundError", "nosuchmodule"]),
+        ("from ghm_jax.config import *\nconfig = Config(sed=1)", ["TypeError", "sed"]),
+    ],
+)
+def test_a_broken_experiment_is_one_line_with_its_name(place, capsys, code, words):
+    (place / "broken.py").write_text(code)
+    line = fails(capsys, "train", "broken.py")
+    for word in ("broken.py", *words):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", ["ghm-jax train", "ghm-jax evaluate", "data prepare folder"]),
+        ("--help", ["ghm-jax train", "ghm-jax evaluate", "data prepare folder"]),
+        ("train --help", ["EXPERIMENT", "--run-dir", "--restart", "--loss.momentum"]),
+        ("train tiny.py --help", ["--loss.momentum", "--optimizer.batch-size", "squares"]),
+        ("evaluate --help", ["RUN", "--split", "--evaluator", "pycocotools"]),
+        ("data --help", ["data prepare folder"]),
+        ("data prepare --help", ["data prepare folder"]),
+        ("data prepare folder --help", ["--train", "--validation", "--out"]),
+        ("data prepare coco/2017 --help", ["--source", "--out"]),
+    ],
+)
+def test_help_is_there_at_every_level(place, capsys, command, words):
+    try:
+        main(command.split())
+    except SystemExit as exit_:
+        assert not exit_.code
+    out, err = capsys.readouterr()
+    assert err == ""
+    for word in words:
+        assert word in out
+
+
+def test_evaluation_prints_the_twelve_figures_and_where_the_report_is(run_dir, capsys):
+    main(["evaluate", run_dir, "--evaluator", "pycocotools"])
+    out, _ = capsys.readouterr()
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100"):
+        (line,) = (line for line in out.splitlines() if line.split()[:1] == [name])
+        figure = line.split()[1]
+        assert figure == "-" or 0 <= float(figure) <= 100
+    for name in ("ARs", "ARm", "ARl"):
+        assert f"  {name} " in out
+    assert "report: run/report.html" in out
+
+
+def test_a_complete_run_is_not_trained_again(run_dir, capsys):
+    main(["train", "tiny.py", "--run-dir", run_dir])
+    out, _ = capsys.readouterr()
+    assert "complete at step 6" in out
+    assert "ghm-jax evaluate run" in out
+
+
+def test_overrides_reach_the_run_and_the_installed_command_trains(place):
+    """As a person does it: a process of its own, in which nothing has started JAX yet."""
+    command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
+    settings = ["--run-dir", "out", "--optimizer.steps", "2", "--run.devices=1"]
+    done = subprocess.run(
+        [*command, "train", "tiny.py", *settings],
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out: done; score it with: ghm-jax evaluate out" in done.stdout
+    assert "new run of 2 steps on 1 cpu device, 10 images of squares" in done.stdout
+    assert (place / "out" / "checkpoints" / "2").is_dir()
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
