@@ -33,7 +33,7 @@ except ModuleNotFoundError as missing:
 class Train:
     """Trains a detector, or goes on with a run that was stopped."""
 
-    experiment: tyro.conf.Positional[str]
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
     """File that defines `config`."""
     run_dir: str = ""
     """Where the run goes (runs/ and the experiment's name)."""
@@ -46,7 +46,7 @@ class Train:
 class Evaluate:
     """Scores the newest checkpoint of a run: metrics.json, detections.json, report.html."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Directory of the run."""
     split: str = ""
     """Split to evaluate on (the run's validation split)."""
@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     command = next((n for n in (3, 2, 1) if " ".join(args[:n]) in _COMMANDS), 0)
     if not command:
-        wanted = [a for a in args if a not in ("-h", "--help")]
-        if wanted:
-            _fail(f"unknown command {' '.join(wanted[:3])!r}; choose from {', '.join(_COMMANDS)}")
+        wanted = " ".join(a for a in args if a not in ("-h", "--help"))
+        only_help = not args or args[-1] in ("-h", "--help")
+        if not only_help or not any(f"{c} ".startswith(wanted) for c in _COMMANDS):
+            _fail(f"unknown command {wanted!r}; choose from {', '.join(_COMMANDS)}")
         print(__doc__)
         return
     try:

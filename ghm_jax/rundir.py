@@ -110,8 +110,13 @@ def claim_run(path: str | Path, config: Config) -> RunDirectory:
             )
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ConfigError(f"{path}: exists and is not a run; choose another --run-dir")
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_text(run.config, json.dumps(to_dict(config), indent=2) + "\n")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(run.config, json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); choose another --run-dir"
+        ) from error
     return run
 
 
