@@ -46,6 +46,9 @@ def match_anchors(
         Targets. An image without boxes is all background.
     """
     iou = jnp.where(labels[None, :] >= 0, box_iou(anchors, boxes), 0.0)  # [A, M]
+    # Compared with its own maxima below: were it computed twice, in two fusions that round
+    # differently, a maximum might equal nothing.
+    iou = jax.lax.optimization_barrier(iou)
     number = jnp.broadcast_to(jnp.arange(boxes.shape[0]), iou.shape)
     # Numbers of boxes by min and max, not argmax, which is several times slower on a CPU.
     overlap = iou.max(axis=1)  # [A]
