@@ -1,0 +1,286 @@
+"""The step of one replica: right numbers, and the same ones on any number of replicas."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import binary_cross_entropy, published_weights, sigmoid, weights_after
+from tiny import SIDE, tiny_batch, tiny_config
+
+from ghm_jax import losses
+from ghm_jax.anchors import make_anchors
+from ghm_jax.config import Loss, Optimizer
+from ghm_jax.parallel import REPLICA, parallelize, split_batch
+from ghm_jax.schedule import make_optimizer
+from ghm_jax.step import GHMStates, TrainState, init_state, make_model, make_targets, train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = tiny_config(
+    optimizer=Optimizer(name="sgd", batch_size=8, learning_rate=0.003, warmup_steps=0)
+)
+NUM_ANCHORS, NUM_CLASSES = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1, 2
+SCALARS = {
+    *("loss", "loss_class", "loss_box", "cross_entropy", "box_error"),
+    *("num_positive", "num_nonfinite", "grad_norm"),
+}
+
+
+class Table:
+    """In place of a network: its parameters are its outputs, the same for all images but for a
+    shift by the brightness of the image."""
+
+    anchors_per_cell = 1
+
+    @staticmethod
+    def apply(variables, images, *, train, mutable):
+        del train, mutable
+        shift = 0.1 * images.mean(axis=(1, 2, 3))[:, None, None]
+        params = variables["params"]
+        return (params["logits"][None] + shift, params["deltas"][None] + shift), {}
+
+
+def table_outputs(params, batch):
+    """What `Table` answers, in NumPy."""
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    images = (batch["images"].astype(np.float64) - mean) / std
+    shift = 0.1 * images.mean(axis=(1, 2, 3))[:, None, None]
+    return np.asarray(params["logits"]) + shift, np.asarray(params["deltas"]) + shift
+
+
+def table_state(seed=0, optimizer=None):
+    rng = np.random.default_rng(seed)
+    params = {
+        "logits": rng.normal(0, 2, (NUM_ANCHORS, NUM_CLASSES)).astype(np.float32),
+        "deltas": rng.normal(0, 0.5, (NUM_ANCHORS, 4)).astype(np.float32),
+    }
+    ghm = GHMStates(losses.init_ghm_state(10), losses.init_ghm_state(5))
+    optimizer = optimizer or optax.sgd(0.0)
+    return TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params), ghm)
+
+
+def table_step(config, optimizer=None):
+    settings = {"config": config, "model": Table(), "optimizer": optimizer or optax.sgd(0.0)}
+    return jax.jit(functools.partial(train_step, **settings))
+
+
+def batches(count, size=8):
+    return [tiny_batch(np.random.default_rng(seed), size) for seed in range(count)]
+
+
+def mean_over(terms, used):
+    return (terms * used).sum() / used.sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Loss(bins=10, box_bins=5, weight=2.0),
+        Loss(bins=10, box_bins=5, preset="reference"),
+        Loss(classification="focal", box="smooth_l1", box_weight=3.0),
+        Loss(classification="cross_entropy", box_bins=5, box_min_count=0.0),
+    ],
+    ids=["ghm", "reference", "focal", "cross_entropy"],
+)
+def test_losses_are_those_of_the_formulas(loss):
+    config = dataclasses.replace(CONFIG, loss=loss)
+    state, step = table_state(), table_step(config)
+    seen = [batches(2)[i] for i in range(2)]
+    for batch in seen:
+        state, metrics = step(state, batch)
+
+    # Every (anchor, class) pair that is not ignored, and the coordinates of positive anchors.
+    norms, masks, box_norms, box_masks = [], [], [], []
+    for batch in seen:
+        logits, deltas = table_outputs(state.params, batch)  # the learning rate is 0
+        classes, box_targets = (np.asarray(x) for x in make_targets(batch, config))
+        targets = (classes[..., None] == np.arange(NUM_CLASSES)).astype(float)
+        norms.append(np.abs(sigmoid(logits) - targets))
+        masks.append(np.broadcast_to(classes[..., None] > -2, targets.shape))
+        error = deltas - box_targets
+        box_norms.append(np.abs(error) / np.sqrt(error**2 + loss.mu**2))
+        box_masks.append(np.broadcast_to(classes[..., None] >= 0, error.shape))
+    terms = binary_cross_entropy(logits, targets)
+    box_terms = np.sqrt(error**2 + loss.mu**2) - loss.mu
+
+    if loss.classification == "focal":
+        alpha = np.where(targets == 1, 0.25, 0.75)
+        value = (alpha * norms[-1] ** 2 * terms * masks[-1]).sum() / targets.sum()
+    elif loss.classification == "cross_entropy":
+        value = mean_over(terms, masks[-1])
+    elif loss.preset == "reference":
+        weights, moving = published_weights(norms, masks, bins=10, momentum=0.75)
+        np.testing.assert_allclose(state.ghm.classification.counts, moving, rtol=1e-5)
+        value = mean_over(weights * terms, masks[-1])
+    else:
+        weights = weights_after(norms, masks, bins=10, momentum=0.75)
+        value = mean_over(weights * terms, masks[-1])
+    if loss.box == "smooth_l1":
+        size = np.abs(error)
+        box_terms = np.where(size < 1 / 9, 4.5 * size**2, size - 1 / 18)
+        box_value = mean_over(box_terms, box_masks[-1])
+    elif loss.preset == "reference":
+        weights, _ = published_weights(box_norms, box_masks, bins=5, momentum=0.7)
+        box_value = mean_over(weights * box_terms, box_masks[-1])
+    else:
+        weights = weights_after(
+            box_norms, box_masks, bins=5, momentum=0.7, min_count=loss.box_min_count
+        )
+        box_value = mean_over(weights * box_terms, box_masks[-1])
+
+    expected = {
+        "loss_class": value,
+        "loss_box": box_value,
+        "loss": loss.weight * value + loss.box_weight * box_value,
+        "cross_entropy": mean_over(terms, masks[-1]),
+        "box_error": mean_over(box_terms, box_masks[-1]),
+        "num_positive": (classes >= 0).sum() / 8,
+        "num_nonfinite": 0,
+    }
+    assert (classes >= 0).any()
+    assert (classes == -2).any()
+    np.testing.assert_allclose(
+        [metrics[key] for key in expected], list(expected.values()), rtol=2e-5
+    )
+    with_histogram = {"ghm_c": loss.classification == "ghm_c", "ghm_r": loss.box == "ghm_r"}
+    assert metrics.keys() == SCALARS | {name for name, has in with_histogram.items() if has}
+    assert all(metrics[key].shape == () for key in SCALARS)
+    if with_histogram["ghm_c"]:
+        assert metrics["ghm_c"]["counts"].sum() == masks[-1].sum()
+        assert metrics["ghm_c"]["weights"].shape == (10,)
+    if with_histogram["ghm_r"]:
+        assert metrics["ghm_r"]["counts"].sum() == box_masks[-1].sum()
+        assert metrics["ghm_r"]["weights"].shape == (5,)
+    assert int(state.step) == 2
+
+
+def run(state, step, steps=3):
+    for batch in batches(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def network(norm, axis_name):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, norm=norm))
+    optimizer = make_optimizer(config.optimizer)
+    model = make_model(config, NUM_CLASSES, axis_name)
+    settings = {"config": config, "model": model, "optimizer": optimizer, "axis_name": axis_name}
+    return init_state(config, model, optimizer), functools.partial(train_step, **settings)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Three steps of the network on one device, without any collective."""
+
+    @functools.cache
+    def result(norm):
+        state, step = network(norm, None)
+        step = jax.jit(step)
+        return state, step, *run(state, step)
+
+    return result
+
+
+@pytest.mark.parametrize(
+    ("norm", "replicas", "wrapper"),
+    [
+        ("batch", 1, "pmap"),
+        ("batch", 2, "pmap"),
+        ("batch", 8, "pmap"),
+        ("batch", 2, "shard_map"),
+        ("group", 4, "pmap"),
+    ],
+)
+def test_replicas_compute_what_one_device_computes(one_device, norm, replicas, wrapper):
+    start, _, expected, expected_metrics = one_device(norm)
+    state, step = network(norm, REPLICA)
+    step = parallelize(step, jax.devices()[:replicas], wrapper)
+    state, metrics = run(state, lambda s, batch: step(s, split_batch(batch, replicas)))
+
+    flat = jax.tree.leaves_with_path((state, metrics))
+    for (path, x), y in zip(flat, jax.tree.leaves((expected, expected_metrics)), strict=True):
+        where = jax.tree_util.keystr(path)
+        # Where gradients cancel, rounding is relative to what cancelled: hence the largest value.
+        atol = 5e-4 * np.abs(y).max() + 1e-6
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol, err_msg=where)
+    for key in ("loss", "loss_class", "loss_box", "cross_entropy", "num_positive"):
+        np.testing.assert_allclose(metrics[key], expected_metrics[key], rtol=1e-5, err_msg=key)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), start.params, state.params)
+    assert all(jax.tree.leaves(moved))  # nothing stands still, so all of it was compared
+    assert bool(jax.tree.leaves(state.batch_stats)) == (norm == "batch")
+
+
+def test_a_few_images_are_learned_by_heart(one_device):
+    state, step, *_ = one_device("group")
+    batch = batches(1)[0]
+    values = []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        values.append((float(metrics["cross_entropy"]), float(metrics["box_error"])))
+    first, last = np.array(values[0]), np.array(values[-1])
+    assert (last < 0.6 * first).all(), (first, last)
+
+
+def test_anchors_in_the_padding_are_ignored():
+    config = CONFIG
+    batch = batches(1, size=2)[0]
+    batch["image_size"] = np.array([[33, 64], [64, 20]], np.int32)  # reach to 64 x 64 and 64 x 32
+    batch["boxes"][:], batch["labels"][:] = 0, -1
+    batch["boxes"][1, 0], batch["labels"][1, 0] = (2, 2, 18, 18), 1
+    classes = np.asarray(make_targets(batch, config).classes)
+    anchors = make_anchors((SIDE, SIDE), 2.0, 1, (1.0,))
+    center = (anchors[:, 0] + anchors[:, 2]) / 2
+    assert (classes[0] == -1).all()
+    np.testing.assert_array_equal(classes[1] == -2, center >= 32)
+    assert (classes[1] == 1).any()
+
+    step = table_step(config)
+    state = table_state()
+    outside = (center >= 32)[:, None]
+    only_second = {key: value[1:] for key, value in batch.items()}
+    wild = jax.tree.map(lambda p: np.where(outside, 50, p).astype(np.float32), state.params)
+    calm = jax.tree.map(lambda p: np.where(outside, -50, p).astype(np.float32), state.params)
+    _, a = step(state._replace(params=wild), only_second)
+    _, b = step(state._replace(params=calm), only_second)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("classification", ["ghm_c", "focal"])
+def test_a_batch_without_any_box_is_background_to_learn_from(classification):
+    config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, bins=10))
+    batch = batches(1)[0]
+    batch["boxes"][:], batch["labels"][:] = 0, -1
+    optimizer = optax.sgd(1.0)
+    before = table_state(optimizer=optimizer)
+    after, metrics = table_step(config, optimizer)(before, batch)
+    assert metrics["num_positive"] == metrics["loss_box"] == metrics["num_nonfinite"] == 0
+    assert np.isfinite(metrics["loss"])
+    np.testing.assert_array_equal(after.params["deltas"], before.params["deltas"])
+    assert (after.params["logits"] < before.params["logits"]).all()
+
+
+@pytest.mark.parametrize("classification", ["ghm_c", "focal"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_counted(classification, value):
+    config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, bins=10))
+    state = table_state()
+    state.params["logits"][3, 1] = value
+    _, metrics = table_step(config)(state, batches(1)[0])
+    assert metrics["num_nonfinite"] == 8  # once in every image
+
+
+def test_the_old_state_is_given_away():
+    state = jax.tree.map(jnp.asarray, table_state())
+    step = functools.partial(
+        train_step, config=CONFIG, model=Table(), optimizer=optax.sgd(0.0), axis_name=REPLICA
+    )
+    step = parallelize(step, jax.devices()[:2], donate=True)
+    state, _ = step(state, split_batch(batches(1)[0], 2))
+    after, _ = step(state, split_batch(batches(1)[0], 2))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
