@@ -15,7 +15,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 1) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(
+            directory.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -46,17 +48,27 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise ConfigError(f"{self._manager.directory}: no checkpoint; train the run first")
+        # Compared first: Orbax itself fails in the middle of reading, with pages of details.
+        saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(_plain(like))
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise ConfigError(
+                    f"{self._manager.directory / str(step)}: does not fit the run's model: "
+                    f"{name} is {saved.get(name)}, not {wanted.get(name)}; train the run anew"
+                )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
-        try:
-            plain = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        except ValueError as error:
-            raise ConfigError(
-                f"{self._manager.directory / str(step)}: does not fit the run's model "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        plain = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         return TrainState(**plain)
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
     """The state as a dict of its fields, so that the names on disk are those in the code."""
     return state._asdict()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of all leaves by their dotted names."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }

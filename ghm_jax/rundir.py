@@ -64,8 +64,9 @@ def load_experiment(path: str | Path) -> Config:
         raise ConfigError(f"{path}: no such experiment file; see experiments/ for those there are")
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}; mend the file") from error
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(f"{path}: {what}; mend the file") from error
     if not isinstance(config, Config):
         raise ConfigError(
             f"{path}: defines no `config = Config(...)`; see experiments/quickstart.py"
@@ -83,7 +84,10 @@ def load_run(path: str | Path) -> tuple[RunDirectory, Config]:
     if not run.config.is_file():
         raise ConfigError(f"{path}: not a run (no config.json in it); give the directory of a run")
     try:
-        return run, from_dict(json.loads(run.config.read_text()))
+        values = json.loads(run.config.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("holds no settings")
+        return run, from_dict(values)
     except ValueError as error:
         raise ConfigError(f"{run.config}: {error}") from error
 
@@ -122,7 +126,10 @@ def claim_run(path: str | Path, config: Config) -> RunDirectory:
 
 def set_aside(path: Path) -> Path:
     """Renames an old run, so that nothing is lost; returns its new path."""
-    new = path.with_name(f"{path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+    stem = f"{path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
+    new, number = path.with_name(stem), 2
+    while new.exists():
+        new, number = path.with_name(f"{stem}-{number}"), number + 1
     return path.rename(new)
 
 

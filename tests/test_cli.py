@@ -57,6 +57,7 @@ def fails(capsys, *args):
     [
         # what was typed, what the line must hold: the key, what is wrong, the remedy
         ("trian tiny.py", ["unknown command", "trian", "train, evaluate"]),
+        ("trian --help", ["unknown command", "trian", "train, evaluate"]),
         ("train", ["usage: ghm-jax train EXPERIMENT"]),
         ("train --loss.momentum 0.9 tiny.py", ["usage: ghm-jax train EXPERIMENT"]),
         ("train nosuch.py", ["nosuch.py", "no such experiment", "experiments/"]),
@@ -74,6 +75,7 @@ def fails(capsys, *args):
         ("train tiny.py --optimizer.batch-size 3", ["optimizer.batch_size: 3", "multiple of 2"]),
         ("train tiny.py --data.buckets 65 64", ["data.buckets", "multiples of 32"]),
         ("train tiny.py --run-dir taken", ["taken", "not a run", "--run-dir"]),
+        ("train tiny.py --run-dir tiny.py/run", ["tiny.py/run", "cannot be written", "--run-dir"]),
         ("train tiny.py --run-dir run --loss.bins 7", ["loss.bins 10, not 7", "--restart"]),
         ("evaluate", ["usage: ghm-jax evaluate RUN"]),
         ("evaluate taken", ["taken", "not a run"]),

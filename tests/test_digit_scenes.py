@@ -104,7 +104,7 @@ def test_small_objects_dominate_and_every_digit_occurs():
     sides = np.concatenate(boxes)[:, 2:] - np.concatenate(boxes)[:, :2]
     assert (sides.prod(axis=1) < 32**2).mean() > 0.6
     assert sides.max() > 64
-    assert sides[:, 1].min() < 12
+    assert sides[:, 1].min() < 18
     assert 8 < np.mean(counts) < 10
     assert min(counts) >= 1
     assert max(counts) <= 17
@@ -136,15 +136,12 @@ def test_digits_hardly_overlap():
                 assert max(0, width) * max(0, height) <= 0.1 * smaller
 
 
-def test_digits_stand_out_dark_on_light_and_light_on_dark():
-    signs = []
+def test_the_ink_is_darker_than_the_paper():
     for background, image, boxes, _ in scenes(30):
         for x0, y0, x1, y1 in boxes[-3:]:  # the small ones, drawn last: nothing covers them
             difference = image[y0:y1, x0:x1].mean(axis=2) - background[y0:y1, x0:x1].mean(axis=2)
-            strongest = difference.flat[np.abs(difference).argmax()]
-            assert abs(strongest) > 25
-            signs.append(strongest > 0)
-    assert 0.2 < np.mean(signs) < 0.8
+            assert difference.min() < -50
+            assert difference.max() < 25
 
 
 def test_build_and_read_need_no_tensorflow(few_scenes, tmp_path):

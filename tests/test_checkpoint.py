@@ -1,0 +1,128 @@
+"""What is restored is what was saved, bit for bit; what cannot be restored is one line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ghm_jax import losses
+from ghm_jax.checkpoint import Checkpoints
+from ghm_jax.config import ConfigError, Optimizer
+from ghm_jax.schedule import make_optimizer
+from ghm_jax.step import GHMStates, TrainState
+
+# A state needs no network: this one has every kind of leaf, with names out of alphabetical order.
+
+
+def make_state(rng, width=3, optimizer=None):
+    optimizer = optimizer or make_optimizer(Optimizer(name="adamw"))
+    params = {
+        "z": {"kernel": rng.normal(size=(2, width)), "bias": rng.normal(size=width)},
+        "a": {"kernel": rng.normal(size=(width, 1))},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state, params)
+    ghm = losses.GHMState(jnp.asarray(rng.uniform(size=30), jnp.float32), jnp.array(7, jnp.int32))
+    return TrainState(
+        step=jnp.array(7, jnp.int32),
+        params=optax.apply_updates(params, updates),
+        batch_stats={"norm": {"mean": jnp.asarray(rng.normal(size=width), jnp.float32)}},
+        opt_state=state,
+        ghm=GHMStates(ghm, losses.init_ghm_state(10)),
+    )
+
+
+def blank(state):
+    return jax.tree.map(jnp.zeros_like, state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y, jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_state_comes_back_bit_for_bit(rng, tmp_path, name):
+    state = make_state(rng, optimizer=make_optimizer(Optimizer(name=name)))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(7, state)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 7
+        assert_same(checkpoints.restore(blank(state)), state)
+
+
+def test_shapes_and_a_place_are_enough_to_restore(rng, tmp_path):
+    state, device = make_state(rng), jax.devices()[3]
+    place = jax.sharding.SingleDeviceSharding(device)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(7, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(like)
+    assert_same(restored, state)
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(restored))
+
+
+def test_the_newest_ones_are_kept(rng, tmp_path):
+    states = [make_state(rng) for _ in range(4)]
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for number, state in enumerate(states, 1):
+            checkpoints.save(10 * number, state)
+        checkpoints.wait()
+        assert checkpoints.latest == 40
+        assert_same(checkpoints.restore(blank(states[0])), states[-1])
+    assert {path.name for path in tmp_path.iterdir()} == {"30", "40"}
+
+
+def test_a_step_is_saved_once(rng, tmp_path):
+    first, second = make_state(rng), make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, first)
+        checkpoints.save(7, second)
+        checkpoints.wait()
+        assert_same(checkpoints.restore(blank(first)), first)
+
+
+def test_another_model_is_refused_in_one_line(rng, tmp_path):
+    state = make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+        checkpoints.wait()
+        others = [
+            make_state(rng, width=4),
+            state._replace(params={"z": state.params["z"]}),
+            state._replace(params={**state.params, "new": {"kernel": jnp.zeros(3)}}),
+            make_state(rng, optimizer=make_optimizer(Optimizer(name="sgd"))),
+        ]
+        for other in others:
+            with pytest.raises(ConfigError, match="does not fit") as refused:
+                checkpoints.restore(other)
+            assert "\n" not in str(refused.value)
+            assert str(tmp_path) in str(refused.value)
+        assert_same(checkpoints.restore(blank(state)), state)
+
+
+def test_without_a_checkpoint_the_remedy_is_named(rng, tmp_path):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ConfigError, match="no checkpoint; train the run first"),
+    ):
+        checkpoints.restore(make_state(rng))
+
+
+def test_a_save_cut_off_in_the_middle_is_not_taken_for_a_checkpoint(rng, tmp_path):
+    state = make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+    # Orbax writes under another name and renames it at the end; so a crash leaves these.
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "9.orbax-checkpoint-tmp" / "default").mkdir()
+    (tmp_path / "notes").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 7
+        assert_same(checkpoints.restore(blank(state)), state)
