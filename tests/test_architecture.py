@@ -122,7 +122,9 @@ def test_only_the_command_line_prints_and_exits(path):
                 pytest.fail(f"{name(path)}:{node.lineno}: sys.{found}")
             case ast.ImportFrom(module="sys", names=names):
                 assert not {alias.name for alias in names} & {"exit", "argv"}, name(path)
-            case ast.Name(id="SystemExit"):
+            case ast.Raise(
+                exc=ast.Name(id="SystemExit") | ast.Call(func=ast.Name(id="SystemExit"))
+            ):
                 pytest.fail(f"{name(path)}:{node.lineno}: SystemExit")
 
 
