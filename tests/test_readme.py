@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,16 @@ def test_files_that_the_readme_names_exist():
     root = Path(__file__).parents[1]
     for name in re.findall(r"`((?:ghm_jax|experiments)/[\w/.]*)`", README):
         assert (root / name).exists(), name
+
+
+def test_the_table_of_losses_is_the_measured_result():
+    path = Path(__file__).parents[1] / "experiments/results/quickstart_losses.json"
+    summary = json.loads(path.read_text())["summary"]
+    for loss, row in (
+        ("focal", "focal loss"),
+        ("published", "GHM-C without"),
+        ("floored", "GHM-C with `"),
+    ):
+        (cells,) = re.findall(rf"^\| \**{row}.*$", README, re.MULTILINE)
+        for figure in ("AP", "AP50", "AR100"):
+            assert f"{summary[loss][figure]['mean']:.3f}" in cells
