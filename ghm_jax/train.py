@@ -107,6 +107,7 @@ def train(
                     done += 1
                     log.record(done, metrics)
                     if done % config.run.checkpoint_every == 0:
+                        log.flush()  # so that a logged step is checked before its state is saved
                         checkpoints.save(done, state)
             log.flush()
             checkpoints.save(done, state)

@@ -224,7 +224,9 @@ def test_any_number_of_replicas_makes_the_same_step(replicas, wrapper, classific
     assert np.abs(found[0].params["logits"] - table_state().params["logits"]).max() > 0.1
 
 
-@pytest.mark.parametrize(("norm", "replicas"), [("batch", 2), ("group", 4)])
+@pytest.mark.parametrize(
+    ("norm", "replicas"), [("batch", 2), pytest.param("group", 4, marks=pytest.mark.slow)]
+)
 def test_replicas_of_a_network_make_the_same_step(one_device, norm, replicas):
     start, _, *expected = one_device(norm)
     state, step = network(norm, REPLICA)
@@ -236,7 +238,7 @@ def test_replicas_of_a_network_make_the_same_step(one_device, norm, replicas):
 
 
 def test_a_few_images_are_learned_by_heart(one_device):
-    state, step, *_ = one_device("group")
+    state, step, *_ = one_device("batch")
     batch = batches(1)[0]
     values = []
     for _ in range(60):

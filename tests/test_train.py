@@ -136,9 +136,11 @@ def test_a_run_that_diverges_says_so_in_one_line(dataset_dir, tmp_path, monkeypa
         state = init_state(*args)
         return state._replace(params=jax.tree.map(lambda p: p + jnp.nan, state.params))
 
+    config = tiny_config(dataset_dir)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_every=1))
     monkeypatch.setattr("ghm_jax.train.init_state", broken_state)
     with pytest.raises(TrainingDiverged, match=r"step 1 .*learning-rate.*--restart") as diverged:
-        train(tiny_config(dataset_dir), tmp_path / "run")
+        train(config, tmp_path / "run")
     assert "\n" not in str(diverged.value)
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.latest is None  # a state that is not finite is not worth keeping
