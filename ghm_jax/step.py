@@ -65,7 +65,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, fixed by `config.seed`."""
     images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
-    variables = jax.jit(model.init)(jax.random.key(config.seed), images)
+    # Random initializers run once and XLA's CPU compiler is slow on them: it need not optimize.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    init = jax.jit(model.init, compiler_options=options)
+    variables = init(jax.random.key(config.seed), images)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
