@@ -63,12 +63,9 @@ def make_model(config: Config, num_classes: int, axis_name: str | None = None) -
 def init_state(
     config: Config, model: RetinaNet, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step, fixed by `config.seed`."""
+    """The state before the first step, fixed by `config.seed`. To be jitted: the network runs."""
     images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
-    # Random initializers run once and XLA's CPU compiler is slow on them: it need not optimize.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    init = jax.jit(model.init, compiler_options=options)
-    variables = init(jax.random.key(config.seed), images)
+    variables = model.init(jax.random.key(config.seed), images)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],

@@ -78,7 +78,10 @@ def train(
         train_step, config=config, model=model, optimizer=optimizer, axis_name=REPLICA
     )
     step = parallelize(step, devices, config.run.wrapper, donate=True)
-    state = init_state(config, model, optimizer)
+    # XLA's CPU compiler is slow on random initializers, which run once: it need not optimize them.
+    options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
+    initialize = functools.partial(init_state, config, model, optimizer)
+    state = jax.jit(initialize, compiler_options=options)()
 
     with Checkpoints(run.checkpoints, config.run.keep) as checkpoints:
         start = checkpoints.latest or 0

@@ -169,7 +169,8 @@ def network(norm, axis_name):
     optimizer = make_optimizer(config.optimizer)
     model = make_model(config, NUM_CLASSES, axis_name)
     settings = {"config": config, "model": model, "optimizer": optimizer, "axis_name": axis_name}
-    return init_state(config, model, optimizer), functools.partial(train_step, **settings)
+    state = jax.jit(functools.partial(init_state, config, model, optimizer))()
+    return state, functools.partial(train_step, **settings)
 
 
 @pytest.fixture(scope="module")
