@@ -91,7 +91,7 @@ class Anchors:
 class Loss:
     """Classification and box losses; see `ghm_jax.losses`."""
 
-    classification: Literal["ghm_c", "focal", "cross_entropy"] = "ghm_c"
+    classification: Literal["ghm_c", "focal", "cross_entropy", "ohem"] = "ghm_c"
     """Loss of the class scores."""
     weight: float = 1.0
     """Weight of the classification loss."""
@@ -101,7 +101,9 @@ class Loss:
     """GHM-C: share of the old histogram that a step keeps."""
     min_count: float = 10.0
     """GHM-C: density floor, in examples a bin (0: as published)."""
-    box: Literal["ghm_r", "smooth_l1"] = "ghm_r"
+    strength: float = 1.0
+    """GHM-C: power of the density in the weights; 0 is cross-entropy."""
+    box: Literal["ghm_r", "smooth_l1", "asl1"] = "ghm_r"
     """Loss of the box deltas of positive anchors."""
     box_weight: float = 10.0
     """Weight of the box loss."""
@@ -111,10 +113,22 @@ class Loss:
     """GHM-R: share of the old histogram that a step keeps."""
     box_min_count: float = 10.0
     """GHM-R: density floor, in box coordinates a bin (0: as published)."""
+    box_strength: float = 1.0
+    """GHM-R: power of the density in the weights; 0 is ASL1."""
     mu: float = 0.02
-    """GHM-R: where the authentic smooth L1 turns from square to linear."""
+    """GHM-R, ASL1: where the authentic smooth L1 turns from square to linear."""
+    density: Literal["histogram", "exact"] = "histogram"
+    """GHM: from unit regions, averaged over steps, or exact, of each batch alone (slow)."""
+    ghm_scope: Literal["batch", "level"] = "batch"
+    """GHM: one histogram and mean over all pyramid levels (the paper), or a call for each level
+    that shares the moving histogram, the losses added (the published code)."""
+    normalizer: Literal["nonempty", "bins"] = "nonempty"
+    """GHM: divide by the filled bins (the published code), or by all bins (the paper)."""
+    bias_correction: bool = True
+    """GHM: correct the moving histogram for its start at zero (the published code does not)."""
     preset: Literal["default", "reference"] = "default"
-    """`reference`: averaging and normalization exactly as in the published code, without floors."""
+    """`reference`: averaging and normalization exactly as in the published code, without floors,
+    whatever the settings above say; `ghm_scope` is apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +288,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     for key in (
         *("anchors.positive_iou", "anchors.negative_iou", "predict.nms_iou", "data.flip"),
         *("predict.score_threshold", "optimizer.warmup_factor"),
+        *("loss.strength", "loss.box_strength"),
     ):
         value = flatten(c)[key]
         yield 0 <= value <= 1, f"{key}: must be in [0, 1], got {value}"
@@ -377,7 +392,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return value
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif kind in (int, str) and type(value) is kind:  # True is no number here
+    elif kind in (int, str, bool) and type(value) is kind:  # True is no number here
         return value
     raise ConfigError(f"{key}: {value!r} is not of the type {kind}")
 

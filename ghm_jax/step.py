@@ -1,16 +1,15 @@
 """What one replica does in a step of training or prediction: pure functions of arrays."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ghm_jax import losses
 from ghm_jax.anchors import level_sizes, make_anchors
 from ghm_jax.config import Config
+from ghm_jax.detection_loss import GHMStates, detection_loss, init_ghm_states
 from ghm_jax.matching import IGNORE, Targets, match_anchors
 from ghm_jax.models import RetinaNet
 from ghm_jax.nms import Detections, select_detections
@@ -21,13 +20,6 @@ Batch = dict[str, Any]
 # Channel means and standard deviations of ImageNet in 0..255, as torchvision and mmdetection.
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
-
-
-class GHMStates(NamedTuple):
-    """Histograms of the two losses."""
-
-    classification: losses.GHMState
-    box: losses.GHMState
 
 
 class TrainState(NamedTuple):
@@ -71,9 +63,7 @@ def init_state(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(variables["params"]),
-        ghm=GHMStates(
-            losses.init_ghm_state(config.loss.bins), losses.init_ghm_state(config.loss.box_bins)
-        ),
+        ghm=init_ghm_states(config),
     )
 
 
@@ -105,22 +95,17 @@ def train_step(
     def total_loss(params: Any) -> tuple[jax.Array, Any]:
         (logits, deltas), batch_stats = _apply(model, params, state.batch_stats, batch, train=True)
         targets = make_targets(batch, config)
-        positive = targets.classes >= 0  # [b, A]
-        loss_class, ghm_class, stats_class = _class_loss(config)(
-            logits, targets.classes, None, state.ghm.classification, axis_name=axis_name
+        parts, ghm, stats = detection_loss(
+            logits,
+            deltas,
+            targets,
+            state.ghm,
+            config=config,
+            level_sizes=level_sizes(_padded_size(batch), model.anchors_per_cell),
+            axis_name=axis_name,
         )
-        loss_box, ghm_box, stats_box = _box_loss(config)(
-            deltas, targets.deltas, positive[..., None], state.ghm.box, axis_name=axis_name
-        )
-        loss = config.loss.weight * loss_class + config.loss.box_weight * loss_box
-        parts = {"loss": loss, "loss_class": loss_class, "loss_box": loss_box}
-        return loss, (
-            parts,
-            (stats_class, stats_box),
-            jnp.mean(positive.sum(axis=1).astype(jnp.float32)),
-            batch_stats,
-            GHMStates(ghm_class, ghm_box),
-        )
+        num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
+        return parts.total, (parts, stats, num_positive, batch_stats, ghm)
 
     gradient_of = jax.value_and_grad(total_loss, has_aux=True)
     (_, (parts, stats, num_positive, batch_stats, ghm)), grads = gradient_of(state.params)
@@ -133,7 +118,9 @@ def train_step(
 
     stats_class, stats_box = stats
     metrics = {
-        **parts,
+        "loss": parts.total,
+        "loss_class": parts.classification,
+        "loss_box": parts.box,
         "cross_entropy": stats_class.plain_loss,
         "box_error": stats_box.plain_loss,
         "num_positive": num_positive,
@@ -204,24 +191,6 @@ def _apply(
         {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
     )
     return outputs, changed.get("batch_stats", batch_stats)
-
-
-def _class_loss(config: Config) -> Callable[..., Any]:
-    loss = config.loss
-    if loss.classification == "focal":
-        return losses.focal_loss
-    if loss.classification == "cross_entropy":
-        return losses.cross_entropy_loss
-    settings = losses.REFERENCE if loss.preset == "reference" else {"min_count": loss.min_count}
-    return functools.partial(losses.ghm_c_loss, momentum=loss.momentum, **settings)
-
-
-def _box_loss(config: Config) -> Callable[..., Any]:
-    loss = config.loss
-    if loss.box == "smooth_l1":
-        return losses.smooth_l1_loss
-    settings = losses.REFERENCE if loss.preset == "reference" else {"min_count": loss.box_min_count}
-    return functools.partial(losses.ghm_r_loss, mu=loss.mu, momentum=loss.box_momentum, **settings)
 
 
 def _anchors(config: Config, size: tuple[int, int]) -> jax.Array:

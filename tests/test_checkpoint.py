@@ -9,8 +9,9 @@ import pytest
 from ghm_jax import losses
 from ghm_jax.checkpoint import Checkpoints
 from ghm_jax.config import ConfigError, Optimizer
+from ghm_jax.detection_loss import GHMStates
 from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import GHMStates, TrainState
+from ghm_jax.step import TrainState
 
 # A state needs no network: this one has every kind of leaf, with names out of alphabetical order.
 

@@ -107,9 +107,10 @@ POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel model
 NOT_NEGATIVE = """seed model.head_convs loss.min_count loss.box_min_count loss.weight
     loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices"""
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip
-    predict.score_threshold optimizer.warmup_factor"""
+    predict.score_threshold optimizer.warmup_factor loss.strength loss.box_strength"""
 BELOW_ONE = "loss.momentum loss.box_momentum optimizer.momentum"
 CHOICES = """model.norm model.head_norm model.dtype loss.classification loss.box loss.preset
+    loss.density loss.ghm_scope loss.normalizer
     optimizer.name optimizer.schedule run.wrapper"""
 
 BROKEN = [

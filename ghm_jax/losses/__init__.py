@@ -1,6 +1,13 @@
 """Gradient-harmonized losses as pure functions of arrays and an explicit state."""
 
-from ghm_jax.losses.baselines import cross_entropy_loss, focal_loss, smooth_l1_loss
+from ghm_jax.losses.baselines import (
+    asl1_loss,
+    cross_entropy_loss,
+    focal_loss,
+    ohem_loss,
+    smooth_l1_loss,
+)
+from ghm_jax.losses.density import gradient_density
 from ghm_jax.losses.ghm import ghm_c_loss, ghm_r_loss, ghm_softmax_loss
 from ghm_jax.losses.harmonize import REFERENCE, GHMState, LossStats, harmonize, init_ghm_state
 
@@ -8,12 +15,15 @@ __all__ = [
     "REFERENCE",
     "GHMState",
     "LossStats",
+    "asl1_loss",
     "cross_entropy_loss",
     "focal_loss",
     "ghm_c_loss",
     "ghm_r_loss",
     "ghm_softmax_loss",
+    "gradient_density",
     "harmonize",
     "init_ghm_state",
+    "ohem_loss",
     "smooth_l1_loss",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ghm_jax.losses.ghm import check_same_shape, dense_targets, sigmoid_cross_entropy
-from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask
+from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, psum
 
 
 def cross_entropy_loss(
@@ -49,10 +49,38 @@ def focal_loss(
     logits, dense = _unmasked(logits, used), _unmasked(dense, used)
     used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
     terms = optax.losses.sigmoid_focal_loss(logits, dense, alpha=alpha, gamma=gamma)
-    positives = jnp.sum(jnp.where(used, dense, 0.0))
-    if axis_name is not None:
-        positives = jax.lax.psum(positives, axis_name)
+    positives = psum(jnp.sum(jnp.where(used, dense, 0.0)), axis_name)
     return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(positives, 1.0), state, stats
+
+
+def ohem_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    negatives: float = 3.0,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Cross-entropy over the positives and the hardest negatives, their mean (OHEM, 1:3).
+
+    Keeps `negatives` times as many negative (position, class) pairs as there are positive ones, at
+    least one, those with the largest cross-entropy in the whole batch; equal ones all stay.
+    Arguments as for `ghm_c_loss`; a soft target above 0 is positive. Source: Shrivastava et al.,
+    CVPR 2016, in the form that Lin et al., ICCV 2017, table 1, compares with ("OHEM 1:3").
+    """
+    logits = logits.astype(jnp.float32)
+    dense, used = dense_targets(logits, targets, mask)
+    logits, dense = _unmasked(logits, used), _unmasked(dense, used)
+    terms = sigmoid_cross_entropy(logits, dense)
+    used, stats = _plain_stats(terms, used, axis_name)
+    positive = used & (dense > 0)
+    count = jnp.sum(positive, dtype=jnp.int32).astype(jnp.float32)
+    wanted = jnp.maximum(negatives * psum(count, axis_name), 1.0)
+    difficulty = jnp.where(used & ~positive, jax.lax.stop_gradient(terms), -1.0)
+    kept = positive | (difficulty >= _kth_largest(difficulty, wanted, axis_name))
+    num_kept = psum(jnp.sum(kept, dtype=jnp.int32).astype(jnp.float32), axis_name)
+    return jnp.sum(jnp.where(kept, terms, 0.0)) / jnp.maximum(num_kept, 1.0), state, stats
 
 
 def smooth_l1_loss(
@@ -74,6 +102,45 @@ def smooth_l1_loss(
     return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
+def asl1_loss(
+    predictions: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    state: GHMState | None = None,
+    *,
+    mu: float = 0.02,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, GHMState | None, LossStats]:
+    """Authentic smooth L1 (equation 17), mean over the valid coordinates; GHM-R without weights.
+
+    Arguments as for `ghm_r_loss`.
+    """
+    check_same_shape("predictions", predictions, targets)
+    used = None if mask is None else broadcast_mask(mask, predictions.shape)
+    predictions = _unmasked(predictions.astype(jnp.float32), used)
+    targets = _unmasked(targets.astype(jnp.float32), used)
+    terms = jnp.hypot(predictions - targets, mu) - mu
+    used, stats = _plain_stats(terms, used, axis_name)
+    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+
+
+def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.Array:
+    """f32[]: the largest threshold that at least k of the values reach; 0 if fewer are above 0.
+
+    Bit by bit from the top, as floats that are not negative are ordered like their bits: no sort,
+    and replicas only have to add counts.
+    """
+
+    def refine(i: jax.Array, bits: jax.Array) -> jax.Array:
+        tried = bits | (1 << (30 - i))
+        reached = values >= jax.lax.bitcast_convert_type(tried, jnp.float32)
+        count = psum(jnp.sum(reached, dtype=jnp.int32).astype(jnp.float32), axis_name)
+        return jnp.where(count >= k, tried, bits)
+
+    bits = jax.lax.fori_loop(0, 31, refine, jnp.zeros((), jnp.int32))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def _unmasked(values: jax.Array, used: jax.Array | None) -> jax.Array:
     """Values with 0 where masked: a NaN there would reach the gradient, 0 * NaN is NaN."""
     return values if used is None else jnp.where(used, values, 0.0)
@@ -88,6 +155,5 @@ def _plain_stats(
     total = jnp.sum(jnp.where(used, terms, 0.0))
     valid = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
     nonfinite = jnp.sum(used & ~jnp.isfinite(terms), dtype=jnp.int32).astype(jnp.float32)
-    if axis_name is not None:
-        total, valid, nonfinite = jax.lax.psum((total, valid, nonfinite), axis_name)
+    total, valid, nonfinite = (psum(x, axis_name) for x in (total, valid, nonfinite))
     return used, LossStats(total / jnp.maximum(valid, 1.0), valid, nonfinite)

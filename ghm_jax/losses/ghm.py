@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, harmonize
+from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, harmonize, psum
 
 
 def ghm_c_loss(
@@ -48,10 +48,12 @@ def ghm_c_loss(
     """
     logits, finite = _finite(logits)
     dense, used = dense_targets(logits, targets, mask)
-    dense, known = _finite(dense)
-    norm = jnp.abs(jax.nn.sigmoid(logits) - dense)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        dense, known = _finite(dense)
+        finite &= known
+    norm = jnp.abs(sigmoid_error(logits, dense))
     terms = sigmoid_cross_entropy(logits, dense)
-    return _weighted_mean(norm, terms, finite & known, used, state, momentum, axis_name, settings)
+    return _weighted_mean(norm, terms, finite, used, state, momentum, axis_name, settings)
 
 
 def ghm_r_loss(
@@ -155,9 +157,8 @@ def _weighted_mean(
         norm, used, state, momentum=momentum, axis_name=axis_name, **settings
     )
     count = jnp.maximum(stats.num_valid, 1.0)
-    plain = jax.lax.stop_gradient(jnp.sum(jnp.where(weights > 0, terms, 0.0)))
-    if axis_name is not None:
-        plain = jax.lax.psum(plain, axis_name)
+    plain = jnp.sum(jnp.where(weights > 0, jax.lax.stop_gradient(terms), 0.0))
+    plain = psum(plain, axis_name)
     return jnp.sum(weights * terms) / count, state, stats._replace(plain_loss=plain / count)
 
 
@@ -171,15 +172,30 @@ def _finite(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, values, 0.0), finite
 
 
+@jax.custom_jvp
 def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Elementwise -t log p - (1 - t) log(1 - p) with p = sigmoid(logits), exact in both tails.
+    """Elementwise -t log p - (1 - t) log(1 - p) with p = sigmoid(logits), exact in both tails."""
+    return jnp.maximum(logits, 0.0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
-    One branch for both kinks, because they must cancel in the gradient: with maximum and abs it
-    would be -t, not 1/2 - t, at logits of exactly 0, which a zero-initialized layer gives.
+
+@sigmoid_cross_entropy.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # p - t for every logit; differentiating maximum and abs would give -t at exactly 0.
+    logits, targets = primals
+    value = sigmoid_cross_entropy(logits, targets)
+    return value, sigmoid_error(logits, targets) * tangents[0] - logits * tangents[1]
+
+
+def sigmoid_error(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """p - t elementwise, the gradient of the cross-entropy (equation 2), exact in both tails.
+
+    As (1 - t) p - t (1 - p): p itself rounds to 1 from a logit of 17 on.
     """
+    tail = jnp.exp(-jnp.abs(logits))
+    larger, smaller = 1.0 / (1.0 + tail), tail / (1.0 + tail)
     upper = logits >= 0
-    tail = jnp.log1p(jnp.exp(jnp.where(upper, -logits, logits)))
-    return jnp.where(upper, logits, 0.0) - logits * targets + tail
+    p, q = jnp.where(upper, larger, smaller), jnp.where(upper, smaller, larger)
+    return (1.0 - targets) * p - targets * q
 
 
 def dense_targets(

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ghm_jax.losses.density import count_regions, gradient_density, region_index
+
 REFERENCE = types.MappingProxyType(
     {"normalizer": "nonempty", "bias_correction": False, "min_count": 0.0, "strength": 1.0}
 )
@@ -37,7 +39,7 @@ class LossStats(NamedTuple):
     counts: jax.Array | None = None
     """f32[bins]. Examples of this call per bin of gradient norm; None without a histogram."""
     weights: jax.Array | None = None
-    """f32[bins]. Weight of an example of each bin; None without a histogram."""
+    """f32[bins]. Weight of an example of each bin (with exact density, their mean there)."""
 
 
 def init_ghm_state(bins: int) -> GHMState:
@@ -56,6 +58,8 @@ def harmonize(
     bias_correction: bool = True,
     min_count: float = 10.0,
     strength: float = 1.0,
+    density: Literal["histogram", "exact"] = "histogram",
+    batch_counts: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Weights that make every part of the gradient-norm axis contribute alike.
@@ -72,7 +76,7 @@ def harmonize(
 
     Args:
         gradient_norm: [...] float, |d loss / d prediction| scaled into [0, 1]. Bins are decided in
-            float32; a value of exactly 1 belongs to the last bin.
+            float32; a value on an edge belongs to the bin above it, 1 to the last bin.
         mask: [...] bool or 0/1, same rank, axes of size 1 are broadcast; False: the example
             neither counts nor weighs. None: all count.
         state: average so far; its length overrides `bins`. None: this batch alone.
@@ -86,6 +90,12 @@ def harmonize(
             and only the bins filled now count as filled.
         min_count: density floor in examples of the whole batch, all replicas; 0 for none.
         strength: tau in [0, 1]; 0 gives weights of 1.
+        density: "histogram": of unit regions, as above. "exact": S is the number of examples
+            within 1 / (2 bins) of the example's own gradient norm, scaled to a full region at the
+            ends of [0, 1] (equations 4-6); every example has its own weight. Sorts the batch.
+        batch_counts: f32[bins], the histogram of the whole batch, when this call sees a part of
+            it (gradient accumulation): the sum of `counts` over all parts, from a first pass.
+            Give every part the same state: each returns the same new one.
         axis_name: replica axis over which the histogram is summed; None: each replica for itself.
 
     Returns:
@@ -93,58 +103,74 @@ def harmonize(
         whose `plain_loss` is the mean gradient norm.
 
     Raises:
-        ValueError: mask of another shape, or a setting out of range.
+        ValueError: mask of another shape, a setting out of range, or exact density with a state
+            or `batch_counts`, which are histograms.
     """
     bins = bins if state is None else state.counts.shape[0]
-    _check_settings(bins, momentum, normalizer, min_count, strength)
+    _check_settings(bins, momentum, normalizer, min_count, strength, density)
+    if density == "exact" and not (state is None and batch_counts is None):
+        raise ValueError("density='exact' has no histogram: state and batch_counts must be None")
     norm = jax.lax.stop_gradient(gradient_norm).astype(jnp.float32)
-    used = jnp.ones(norm.shape, bool) if mask is None else broadcast_mask(mask, norm.shape)
-    finite = jnp.isfinite(norm)
-    valid = used & finite
-    norm = jnp.where(finite, norm, 0.0)
-    # Clipped, because JAX drops an out-of-range scatter without a word.
-    index = jnp.clip((norm * bins).astype(jnp.int32), 0, bins - 1)
+    used = None if mask is None else broadcast_mask(mask, norm.shape)
+    index = region_index(norm, used, bins)
+    valid = index < bins
+    total_norm = jnp.sum(jnp.where(valid, norm, 0.0))
+    # Counts become float32 before they meet those of the other replicas: a pod's overflow int32.
+    seen = psum(count_regions(index, bins + 2).astype(jnp.float32), axis_name)
+    total_norm = psum(total_norm, axis_name)
+    seen, num_nonfinite = seen[:bins], seen[bins + 1]
+    whole = seen if batch_counts is None else batch_counts
+    num_valid = whole.sum()
 
-    seen = count_bins(index, valid, bins).astype(jnp.float32)  # [bins]
-    plain = jnp.sum(norm * valid)
-    nonfinite = jnp.sum(used & ~finite, dtype=jnp.int32).astype(jnp.float32)
-    if axis_name is not None:
-        seen, plain, nonfinite = jax.lax.psum((seen, plain, nonfinite), axis_name)
-    num_valid = seen.sum()
-
-    if state is None:
-        counts = seen
-    elif bias_correction:
-        state = GHMState(momentum * state.counts + (1 - momentum) * seen, state.step + 1)
-        counts = state.counts / (1 - momentum ** state.step.astype(jnp.float32))
+    if density == "exact":
+        counts = gradient_density(norm, valid, epsilon=1 / bins, axis_name=axis_name) / bins
+        weights = jnp.where(valid, _inverse(counts, min_count, strength), 0.0)
+        total, total_inverse = num_valid, psum(weights.sum(), axis_name)
     else:
-        average = momentum * state.counts + (1 - momentum) * seen
-        state = GHMState(jnp.where(seen > 0, average, state.counts), state.step + 1)
-        counts = state.counts
-
-    density = jnp.maximum(counts, min_count)  # D
-    safe = jnp.where(density > 0, density, 1.0)  # an empty bin has no example to weigh
+        state, counts = _average(whole, state, momentum, bias_correction)
+        filled, total = (counts > 0, counts.sum()) if bias_correction else (whole > 0, num_valid)
+        weights = _inverse(counts, min_count, strength)
+        total_inverse = jnp.sum(counts * weights * filled)
     if normalizer == "bins":
-        table = (num_valid / (bins * safe)) ** strength
+        weights *= (num_valid / bins) ** strength
     else:
-        filled, total = (counts > 0, counts.sum()) if bias_correction else (seen > 0, num_valid)
-        inverse = safe**-strength
-        table = inverse * total / jnp.maximum(jnp.sum(counts * inverse * filled), _TINY)
-    weights = jnp.where(valid, table[index], 0.0)
-    stats = LossStats(plain / jnp.maximum(num_valid, 1.0), num_valid, nonfinite, seen, table)
-    return weights, state, stats
+        weights *= total / jnp.maximum(total_inverse, _TINY)
+    if density == "exact":
+        table = jnp.zeros(bins + 2).at[index.ravel()].add(weights.ravel())[:bins]
+        table = psum(table, axis_name) / jnp.maximum(seen, 1.0)
+    else:
+        table, weights = weights, jnp.append(weights, jnp.zeros(2))[index]
+    mean_norm = total_norm / jnp.maximum(num_valid, 1.0)
+    return weights, state, LossStats(mean_norm, num_valid, num_nonfinite, seen, table)
 
 
 _TINY = 1e-30
 
 
-def count_bins(index: jax.Array, valid: jax.Array, bins: int) -> jax.Array:
-    """i32[bins]: how many valid elements of `index` (i32[...], in [0, bins)) fall in each bin.
+def _average(
+    seen: jax.Array, state: GHMState | None, momentum: float, bias_correction: bool
+) -> tuple[GHMState | None, jax.Array]:
+    """The next state, and the histogram to weigh by: S_j of equation 12."""
+    if state is None:
+        return None, seen
+    average = momentum * state.counts + (1 - momentum) * seen
+    step = state.step + 1
+    if bias_correction:
+        return GHMState(average, step), average / (1 - momentum ** step.astype(jnp.float32))
+    average = jnp.where(seen > 0, average, state.counts)
+    return GHMState(average, step), average
 
-    Integers, because float32 stops counting at 2**24 and one 800x1344 image has 1.6e7 examples.
-    """
-    ones = valid.astype(jnp.int32).ravel()
-    return jnp.zeros(bins, jnp.int32).at[index.ravel()].add(ones, mode="promise_in_bounds")
+
+def _inverse(counts: jax.Array, min_count: float, strength: float) -> jax.Array:
+    """D**-tau with D = max(counts, min_count); 1 where both are 0, as no example is there."""
+    density = jnp.maximum(counts, min_count)
+    density = jnp.where(density > 0, density, 1.0)
+    return 1.0 / density if strength == 1.0 else density**-strength
+
+
+def psum(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """The sum over the replicas of `axis_name`; None: x itself."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def broadcast_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -157,7 +183,7 @@ def broadcast_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _check_settings(
-    bins: int, momentum: float, normalizer: str, min_count: float, strength: float
+    bins: int, momentum: float, normalizer: str, min_count: float, strength: float, density: str
 ) -> None:
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
@@ -169,3 +195,5 @@ def _check_settings(
         raise ValueError(f"min_count must not be negative, got {min_count}")
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
+    if density not in ("histogram", "exact"):
+        raise ValueError(f"density must be 'histogram' or 'exact', got {density!r}")

@@ -1,0 +1,112 @@
+"""Gradient density: how many examples there are at a gradient norm, per unit of gradient norm.
+
+Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, equations 4-6 and 9.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def gradient_density(
+    gradient_norm: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    epsilon: float,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """The exact gradient density GD(g) at the gradient norm of every example (equation 4).
+
+    Examples in [g - epsilon/2, g + epsilon/2), divided by the length of that part of it which lies
+    in [0, 1]. By sorting, O(N log N); on several replicas each holds the norms of all.
+
+    Args:
+        gradient_norm: float[...] in [0, 1]; compared in float32.
+        mask: bool[...], examples that count; None: all.
+        epsilon: width of the window, in (0, 1].
+        axis_name: replica axis whose examples count as well.
+
+    Returns:
+        f32[...], 0 where masked.
+
+    Raises:
+        ValueError: epsilon out of range, or a mask of another shape.
+    """
+    if not 0.0 < epsilon <= 1.0:
+        raise ValueError(f"epsilon must be in (0, 1], got {epsilon}")
+    if mask is not None and mask.shape != gradient_norm.shape:
+        raise ValueError(f"mask must have the shape {gradient_norm.shape}, got {mask.shape}")
+    norm = jnp.asarray(gradient_norm, jnp.float32)
+    valid = jnp.isfinite(norm) if mask is None else mask
+    norm = jnp.where(valid, norm, 0.0)
+    known = jnp.where(valid, norm, jnp.inf).ravel()
+    if axis_name is not None:
+        known = jax.lax.all_gather(known, axis_name, tiled=True)
+    ordered = jnp.sort(_as_integers(known))
+
+    upper, lower = norm + epsilon / 2, norm - epsilon / 2
+    below_upper = jnp.searchsorted(ordered, _as_integers(upper))
+    below_lower = jnp.searchsorted(ordered, _as_integers(jnp.maximum(lower, 0.0)))
+    length = jnp.minimum(upper, 1.0) - jnp.maximum(lower, 0.0)
+    return jnp.where(valid, (below_upper - below_lower) / length, 0.0)
+
+
+def _as_integers(norm: jax.Array) -> jax.Array:
+    """Floats that are not negative, as integers of the same order; XLA sorts these much faster."""
+    return jax.lax.bitcast_convert_type(norm + 0.0, jnp.int32)  # + 0.0: there are two zeros
+
+
+def region_index(gradient_norm: jax.Array, mask: jax.Array | None, regions: int) -> jax.Array:
+    """The unit region of every example (equation 9), in a narrow type: it is kept for the weights.
+
+    Args:
+        gradient_norm: f32[...], 0 to 1. Region j holds [j / regions, (j + 1) / regions), edges
+            rounded to float32; the last one holds 1 as well.
+        mask: bool[...] of the same shape, or None.
+        regions: their number.
+
+    Returns:
+        u8[...] (i32 for many regions): 0 to regions - 1; `regions` where masked; `regions` + 1
+        where the norm is not finite.
+    """
+    finite = jnp.isfinite(gradient_norm)
+    index = jnp.where(finite, gradient_norm, 0.0) * _scale(regions)
+    # Clipped, because JAX drops an out-of-range scatter without a word.
+    index = jnp.clip(index.astype(jnp.int32), 0, regions - 1)
+    index = jnp.where(finite, index, regions + 1)
+    if mask is not None:
+        index = jnp.where(mask, index, regions)
+    return index.astype(jnp.uint8 if regions < 255 else jnp.int32)
+
+
+def _scale(regions: int) -> np.float32:
+    """The factor that puts every edge, j / regions in float32, at j or just above it."""
+    edges = np.arange(regions, dtype=np.float32) / np.float32(regions)
+    scale = np.float32(regions)
+    if (np.floor(edges * scale) == np.arange(regions)).all():
+        return scale
+    return np.nextafter(scale, np.float32(np.inf))  # enough for every number up to 2,000
+
+
+def count_regions(index: jax.Array, slots: int) -> jax.Array:
+    """i32[slots]: how many elements of `index` (integers in [0, slots)) have each value.
+
+    Integers, because float32 stops counting at 2**24 and one 800x1344 image has 1.6e7 examples.
+    Scattering is the fastest on a CPU; where thousands of threads would queue for a few counters,
+    every element is compared with every slot instead.
+    """
+    count = functools.partial(_count_by_comparing, slots=slots)
+    on_cpu = functools.partial(_count_by_scattering, slots=slots)
+    return jax.lax.platform_dependent(index.ravel(), cpu=on_cpu, default=count)
+
+
+def _count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:
+    ones = jnp.ones((), jnp.int32)
+    return jnp.zeros(slots, jnp.int32).at[index].add(ones, mode="promise_in_bounds")
+
+
+def _count_by_comparing(index: jax.Array, *, slots: int) -> jax.Array:
+    equal = index[:, None] == jnp.arange(slots, dtype=index.dtype)[None, :]
+    return jnp.sum(equal, axis=0, dtype=jnp.int32)
