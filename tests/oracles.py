@@ -4,7 +4,7 @@ import numpy as np
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.float64(logits)))
+    return np.exp(-np.logaddexp(0, -np.float64(logits)))
 
 
 def binary_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Cross-entropy, focal loss and smooth L1 against float64 formulas."""
+"""Cross-entropy, OHEM, focal loss, smooth L1 and ASL1 against float64 formulas."""
 
 import functools
 
@@ -8,12 +8,25 @@ import numpy as np
 import oracles
 import pytest
 
-from ghm_jax.losses import cross_entropy_loss, focal_loss, init_ghm_state, smooth_l1_loss
+from ghm_jax.losses import (
+    asl1_loss,
+    cross_entropy_loss,
+    focal_loss,
+    init_ghm_state,
+    ohem_loss,
+    smooth_l1_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SHAPE = (64, 20)
-LOSSES = {"cross_entropy": cross_entropy_loss, "focal": focal_loss, "smooth_l1": smooth_l1_loss}
+BOX_LOSSES = {"smooth_l1": smooth_l1_loss, "asl1": asl1_loss}
+LOSSES = {
+    "cross_entropy": cross_entropy_loss,
+    "focal": focal_loss,
+    "ohem": ohem_loss,
+    **BOX_LOSSES,
+}
 
 
 @functools.cache
@@ -26,7 +39,7 @@ def differentiated(name: str, axis_name: str | None = None):
 
 
 def draw(rng, name: str):
-    if name == "smooth_l1":
+    if name in BOX_LOSSES:
         values, targets = rng.normal(0, 0.2, (2, *SHAPE)).astype(np.float32)
     else:
         values = np.float32(rng.normal(-3, 3, SHAPE))
@@ -39,6 +52,12 @@ def oracle(name: str, values, targets, mask) -> float:
     if name == "smooth_l1":  # equation 15
         d, delta = np.abs(x - t), 1 / 9
         return np.where(d <= delta, d**2 / (2 * delta), d - delta / 2)[mask].mean()
+    if name == "asl1":  # equation 17
+        return (np.sqrt((x - t) ** 2 + 0.02**2) - 0.02)[mask].mean()
+    if name == "ohem":
+        terms = oracles.binary_cross_entropy(x, t)
+        positive, negative = terms[mask & (t == 1)], np.sort(terms[mask & (t == 0)])
+        return np.concatenate([positive, negative[-max(3 * positive.size, 1) :]]).mean()
     if name == "cross_entropy":
         return oracles.binary_cross_entropy(x, t)[mask].mean()
     p = oracles.sigmoid(x)
@@ -53,7 +72,7 @@ def test_value_and_gradient_equal_the_oracle(rng, name):
     (loss, stats), gradient = differentiated(name)(values, targets, mask, None)
     np.testing.assert_allclose(loss, oracle(name, values, targets, mask), rtol=1e-5)
     assert stats.num_valid == mask.sum()
-    plain = oracle("cross_entropy" if name == "focal" else name, values, targets, mask)
+    plain = oracle(name if name in BOX_LOSSES else "cross_entropy", values, targets, mask)
     np.testing.assert_allclose(stats.plain_loss, plain, rtol=1e-5)
     direction, step = rng.normal(size=SHAPE), 1e-6
     up, down = (oracle(name, values + s * direction, targets, mask) for s in (step, -step))
@@ -105,7 +124,7 @@ def test_nothing_valid_gives_zero(rng, name):
     assert not np.any(gradient)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "ohem"])
 def test_class_indices_are_dense_targets_with_a_mask(rng, name):
     values, _, _ = draw(rng, name)
     classes = rng.integers(-2, 20, 64)

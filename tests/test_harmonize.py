@@ -151,6 +151,17 @@ def test_floor_makes_the_weights_continuous_where_a_bin_empties():
     assert weight(1e-3, 0.0) == pytest.approx(0.5 * weight(0.0, 0.0), rel=1e-3)  # why there is one
 
 
+@pytest.mark.parametrize("remainder", [1e-45, 1e-39, 1e-30, 1e-13])
+def test_a_bin_long_empty_leaves_the_others_their_weights(rng, remainder):
+    (norm,), (mask,) = draw(rng)
+    mask &= norm < 0.5
+    state = GHMState(jnp.zeros(30).at[20].set(remainder), jnp.array(400))
+    weights, _, stats = jitted(min_count=0.0)(norm, mask, state)
+    want, _, _ = jitted(min_count=0.0)(norm, mask, GHMState(jnp.zeros(30), jnp.array(400)))
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+    assert np.isfinite(stats.weights).all()
+
+
 def test_first_steps_do_not_blow_up_unless_as_published(rng):
     norms, masks = draw(rng, 2)
     alone = oracles.weights_after(norms[:1], masks[:1], bins=30, momentum=0.0, min_count=0.0)

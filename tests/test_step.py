@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import binary_cross_entropy, published_weights, sigmoid, weights_after
+from oracles import (
+    binary_cross_entropy,
+    exact_density,
+    published_weights,
+    sigmoid,
+    weights_after,
+)
 from tiny import SIDE, tiny_batch, tiny_config
 
 from ghm_jax import losses
@@ -84,8 +90,10 @@ def mean_over(terms, used):
         Loss(bins=10, box_bins=5, preset="reference"),
         Loss(classification="focal", box="smooth_l1", box_weight=3.0),
         Loss(classification="cross_entropy", box_bins=5, box_min_count=1.0),
+        Loss(classification="ohem", box="asl1", mu=0.05),
+        Loss(bins=10, box_bins=5, strength=0.5, box_strength=0.75, normalizer="bins"),
     ],
-    ids=["ghm", "reference", "focal", "cross_entropy"],
+    ids=["ghm", "reference", "focal", "cross_entropy", "ohem", "strength"],
 )
 def test_losses_are_those_of_the_formulas(loss):
     config = dataclasses.replace(CONFIG, loss=loss)
@@ -111,6 +119,9 @@ def test_losses_are_those_of_the_formulas(loss):
     if loss.classification == "focal":
         alpha = np.where(targets == 1, 0.25, 0.75)
         value = (alpha * norms[-1] ** 2 * terms * masks[-1]).sum() / targets.sum()
+    elif loss.classification == "ohem":
+        positive, negative = (terms[masks[-1] & (targets == t)] for t in (1, 0))
+        value = np.append(positive, np.sort(negative)[-3 * positive.size :]).mean()
     elif loss.classification == "cross_entropy":
         value = mean_over(terms, masks[-1])
     elif loss.preset == "reference":
@@ -118,18 +129,22 @@ def test_losses_are_those_of_the_formulas(loss):
         np.testing.assert_allclose(state.ghm.classification.counts, moving, rtol=1e-5)
         value = mean_over(weights * terms, masks[-1])
     else:
-        weights = weights_after(norms, masks, bins=10, momentum=0.75)
+        how = {"strength": loss.strength, "normalizer": loss.normalizer}
+        weights = weights_after(norms, masks, bins=10, momentum=0.75, **how)
         value = mean_over(weights * terms, masks[-1])
     if loss.box == "smooth_l1":
         size = np.abs(error)
         box_terms = np.where(size < 1 / 9, 4.5 * size**2, size - 1 / 18)
         box_value = mean_over(box_terms, box_masks[-1])
+    elif loss.box == "asl1":
+        box_value = mean_over(box_terms, box_masks[-1])
     elif loss.preset == "reference":
         weights, _ = published_weights(box_norms, box_masks, bins=5, momentum=0.7)
         box_value = mean_over(weights * box_terms, box_masks[-1])
     else:
+        how = {"strength": loss.box_strength, "normalizer": loss.normalizer}
         weights = weights_after(
-            box_norms, box_masks, bins=5, momentum=0.7, min_count=loss.box_min_count
+            box_norms, box_masks, bins=5, momentum=0.7, min_count=loss.box_min_count, **how
         )
         box_value = mean_over(weights * box_terms, box_masks[-1])
 
@@ -172,6 +187,61 @@ def network(norm, axis_name):
     settings = {"config": config, "model": model, "optimizer": optimizer, "axis_name": axis_name}
     state = jax.jit(functools.partial(init_state, config, model, optimizer))()
     return state, functools.partial(train_step, **settings)
+
+
+def test_the_published_scope_is_a_call_for_each_level():
+    loss = Loss(bins=10, box_bins=5, preset="reference", ghm_scope="level")
+    config = dataclasses.replace(CONFIG, loss=loss)
+    state, step = table_state(), table_step(config)
+    edges = np.cumsum([8 * 8, 4 * 4, 2 * 2, 1])
+    norms, masks, box_norms, box_masks = [], [], [], []  # one of each call, over all steps
+    for batch in batches(2):
+        state, metrics = step(state, batch)
+        logits, deltas = table_outputs(state.params, batch)  # the learning rate is 0
+        classes, box_targets = (np.asarray(x) for x in make_targets(batch, config))
+        targets = (classes[..., None] == np.arange(NUM_CLASSES)).astype(float)
+        error = deltas - box_targets
+        used = np.broadcast_to(classes[..., None] > -2, targets.shape)
+        positive = np.broadcast_to(classes[..., None] >= 0, error.shape)
+        value = box_value = 0.0
+        for of_level in np.split(np.arange(NUM_ANCHORS), edges):
+            norms.append(np.abs(sigmoid(logits) - targets)[:, of_level])
+            masks.append(used[:, of_level])
+            weights, moving = published_weights(norms, masks, bins=10, momentum=0.75)
+            terms = binary_cross_entropy(logits, targets)[:, of_level]
+            value += mean_over(weights * terms, masks[-1])
+            box_norms.append((np.abs(error) / np.hypot(error, loss.mu))[:, of_level])
+            box_masks.append(positive[:, of_level])
+            weights, box_moving = published_weights(box_norms, box_masks, bins=5, momentum=0.7)
+            terms = (np.hypot(error, loss.mu) - loss.mu)[:, of_level]
+            box_value += (weights * terms * box_masks[-1]).sum() / max(box_masks[-1].sum(), 1)
+    got = [metrics["loss_class"], metrics["loss_box"]]
+    np.testing.assert_allclose(got, [value, box_value], rtol=2e-5)
+    np.testing.assert_allclose(state.ghm.classification.counts, moving, rtol=1e-5)
+    np.testing.assert_allclose(state.ghm.box.counts, box_moving, rtol=1e-5)
+    assert metrics["ghm_c"]["counts"].sum() == used.sum()
+    plain = mean_over(binary_cross_entropy(logits, targets), used)
+    np.testing.assert_allclose(metrics["cross_entropy"], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"preset": "reference"}, {"min_count": 3.0, "strength": 0.5}])
+def test_exact_density_weighs_by_the_batch_alone(how):
+    loss = Loss(bins=10, density="exact", **how)
+    config = dataclasses.replace(CONFIG, loss=loss)
+    state, step = table_state(), table_step(config)
+    for batch in batches(2):
+        state, metrics = step(state, batch)
+    logits, _ = table_outputs(state.params, batch)
+    classes = np.asarray(make_targets(batch, config).classes)
+    targets = (classes[..., None] == np.arange(NUM_CLASSES)).astype(float)
+    used = np.broadcast_to(classes[..., None] > -2, targets.shape)
+    nearby = exact_density(np.abs(sigmoid(logits) - targets), used, 0.1) / 10
+    published = "preset" in how
+    inverse = np.maximum(nearby, 1e-9 if published else 3.0) ** -(1.0 if published else 0.5)
+    weights = inverse / mean_over(inverse, used)
+    value = mean_over(weights * binary_cross_entropy(logits, targets), used)
+    np.testing.assert_allclose(metrics["loss_class"], value, rtol=1e-4)
+    assert not state.ghm.classification.counts.any()
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,8 @@ def ohem_loss(
     positive = used & (dense > 0)
     count = jnp.sum(positive, dtype=jnp.int32).astype(jnp.float32)
     wanted = jnp.maximum(negatives * psum(count, axis_name), 1.0)
-    difficulty = jnp.where(used & ~positive, jax.lax.stop_gradient(terms), -1.0)
+    difficulty = jax.lax.stop_gradient(jnp.where(jnp.isnan(terms), jnp.inf, terms))
+    difficulty = jnp.where(used & ~positive, difficulty, -1.0)
     kept = positive | (difficulty >= _kth_largest(difficulty, wanted, axis_name))
     num_kept = psum(jnp.sum(kept, dtype=jnp.int32).astype(jnp.float32), axis_name)
     return jnp.sum(jnp.where(kept, terms, 0.0)) / jnp.maximum(num_kept, 1.0), state, stats

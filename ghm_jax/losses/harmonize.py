@@ -128,7 +128,9 @@ def harmonize(
         total, total_inverse = num_valid, psum(weights.sum(), axis_name)
     else:
         state, counts = _average(whole, state, momentum, bias_correction)
-        filled, total = (counts > 0, counts.sum()) if bias_correction else (whole > 0, num_valid)
+        filled, total = (
+            (counts > _TINY, counts.sum()) if bias_correction else (whole > 0, num_valid)
+        )
         weights = _inverse(counts, min_count, strength)
         total_inverse = jnp.sum(counts * weights * filled)
     if normalizer == "bins":
@@ -144,7 +146,7 @@ def harmonize(
     return weights, state, LossStats(mean_norm, num_valid, num_nonfinite, seen, table)
 
 
-_TINY = 1e-30
+_TINY = 1e-12  # an average of fewer examples is an empty bin, whose inverse would overflow
 
 
 def _average(
@@ -164,7 +166,7 @@ def _average(
 def _inverse(counts: jax.Array, min_count: float, strength: float) -> jax.Array:
     """D**-tau with D = max(counts, min_count); 1 where both are 0, as no example is there."""
     density = jnp.maximum(counts, min_count)
-    density = jnp.where(density > 0, density, 1.0)
+    density = jnp.where(density > _TINY, density, 1.0)
     return 1.0 / density if strength == 1.0 else density**-strength
 
 
