@@ -46,11 +46,9 @@ def ghm_c_loss(
 
     Source: equations 1-13. The gradient is w (p - p*) / N.
     """
-    logits, finite = _finite(logits)
+    logits = logits.astype(jnp.float32)
     dense, used = dense_targets(logits, targets, mask)
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        dense, known = _finite(dense)
-        finite &= known
+    finite = jnp.isfinite(logits) & jnp.isfinite(dense)
     norm = jnp.abs(sigmoid_error(logits, dense))
     terms = sigmoid_cross_entropy(logits, dense)
     return _weighted_mean(norm, terms, finite, used, state, momentum, axis_name, settings)
@@ -157,9 +155,10 @@ def _weighted_mean(
         norm, used, state, momentum=momentum, axis_name=axis_name, **settings
     )
     count = jnp.maximum(stats.num_valid, 1.0)
-    plain = jnp.sum(jnp.where(weights > 0, jax.lax.stop_gradient(terms), 0.0))
-    plain = psum(plain, axis_name)
-    return jnp.sum(weights * terms) / count, state, stats._replace(plain_loss=plain / count)
+    valid = weights > 0
+    plain = jnp.sum(jnp.where(valid, jax.lax.stop_gradient(terms), 0.0))
+    loss = jnp.sum(jnp.where(valid, weights * terms, 0.0))
+    return loss / count, state, stats._replace(plain_loss=psum(plain, axis_name) / count)
 
 
 def _finite(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,13 +188,14 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def sigmoid_error(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """p - t elementwise, the gradient of the cross-entropy (equation 2), exact in both tails.
 
-    As (1 - t) p - t (1 - p): p itself rounds to 1 from a logit of 17 on.
+    As (1 - t) p - t (1 - p): p itself rounds to 1 from a logit of 17 on. 0 in place of NaN.
     """
     tail = jnp.exp(-jnp.abs(logits))
-    larger, smaller = 1.0 / (1.0 + tail), tail / (1.0 + tail)
+    larger = 1.0 / (1.0 + tail)
     upper = logits >= 0
-    p, q = jnp.where(upper, larger, smaller), jnp.where(upper, smaller, larger)
-    return (1.0 - targets) * p - targets * q
+    p, q = jnp.where(upper, larger, tail * larger), jnp.where(upper, tail * larger, larger)
+    error = (1.0 - targets) * p - targets * q
+    return jnp.where(jnp.isfinite(error), error, 0.0)  # or 0 * NaN would reach the gradient
 
 
 def dense_targets(

@@ -1,0 +1,1 @@
+"""Measurements that `ghm-jax bench` prints. Times are compared within one run only."""
