@@ -52,10 +52,25 @@ def test_the_table_of_losses_is_the_measured_result():
     path = Path(__file__).parents[1] / "experiments/results/quickstart_losses.json"
     summary = json.loads(path.read_text())["summary"]
     for loss, row in (
-        ("focal", "focal loss"),
+        ("focal", "focal loss \\(0"),
         ("published", "GHM-C without"),
-        ("floored", "GHM-C with `"),
+        ("floored", "GHM-C with `min"),
     ):
         (cells,) = re.findall(rf"^\| \**{row}.*$", README, re.MULTILINE)
         for figure in ("AP", "AP50", "AR100"):
             assert f"{summary[loss][figure]['mean']:.3f}" in cells
+
+
+def test_the_table_of_times_is_the_measured_result():
+    path = Path(__file__).parents[1] / "experiments/results/bench_losses.json"
+    rows = json.loads(path.read_text())["rows"]
+    for loss, row in (
+        ("cross-entropy", "cross-entropy "),
+        ("focal loss (optax)", r"focal loss \(optax"),
+        ("GHM-C", "GHM-C\\*"),
+        ("GHM-C exact", "GHM-C, exact"),
+        ("GHM-C, published algorithm (torch)", "GHM-C, published"),
+    ):
+        (cells,) = re.findall(rf"^\| \**{row}.*$", README, re.MULTILINE)
+        for measured in (r for r in rows if r["loss"] == loss):
+            assert f"| {measured['milliseconds']:.0f} ms " in cells

@@ -5,7 +5,8 @@ of examples of ALL replicas when `axis_name` is given: `jax.lax.psum` the loss a
 over that axis. Weights are constants of the gradient; nothing flows through the histogram.
 
 Settings not listed in a signature (`bins`, `normalizer`, `bias_correction`, `min_count`,
-`strength`) are those of `harmonize`; `**REFERENCE` gives the published code's behaviour.
+`strength`, `density`, `batch_counts`) are those of `harmonize`; `**REFERENCE` gives the published
+code's behaviour.
 """
 
 from typing import Any
