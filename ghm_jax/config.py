@@ -52,15 +52,26 @@ class Model:
     """RetinaNet: ResNet, feature pyramid P3-P7, two convolutional heads."""
 
     backbone: str = "resnet50"
-    """resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152."""
+    """resnet10, 18, 34, 50, 101, 152, resnext50_32x4d, or resnext101_32x4d, _32x8d or _64x4d."""
     width: int = 64
     """Channels of the backbone's stem; the published networks have 64."""
     stem_kernel: int = 7
     """Side of the stem's convolution; 3 is cheaper, and enough for small images."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
     """Backbone normalization: fixed statistics, those of the whole batch, or GroupNorm."""
+    frozen_stages: int = 0
+    """Backbone left as it starts: 0 nothing, 1 the stem and the first stage, ..., 4 all of it. The
+    published models have 1; it makes sense with imported weights only."""
+    remat: bool = False
+    """Keep only the inputs of the backbone's stages for the backward pass and compute the rest
+    again: less memory, slower, the same results."""
     channels: int = 256
     """Channels of the pyramid and of the heads."""
+    p6_from: Literal["c5", "p5"] = "c5"
+    """What P6 is made of: the backbone's last stage (mmdetection, torchvision v2), or the pyramid's
+    P5 (torchvision v1)."""
+    relu_before_p7: bool = False
+    """A ReLU between P6 and P7, as in torchvision; mmdetection has none."""
     head_convs: int = 4
     """3x3 convolutions in each head before the last one."""
     head_norm: Literal["none", "group"] = "none"
@@ -75,6 +86,10 @@ class Model:
 class Anchors:
     """Anchor boxes and how they are matched to ground truth."""
 
+    convention: Literal["mmdetection", "torchvision"] = "mmdetection"
+    """Whose rules: exact sizes, and a box may claim its best anchors from other boxes; or sizes in
+    whole pixels, and claimed anchors learn the box they overlap most. See `ghm_jax.anchors` and
+    `ghm_jax.matching`; imported weights need the rules they were trained with."""
     scale: float = 4.0
     """Side of the smallest anchor of a level, in strides of that level."""
     octaves: int = 3
@@ -85,6 +100,9 @@ class Anchors:
     """An anchor is positive from this IoU on ..."""
     negative_iou: float = 0.4
     """... background below this one, and ignored between."""
+    crowd: Literal["drop", "ignore"] = "drop"
+    """Crowd regions in training: left out, so that they are background (as published), or anchors
+    that lie in one by half or more are ignored unless they are positive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +238,10 @@ class Config:
         return self
 
 
-BACKBONES = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = (
+    *("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
 # A resumed run may change these: they do not decide its result.
 HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
 
@@ -242,6 +263,15 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
         c.model.backbone in BACKBONES,
         f"model.backbone: unknown backbone {c.model.backbone!r}{hint}; "
         f"choose one of {', '.join(BACKBONES)}",
+    )
+    yield (
+        not c.model.backbone.startswith("resnext") or c.model.width % 16 == 0,
+        f"model.width: {c.model.width} channels cannot be split into the groups of a ResNeXt; "
+        "use a multiple of 16",
+    )
+    yield (
+        0 <= c.model.frozen_stages <= 4,
+        f"model.frozen_stages: must be 0 to 4, got {c.model.frozen_stages}",
     )
 
     for key in ("optimizer.batch_size", "predict.batch_size"):

@@ -107,7 +107,7 @@ def restore_variables(
     if not run.checkpoints.is_dir():
         raise ConfigError(f"{run.path}: no checkpoint yet; train the run first")
     model = make_model(config, len(config.data.classes))
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config)
     shapes = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     place = jax.sharding.SingleDeviceSharding(device)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)

@@ -1,9 +1,13 @@
 """The optimizer and its learning rate, from optax."""
 
+import functools
+from typing import Any
+
 import jax
 import optax
 
-from ghm_jax.config import Optimizer
+from ghm_jax.config import Config, Optimizer
+from ghm_jax.models.resnet import is_frozen
 
 
 def learning_rate(config: Optimizer) -> optax.Schedule:
@@ -21,17 +25,35 @@ def learning_rate(config: Optimizer) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
-    """Clipping by global norm, then SGD with L2 penalty or AdamW (decay on kernels only)."""
-    rate = learning_rate(config)
-    if config.name == "sgd":
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping by global norm, then SGD with L2 penalty or AdamW (decay on kernels only).
+
+    Frozen stages of the backbone (`model.frozen_stages`) get updates of zero, no decay either, and
+    take no room in the optimizer's state.
+    """
+    settings = config.optimizer
+    rate = learning_rate(settings)
+    if settings.name == "sgd":
         update = optax.chain(
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(rate, momentum=config.momentum),
+            optax.add_decayed_weights(settings.weight_decay),
+            optax.sgd(rate, momentum=settings.momentum),
         )
     else:
-        update = optax.adamw(rate, weight_decay=config.weight_decay, mask=_kernels)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+        update = optax.adamw(rate, weight_decay=settings.weight_decay, mask=_kernels)
+    update = optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+    if config.model.frozen_stages == 0:
+        return update
+    frozen = functools.partial(frozen_parameters, frozen_stages=config.model.frozen_stages)
+    return optax.partition({True: optax.set_to_zero(), False: update}, frozen)
+
+
+def frozen_parameters(params: optax.Params, frozen_stages: int) -> optax.Params:
+    """The tree of RetinaNet's parameters with a bool for each: it is in a frozen stage."""
+
+    def frozen(path: tuple[Any, ...], _: Any) -> bool:
+        return path[0].key == "backbone" and is_frozen(path[1].key, frozen_stages)
+
+    return jax.tree.map_with_path(frozen, params)
 
 
 def _kernels(params: optax.Params) -> optax.Params:

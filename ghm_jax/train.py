@@ -72,7 +72,7 @@ def train(
     run = claim_run(run_dir, config)
 
     # The step of one replica, on all devices.
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config)
     model = make_model(config, len(dataset.class_names), REPLICA)
     step = functools.partial(
         train_step, config=config, model=model, optimizer=optimizer, axis_name=REPLICA

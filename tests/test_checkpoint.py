@@ -8,7 +8,7 @@ import pytest
 
 from ghm_jax import losses
 from ghm_jax.checkpoint import Checkpoints
-from ghm_jax.config import ConfigError, Optimizer
+from ghm_jax.config import Config, ConfigError, Optimizer
 from ghm_jax.detection_loss import GHMStates
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import TrainState
@@ -17,7 +17,7 @@ from ghm_jax.step import TrainState
 
 
 def make_state(rng, width=3, optimizer=None):
-    optimizer = optimizer or make_optimizer(Optimizer(name="adamw"))
+    optimizer = optimizer or make_optimizer(Config(optimizer=Optimizer(name="adamw")))
     params = {
         "z": {"kernel": rng.normal(size=(2, width)), "bias": rng.normal(size=width)},
         "a": {"kernel": rng.normal(size=(width, 1))},
@@ -48,7 +48,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_state_comes_back_bit_for_bit(rng, tmp_path, name):
-    state = make_state(rng, optimizer=make_optimizer(Optimizer(name=name)))
+    state = make_state(rng, optimizer=make_optimizer(Config(optimizer=Optimizer(name=name))))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest is None
         checkpoints.save(7, state)
@@ -98,7 +98,7 @@ def test_another_model_is_refused_in_one_line(rng, tmp_path):
             make_state(rng, width=4),
             state._replace(params={"z": state.params["z"]}),
             state._replace(params={**state.params, "new": {"kernel": jnp.zeros(3)}}),
-            make_state(rng, optimizer=make_optimizer(Optimizer(name="sgd"))),
+            make_state(rng, optimizer=make_optimizer(Config(optimizer=Optimizer(name="sgd")))),
         ]
         for other in others:
             with pytest.raises(ConfigError, match="does not fit") as refused:

@@ -21,7 +21,7 @@ CONFIGS = sorted(
 
 def trace(config: Config, num_classes: int = 80):
     """Shapes of the next state and of the metrics for a batch of the first bucket."""
-    model, optimizer = make_model(config, num_classes), make_optimizer(config.optimizer)
+    model, optimizer = make_model(config, num_classes), make_optimizer(config)
     state = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     size, (height, width) = config.optimizer.batch_size, config.data.buckets[0]
     batch = {

@@ -102,7 +102,9 @@ def test_halving_is_done_by_the_3x3_convolution_of_a_block():
 
 @pytest.mark.parametrize("size", [(64, 96), (128, 32), (224, 160)])
 def test_there_is_one_output_for_every_anchor(size):
-    model = RetinaNet(num_classes=5, anchors_per_cell=6, backbone="resnet10", width=8, channels=8)
+    model = RetinaNet(
+        num_classes=5, anchors_per_cell=6, backbone_name="resnet10", width=8, channels=8
+    )
     _, (logits, deltas) = shapes_of(model, (2, *size, 3))
     anchors = make_anchors(size, 4.0, 2, (0.5, 1.0, 2.0))
     assert logits.shape == (2, len(anchors), 5)
@@ -129,7 +131,7 @@ def test_a_head_orders_its_outputs_by_row_column_anchor_and_class():
 
 def test_what_happens_in_the_image_happens_at_the_anchors_there():
     size, per_cell = (256, 384), 2
-    model = RetinaNet(2, per_cell, backbone="resnet10", width=8, channels=8, head_convs=1)
+    model = RetinaNet(2, per_cell, backbone_name="resnet10", width=8, channels=8, head_convs=1)
     anchors = make_anchors(size, 4.0, per_cell, (1.0,))
     center = (anchors[:, :2] + anchors[:, 2:]) / 2
     images = jax.random.normal(KEY, (1, *size, 3))
@@ -148,7 +150,7 @@ def test_what_happens_in_the_image_happens_at_the_anchors_there():
 
 
 def test_a_fresh_detector_gives_every_pair_the_prior_probability():
-    model = RetinaNet(3, 2, backbone="resnet10", width=8, channels=16, head_convs=1)
+    model = RetinaNet(3, 2, backbone_name="resnet10", width=8, channels=16, head_convs=1)
     images = jax.random.normal(KEY, (2, 64, 64, 3))
     variables = jax.jit(model.init)(KEY, images)
     logits, deltas = jax.jit(model.apply)(variables, images)
@@ -160,7 +162,13 @@ def test_a_fresh_detector_gives_every_pair_the_prior_probability():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_convolutions_are_in_the_type_asked_for_and_the_rest_in_float32(dtype):
     model = RetinaNet(
-        3, 1, backbone="resnet10", width=8, channels=8, head_norm="group", dtype=jnp.dtype(dtype)
+        3,
+        1,
+        backbone_name="resnet10",
+        width=8,
+        channels=8,
+        head_norm="group",
+        dtype=jnp.dtype(dtype),
     )
     variables, outputs = shapes_of(model, (1, 64, 64, 3))
     assert {leaf.dtype.name for leaf in jax.tree.leaves((variables, outputs))} == {"float32"}
@@ -188,7 +196,7 @@ def test_the_pyramid_adds_the_coarse_level_to_the_fine_one():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
     np.testing.assert_array_equal(
-        upsample_nearest(jnp.asarray(x)), x.repeat(2, axis=1).repeat(2, axis=2)
+        upsample_nearest(jnp.asarray(x), (6, 8)), x.repeat(2, axis=1).repeat(2, axis=2)
     )
     features = [rng.normal(size=(1, 8 >> i, 8 >> i, 4)).astype(np.float32) for i in range(3)]
     fpn = FPN(4)

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from ghm_jax.config import Optimizer
+from ghm_jax.config import Config, Optimizer
 from ghm_jax.schedule import learning_rate, make_optimizer
 
 
@@ -48,7 +48,7 @@ GRADS = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.zeros(2)}
 
 
 def updated(config: Optimizer, steps: int = 1) -> dict:
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(Config(optimizer=config))
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(steps):
         updates, state = optimizer.update(GRADS, state, params)

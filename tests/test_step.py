@@ -182,7 +182,7 @@ def run(state, step, steps=3):
 
 def network(norm, axis_name):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, norm=norm))
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config)
     model = make_model(config, NUM_CLASSES, axis_name)
     settings = {"config": config, "model": model, "optimizer": optimizer, "axis_name": axis_name}
     state = jax.jit(functools.partial(init_state, config, model, optimizer))()

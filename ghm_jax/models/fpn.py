@@ -1,10 +1,13 @@
 """Feature pyramid P3 to P7.
 
-Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017; P6 and P7 as in
-the published GHM models: 3x3 convolutions of stride 2 from C5, no ReLU between.
+Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017. P6 and P7, 3x3
+convolutions of stride 2, differ from source to source:
+
+- mmdetection, so the published GHM models: P6 from C5, no ReLU;
+- torchvision: ReLU before P7, P6 from P5 in the first version and from C5 in `v2`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +19,8 @@ class FPN(nn.Module):
 
     channels: int
     dtype: Any = jnp.float32
+    p6_from: Literal["c5", "p5"] = "c5"
+    relu_before_p7: bool = False
 
     @nn.compact
     def __call__(self, features: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -32,15 +37,19 @@ class FPN(nn.Module):
 
         merged = [conv(f"lateral{i}", 1, 1, x) for i, x in enumerate(features, 3)]
         for i in reversed(range(len(merged) - 1)):
-            merged[i] = merged[i] + upsample_nearest(merged[i + 1])
+            merged[i] = merged[i] + upsample_nearest(merged[i + 1], merged[i].shape[1:3])
         levels = [conv(f"output{i}", 3, 1, x) for i, x in enumerate(merged, 3)]
-        levels.append(conv("p6", 3, 2, features[-1]))
-        levels.append(conv("p7", 3, 2, levels[-1]))
-        return tuple(levels)
+        p6 = conv("p6", 3, 2, features[-1] if self.p6_from == "c5" else levels[-1])
+        p7 = conv("p7", 3, 2, nn.relu(p6) if self.relu_before_p7 else p6)
+        return (*levels, p6, p7)
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, 2H, 2W, C], every cell repeated."""
+def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] -> [B, *size, C], every cell repeated: the inverse of halving and rounding up.
+
+    `size` is 2H or 2H - 1 and 2W or 2W - 1; for these PyTorch's "nearest" picks the same cells.
+    """
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+    x = x.reshape(batch, 2 * height, 2 * width, channels)
+    return x[:, : size[0], : size[1]]

@@ -1,23 +1,41 @@
-"""ResNet as torchvision has it: stride in the 3x3 convolution, explicit padding.
+"""ResNet and ResNeXt as torchvision has them: stride in the 3x3 convolution, explicit padding.
 
-Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1.
+Sources: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1; Xie et al.,
+"Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017, table 1.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-DEPTHS: dict[str, tuple[bool, tuple[int, ...]]] = {
-    # name: (bottleneck blocks?, blocks per stage)
-    "resnet10": (False, (1, 1, 1, 1)),  # not in the paper: for small data on a CPU
-    "resnet18": (False, (2, 2, 2, 2)),
-    "resnet34": (False, (3, 4, 6, 3)),
-    "resnet50": (True, (3, 4, 6, 3)),
-    "resnet101": (True, (3, 4, 23, 3)),
-    "resnet152": (True, (3, 8, 36, 3)),
+
+class Architecture(NamedTuple):
+    """What tells one backbone from another."""
+
+    bottleneck: bool
+    """Bottleneck blocks (1x1, 3x3, 1x1) or basic ones (3x3, 3x3)."""
+    depths: tuple[int, ...]
+    """Blocks in each of the four stages."""
+    groups: int = 1
+    """Groups of the 3x3 convolutions of bottleneck blocks: ResNeXt's cardinality ..."""
+    group_width: int = 64
+    """... and their channels a group in the first stage, for a stem of 64 channels."""
+
+
+ARCHITECTURES = {
+    "resnet10": Architecture(False, (1, 1, 1, 1)),  # in no paper: for small data on a CPU
+    "resnet18": Architecture(False, (2, 2, 2, 2)),
+    "resnet34": Architecture(False, (3, 4, 6, 3)),
+    "resnet50": Architecture(True, (3, 4, 6, 3)),
+    "resnet101": Architecture(True, (3, 4, 23, 3)),
+    "resnet152": Architecture(True, (3, 8, 36, 3)),
+    "resnext50_32x4d": Architecture(True, (3, 4, 6, 3), 32, 4),
+    "resnext101_32x4d": Architecture(True, (3, 4, 23, 3), 32, 4),
+    "resnext101_32x8d": Architecture(True, (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": Architecture(True, (3, 4, 23, 3), 64, 4),
 }
 
 NormKind = Literal["frozen", "batch", "group"]
@@ -60,6 +78,7 @@ class Conv(nn.Module):
     features: int
     size: int
     stride: int = 1
+    groups: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -69,6 +88,7 @@ class Conv(nn.Module):
             (self.size, self.size),
             self.stride,
             padding=self.size // 2,
+            feature_group_count=self.groups,
             use_bias=False,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
             dtype=self.dtype,
@@ -76,11 +96,15 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1 to four times the width)."""
+    """A residual block, basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1).
 
+    [B, H, W, C] -> [B, H / stride, W / stride, out]; bottleneck blocks put out four times
+    `features`, the channels of the stage.
+    """
+
+    architecture: Architecture
     features: int
     stride: int
-    bottleneck: bool
     norm: NormKind
     axis_name: str | None
     dtype: Any
@@ -89,15 +113,17 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(Conv, dtype=self.dtype)
         norm = functools.partial(Norm, self.norm, self.axis_name, self.dtype)
-        out = self.features * (4 if self.bottleneck else 1)
-        # (features, kernel size, stride) of the convolutions of the residual branch
-        branch = [(self.features, 3, self.stride), (out, 3, 1)]
-        if self.bottleneck:
-            branch = [(self.features, 1, 1), (self.features, 3, self.stride), (out, 1, 1)]
+        bottleneck, _, groups, group_width = self.architecture
+        out = self.features * (4 if bottleneck else 1)
+        # (features, kernel size, stride, groups) of the convolutions of the residual branch
+        branch = [(self.features, 3, self.stride, 1), (out, 3, 1, 1)]
+        if bottleneck:
+            inner = self.features * group_width // 64 * groups
+            branch = [(inner, 1, 1, 1), (inner, 3, self.stride, groups), (out, 1, 1, 1)]
 
         y = x
-        for i, (features, size, stride) in enumerate(branch, 1):
-            y = conv(features, size, stride, name=f"conv{i}")(y)
+        for i, (features, size, stride, groups) in enumerate(branch, 1):
+            y = conv(features, size, stride, groups, name=f"conv{i}")(y)
             y = norm(name=f"norm{i}")(y, train=train)
             if i < len(branch):
                 y = nn.relu(y)
@@ -108,7 +134,15 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [B, H, W, 3] -> (C3, C4, C5), features at strides 8, 16 and 32."""
+    """Images [B, H, W, 3] -> (C3, C4, C5), features at strides 8, 16 and 32.
+
+    The stem (if `frozen_stages` is not 0) and the first `frozen_stages` stages are frozen: no
+    gradient reaches them and their norms use stored statistics. Their parameters stand still only
+    if the optimizer leaves them alone as well; `is_frozen` tells which they are.
+
+    With `remat` the backward pass computes each stage again from its input instead of keeping all
+    that is inside: less memory, about a third more time, the same results.
+    """
 
     name_of: str
     width: int
@@ -116,25 +150,43 @@ class ResNet(nn.Module):
     norm: NormKind
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    frozen_stages: int = 0
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, ...]:
-        bottleneck, depths = DEPTHS[self.name_of]
-        x = Conv(self.width, self.stem_kernel, 2, self.dtype, name="stem_conv")(images)
-        x = Norm(self.norm, self.axis_name, self.dtype, name="stem_norm")(x, train=train)
-        padding: Any = ((1, 1), (1, 1))
-        x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)
-        features = []
-        for stage, depth in enumerate(depths):
-            for i in range(depth):
-                x = Block(
-                    features=self.width * 2**stage,
-                    stride=2 if i == 0 and stage > 0 else 1,
-                    bottleneck=bottleneck,
-                    norm=self.norm,
-                    axis_name=self.axis_name,
-                    dtype=self.dtype,
-                    name=f"stage{stage + 1}_block{i + 1}",
-                )(x, train=train)
+        part = nn.remat(ResNet._part, static_argnums=(2, 3)) if self.remat else ResNet._part
+        x, features = images, []
+        for stage in range(1 + len(ARCHITECTURES[self.name_of].depths)):
+            frozen = self.frozen_stages >= max(stage, 1)
+            x = part(self, x, stage, train and not frozen)
+            if frozen:
+                x = jax.lax.stop_gradient(x)
             features.append(x)
-        return tuple(features[1:])
+        return tuple(features[2:])
+
+    def _part(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
+        """The stem (stage 0) or one of the stages 1 to 4."""
+        if stage == 0:
+            x = Conv(self.width, self.stem_kernel, 2, dtype=self.dtype, name="stem_conv")(x)
+            x = Norm(self.norm, self.axis_name, self.dtype, name="stem_norm")(x, train=train)
+            padding: Any = ((1, 1), (1, 1))
+            return nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)
+        architecture = ARCHITECTURES[self.name_of]
+        for i in range(architecture.depths[stage - 1]):
+            x = Block(
+                architecture,
+                features=self.width * 2 ** (stage - 1),
+                stride=2 if i == 0 and stage > 1 else 1,
+                norm=self.norm,
+                axis_name=self.axis_name,
+                dtype=self.dtype,
+                name=f"stage{stage}_block{i + 1}",
+            )(x, train=train)
+        return x
+
+
+def is_frozen(name: str, frozen_stages: int) -> bool:
+    """Whether a part of the backbone's parameters, by its name in the tree, is frozen."""
+    stage = 1 if name.startswith("stem_") else int(name.removeprefix("stage").split("_")[0])
+    return stage <= frozen_stages

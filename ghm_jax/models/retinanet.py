@@ -17,37 +17,41 @@ from ghm_jax.models.resnet import NormKind, ResNet
 class RetinaNet(nn.Module):
     """Normalized images f32[B, H, W, 3] -> (logits f32[B, A, K], box deltas f32[B, A, 4]).
 
-    H and W are multiples of 32. The A anchors are in the order of `ghm_jax.anchors.make_anchors`.
-    `axis_name` is the replica axis that batch statistics are taken over.
+    The A anchors are in the order of `ghm_jax.anchors.make_anchors`. `axis_name` is the replica
+    axis that batch statistics are taken over. Activations are in `dtype`, parameters in float32.
     """
 
     num_classes: int
     anchors_per_cell: int
-    backbone: str = "resnet50"
+    backbone_name: str = "resnet50"
     width: int = 64
     stem_kernel: int = 7
     norm: NormKind = "frozen"
+    frozen_stages: int = 0
+    remat: bool = False
     channels: int = 256
+    p6_from: Literal["c5", "p5"] = "c5"
+    relu_before_p7: bool = False
     head_convs: int = 4
     head_norm: Literal["none", "group"] = "none"
     prior: float = 0.01
     axis_name: str | None = None
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        features = ResNet(
-            self.backbone,
+    def setup(self) -> None:
+        self.backbone = ResNet(
+            self.backbone_name,
             self.width,
             self.stem_kernel,
             self.norm,
             self.axis_name,
             self.dtype,
-            name="backbone",
-        )(images.astype(self.dtype), train=train)
-        levels = FPN(self.channels, self.dtype, name="fpn")(features)
+            self.frozen_stages,
+            self.remat,
+        )
+        self.fpn = FPN(self.channels, self.dtype, self.p6_from, self.relu_before_p7)
 
-        def head(name: str, outputs: int, bias: float) -> Head:
+        def head(outputs: int, bias: float) -> Head:
             return Head(
                 anchors=self.anchors_per_cell,
                 outputs=outputs,
@@ -56,11 +60,13 @@ class RetinaNet(nn.Module):
                 norm=self.head_norm,
                 bias=bias,
                 dtype=self.dtype,
-                name=name,
             )
 
-        classify = head("class_head", self.num_classes, prior_bias(self.prior))
-        regress = head("box_head", 4, 0.0)
-        logits = jnp.concatenate([classify(level) for level in levels], axis=1)
-        deltas = jnp.concatenate([regress(level) for level in levels], axis=1)
+        self.class_head = head(self.num_classes, prior_bias(self.prior))
+        self.box_head = head(4, 0.0)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        levels = self.fpn(self.backbone(images.astype(self.dtype), train=train))
+        logits = jnp.concatenate([self.class_head(level) for level in levels], axis=1)
+        deltas = jnp.concatenate([self.box_head(level) for level in levels], axis=1)
         return logits, deltas
