@@ -16,12 +16,26 @@ def box_area(boxes: jax.Array) -> jax.Array:
 
 def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     """Intersection over union f32[N, M] of a f32[N, 4] and b f32[M, 4]; 0 for empty boxes."""
+    shared = _intersection(a, b)
+    union = box_area(a)[:, None] + box_area(b)[None, :] - shared
+    return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
+
+
+def box_coverage(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Share f32[N, M] of the area of each box in a f32[N, 4] that each box in b f32[M, 4] covers.
+
+    0 for an empty box in `a`. This is how COCO compares detections with crowd regions.
+    """
+    area = box_area(a)[:, None]
+    return jnp.where(area > 0, _intersection(a, b) / jnp.where(area > 0, area, 1.0), 0.0)
+
+
+def _intersection(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Shared area f32[N, M] of a f32[N, 4] and b f32[M, 4]."""
     low = jnp.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
     high = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
     sides = jnp.maximum(high - low, 0.0)
-    intersection = sides[..., 0] * sides[..., 1]  # [N, M]
-    union = box_area(a)[:, None] + box_area(b)[None, :] - intersection
-    return jnp.where(union > 0, intersection / jnp.where(union > 0, union, 1.0), 0.0)
+    return sides[..., 0] * sides[..., 1]
 
 
 def encode_boxes(boxes: jax.Array, anchors: jax.Array) -> jax.Array:
@@ -41,7 +55,9 @@ def encode_boxes(boxes: jax.Array, anchors: jax.Array) -> jax.Array:
 def decode_boxes(deltas: jax.Array, anchors: jax.Array) -> jax.Array:
     """Boxes f32[..., 4] from deltas and anchors, the inverse of `encode_boxes`.
 
-    The logarithms are limited to `MAX_LOG_SCALE`, so that a wild delta does not overflow.
+    The logarithms are limited to `MAX_LOG_SCALE`, so that a wild delta does not overflow. This is
+    torchvision's rule; mmdetection limits shrinking to the same factor as well, which nothing
+    but a box below a 62nd of its anchor can show.
     """
     anchor_center, anchor_size = _center_size(anchors)
     center = deltas[..., :2] * anchor_size + anchor_center

@@ -177,6 +177,8 @@ def make_targets(batch: Batch, config: Config) -> Targets:
         anchors,
         positive_iou=config.anchors.positive_iou,
         negative_iou=config.anchors.negative_iou,
+        convention=config.anchors.convention,
+        crowd=config.anchors.crowd,
     )
     targets = jax.vmap(match)(batch["boxes"], batch["labels"])
     reach = -(-batch["image_size"] // 32) * 32  # [b, 2] height, width
@@ -199,7 +201,7 @@ def _apply(
 
 def _anchors(config: Config, size: tuple[int, int]) -> jax.Array:
     a = config.anchors
-    return jnp.asarray(make_anchors(size, a.scale, a.octaves, a.ratios))
+    return jnp.asarray(make_anchors(size, a.scale, a.octaves, a.ratios, a.convention))
 
 
 def _padded_size(batch: Batch) -> tuple[int, int]:

@@ -12,17 +12,29 @@ from ghm_jax.data.transforms import decode_image, flip_horizontal, resize
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
+PADDING = -1
+"""Label of a box that only fills up a batch."""
+CROWD = -2
+"""Label of a crowd region, whatever its class (`ghm_jax.matching.CROWD`)."""
 
-def make_example(record: Mapping[str, Any], data: Data, rng: np.random.Generator | None) -> Example:
+
+def make_example(
+    record: Mapping[str, Any],
+    data: Data,
+    rng: np.random.Generator | None,
+    *,
+    keep_crowd: bool = False,
+) -> Example:
     """One image with its boxes, resized.
 
-    Crowd regions and degenerate boxes are left out (see `schema.trainable`); ground truth for
-    evaluation comes from `ground_truth.coco_ground_truth`, which keeps them.
+    Degenerate boxes are left out (see `schema.trainable`); ground truth for evaluation comes from
+    `ground_truth.coco_ground_truth`, which keeps them.
 
     Args:
         record: of a `Dataset`.
         data: sizes and probabilities.
         rng: of this one image, for augmentation; None: none.
+        keep_crowd: keep crowd regions, with the label CROWD, instead of leaving them out.
 
     Returns:
         image uint8[h, w, 3], boxes f32[N, 4] (x0, y0, x1, y1 in pixels of `image`), labels i32[N],
@@ -38,14 +50,15 @@ def make_example(record: Mapping[str, Any], data: Data, rng: np.random.Generator
         raise ConfigError(f"data.name: image {record['image/id']}: {error}; replace it") from None
     original_size = image.shape[:2]
     objects = read_objects(record, *original_size)
-    keep = trainable(objects)
+    keep = trainable(objects, keep_crowd=keep_crowd)
+    labels = np.where(objects.is_crowd, CROWD, objects.labels).astype(np.int32)
     image, boxes, scale = resize(image, objects.boxes[keep], data.short_side, data.long_side)
     if rng is not None and rng.random() < data.flip:
         image, boxes = flip_horizontal(image, boxes)
     return {
         "image": image,
         "boxes": boxes,
-        "labels": objects.labels[keep],
+        "labels": labels[keep],
         "image_size": image.shape[:2],
         "original_size": original_size,
         "scale": scale,
@@ -92,13 +105,13 @@ def collate(
     """Pads B examples to one shape.
 
     Images are padded with zeros at the bottom and the right, so that box coordinates stay. Of more
-    than `max_boxes` boxes the largest are kept.
+    than `max_boxes` boxes the largest are kept, and crowd regions go first.
 
     Returns:
         images uint8[B, H, W, 3], boxes f32[B, max_boxes, 4] (x0, y0, x1, y1 in pixels of the padded
-        image; 0 = padding), labels i32[B, max_boxes] (-1 = padding), image_size and original_size
-        i32[B, 2] (height, width), scale f32[B, 2] (x, y), image_id i32[B] (-1 = filler),
-        valid bool[B], dropped_boxes i32[B].
+        image; 0 = padding), labels i32[B, max_boxes] (a class, PADDING or CROWD), image_size and
+        original_size i32[B, 2] (height, width), scale f32[B, 2] (x, y), image_id i32[B]
+        (-1 = filler), valid bool[B], dropped_boxes i32[B].
 
     Raises:
         ConfigError: an image fits in no bucket.
@@ -107,12 +120,12 @@ def collate(
     height, width = choose_bucket((e["image_size"] for e in examples), buckets)
     images = np.zeros((size, height, width, 3), np.uint8)
     boxes = np.zeros((size, max_boxes, 4), np.float32)
-    labels = np.full((size, max_boxes), -1, np.int32)
+    labels = np.full((size, max_boxes), PADDING, np.int32)
     dropped = np.zeros(size, np.int32)
     for i, example in enumerate(examples):
         h, w = example["image_size"]
         images[i, :h, :w] = example["image"]
-        kept = _largest(example["boxes"], max_boxes)
+        kept = _most_important(example["boxes"], example["labels"], max_boxes)
         boxes[i, : len(kept)] = example["boxes"][kept]
         labels[i, : len(kept)] = example["labels"][kept]
         dropped[i] = len(example["boxes"]) - len(kept)
@@ -129,7 +142,7 @@ def collate(
     }
 
 
-def _largest(boxes: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` boxes of largest area, in their order."""
+def _most_important(boxes: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Positions of `count` boxes, in their order: of objects before crowds, then the largest."""
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return np.sort(np.argsort(-areas, kind="stable")[:count])
+    return np.sort(np.lexsort((-areas, labels == CROWD))[:count])

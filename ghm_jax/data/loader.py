@@ -68,7 +68,7 @@ def train_batches(
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
-    build = functools.partial(_train_batch, dataset=dataset, data=config.data, share=share)
+    build = functools.partial(_train_batch, dataset=dataset, config=config, share=share)
     steps = grain.MapDataset.range(len(dataset)).seed(config.seed).shuffle().repeat()
     steps = steps.batch(size, batch_fn=tuple).random_map(build)
     return _read(steps[start_step:], config.run.workers)
@@ -94,13 +94,14 @@ def _train_batch(
     rng: np.random.Generator,
     *,
     dataset: Dataset,
-    data: Data,
+    config: Config,
     share: _Share,
 ) -> Batch:
+    data, keep_crowd = config.data, config.anchors.crowd == "ignore"
     # One seed for each image of the global batch: the same whichever host builds the image.
     seeds = rng.integers(2**63, size=len(indices))
     examples = [
-        make_example(dataset.source[i], data, np.random.default_rng(seed))
+        make_example(dataset.source[i], data, np.random.default_rng(seed), keep_crowd=keep_crowd)
         for i, seed in zip(indices[share.slots], seeds[share.slots], strict=True)
     ]
     return collate(examples, _buckets(indices, dataset, data, share), data.max_boxes)

@@ -83,11 +83,11 @@ def read_objects(record: Mapping[str, Any], height: int, width: int) -> Objects:
     )
 
 
-def trainable(objects: Objects) -> np.ndarray:
+def trainable(objects: Objects, *, keep_crowd: bool = False) -> np.ndarray:
     """bool[N]: objects to learn from.
 
     Crowd regions are left out, as the published code does (what they cover becomes background),
-    and so are boxes without width or height, whose deltas would be infinite.
+    unless `keep_crowd`; boxes without width or height always, whose deltas would be infinite.
     """
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
-    return (sides > 0).all(axis=1) & ~objects.is_crowd
+    return (sides > 0).all(axis=1) & (keep_crowd | ~objects.is_crowd)
