@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ghm_jax.config import ConfigError
@@ -59,6 +60,30 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
         plain = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         return TrainState(**plain)
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Saves arrays that are no state, by this process alone; `path` must not exist.
+
+    It appears under its name when it is whole.
+    """
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+        checkpointer.save(path.resolve(), tree)
+
+
+def restore_tree(path: Path, like: Any) -> Any:
+    """What `save_tree` saved, as NumPy arrays; `like` has its shapes and types."""
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+        return checkpointer.restore(path.resolve(), target)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Without waiting for other processes, which may have found their file already."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}"
+    )
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
+    ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
+    ghm-jax export runs/quickstart --out FILE.safetensors
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
     ghm-jax bench losses [--out FILE.json]
@@ -57,6 +59,29 @@ class Evaluate:
     """Split to evaluate on (the run's validation split)."""
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """hotcoco, or pycocotools (slower, the same figures)."""
+
+
+@dataclass
+class Import:
+    """Makes a run of a published detector, to evaluate, export or train further."""
+
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """RetinaNet of torchvision or mmdetection: .safetensors, .pth, or hf://OWNER/NAME[/FILE]."""
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    """File that defines `config` of the same network."""
+    run_dir: str = ""
+    """Where the run goes (runs/ and the name of the weights)."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass
+class Export:
+    """Writes the newest checkpoint of a run for other programs."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    out: str
+    """File to write; .safetensors: weights in torchvision's names."""
 
 
 @dataclass
@@ -161,6 +186,28 @@ def _evaluate(args: list[str]) -> None:
     print(f"report: {run.report}")
 
 
+def _import(args: list[str]) -> None:
+    from ghm_jax.weights import import_run
+
+    usage = "ghm-jax import WEIGHTS EXPERIMENT"
+    weights, experiment = _positional(args, usage), _positional(args[1:], usage)
+    default = load_experiment(experiment) if experiment else Config()
+    given = Import(weights or "", experiment or "", config=default)
+    arguments = _parse(Import, args, "ghm-jax import", given)
+    run_dir = arguments.run_dir or f"runs/{Path(arguments.weights).stem}"
+    import_run(arguments.weights, arguments.config, run_dir)
+    print(f"{run_dir}: ready; score it with: ghm-jax evaluate {run_dir}")
+
+
+def _export(args: list[str]) -> None:
+    directory = _positional(args, "ghm-jax export RUN --out FILE")
+    arguments = _parse(Export, args, "ghm-jax export", Export(directory or "", ""))
+
+    from ghm_jax.export import export
+
+    print(f"{export(arguments.run, arguments.out)}: written")
+
+
 def _prepare_folder(args: list[str]) -> None:
     from ghm_jax.data.coco_directory import prepare_folder
 
@@ -229,6 +276,8 @@ def _write_result(path: Path, args: list[str], rows: list[dict[str, Any]]) -> No
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "import": _import,
+    "export": _export,
     "data prepare folder": _prepare_folder,
     "data prepare coco/2017": _prepare_coco("2017"),
     "data prepare coco/2014": _prepare_coco("2014"),

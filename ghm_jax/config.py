@@ -53,6 +53,9 @@ class Model:
 
     backbone: str = "resnet50"
     """resnet10, 18, 34, 50, 101, 152, resnext50_32x4d, or resnext101_32x4d, _32x8d or _64x4d."""
+    weights: str = ""
+    """ImageNet weights that the backbone of a new run starts from: a .safetensors or .pth file, or
+    hf://OWNER/NAME[/FILE] on the Hugging Face Hub; empty: random ones."""
     width: int = 64
     """Channels of the backbone's stem; the published networks have 64."""
     stem_kernel: int = 7
@@ -272,6 +275,12 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     yield (
         0 <= c.model.frozen_stages <= 4,
         f"model.frozen_stages: must be 0 to 4, got {c.model.frozen_stages}",
+    )
+
+    yield (
+        not c.model.weights or c.model.norm != "group",
+        "model.weights: ImageNet weights have batch statistics, which model.norm 'group' does not "
+        "use; set model.norm to 'frozen' or 'batch'",
     )
 
     for key in ("optimizer.batch_size", "predict.batch_size"):

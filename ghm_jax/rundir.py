@@ -34,6 +34,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether a state to go on from lies there."""
+        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
+    @property
     def history(self) -> Path:
         return self.path / "metrics.jsonl"
 

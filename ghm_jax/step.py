@@ -1,6 +1,7 @@
 """What one replica does in a step of training or prediction: pure functions of arrays."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -57,15 +58,27 @@ def make_model(config: Config, num_classes: int, axis_name: str | None = None) -
 
 
 def init_state(
-    config: Config, model: RetinaNet, optimizer: optax.GradientTransformation
+    config: Config,
+    model: RetinaNet,
+    optimizer: optax.GradientTransformation,
+    pretrained: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """The state before the first step, fixed by `config.seed`. To be jitted: the network runs."""
+    """The state before the first step. To be jitted: the network runs.
+
+    Args:
+        config: fixes what is random by its `seed`.
+        model, optimizer: what to do, not traced.
+        pretrained: `params` and `batch_stats` of those parts of the network, such as `backbone`,
+            that do not start at random.
+    """
     images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
-    variables = model.init(jax.random.key(config.seed), images)
+    variables = {"batch_stats": {}, **model.init(jax.random.key(config.seed), images)}
+    for kind, parts in (pretrained or {}).items():
+        variables[kind] = {**variables[kind], **parts}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
         ghm=init_ghm_states(config),
     )

@@ -25,6 +25,7 @@ from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, claim_run, set_aside, write_text
 from ghm_jax.schedule import learning_rate, make_optimizer
 from ghm_jax.step import TrainState, init_state, make_model, train_step
+from ghm_jax.weights import load_backbone
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
@@ -67,25 +68,30 @@ def train(
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, classes=dataset.class_names)
     )
+    optimizer = make_optimizer(config)
+    model = make_model(config, len(dataset.class_names), REPLICA)
+    initialize = functools.partial(init_state, config, model, optimizer)
+    pretrained = None
+    if config.model.weights and (restart or not RunDirectory(Path(run_dir)).has_checkpoint):
+        blank = jax.eval_shape(initialize)
+        like = {"params": blank.params, "batch_stats": blank.batch_stats}
+        pretrained = load_backbone(config.model, like)
     if restart and Path(run_dir).exists():
         progress.say(f"moved the old run to {set_aside(Path(run_dir))}")
     run = claim_run(run_dir, config)
 
     # The step of one replica, on all devices.
-    optimizer = make_optimizer(config)
-    model = make_model(config, len(dataset.class_names), REPLICA)
     step = functools.partial(
         train_step, config=config, model=model, optimizer=optimizer, axis_name=REPLICA
     )
     step = parallelize(step, devices, config.run.wrapper, donate=True)
     # XLA's CPU compiler is slow on random initializers, which run once: it need not optimize them.
     options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
-    initialize = functools.partial(init_state, config, model, optimizer)
-    state = jax.jit(initialize, compiler_options=options)()
+    state = jax.jit(initialize, compiler_options=options)(pretrained)
 
     with Checkpoints(run.checkpoints, config.run.keep) as checkpoints:
         start = checkpoints.latest or 0
-        if start:
+        if checkpoints.latest is not None:  # 0: an imported detector
             state = checkpoints.restore(state)
         total = config.optimizer.steps
         if start >= total:
@@ -93,7 +99,7 @@ def train(
                 f"{run.path}: complete at step {start}, nothing to train (--restart: anew)"
             )
             return state
-        what = f"resuming at step {start}" if start else "new run"
+        what = "new run" if checkpoints.latest is None else f"resuming at step {start}"
         progress.say(
             f"{run.path}: {what} of {total} steps on {len(devices)} {devices[0].platform} "
             f"device{'s' * (len(devices) > 1)}, {len(dataset)} images of {dataset.name}"

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "plots": set(),
 }
 # These bring the parts together: they may import all of the above, and what stands before them.
-for part in ("predict", "evaluate", "export", "train", "bench", "cli"):
+for part in ("weights", "predict", "evaluate", "export", "train", "bench", "cli"):
     MAY_IMPORT[part] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"losses"}
 
