@@ -151,3 +151,16 @@ def test_state_is_handed_through():
             assert loss(zeros, zeros, None, state)[1] is state
 
     jax.eval_shape(check, jnp.zeros((6, 4)), init_ghm_state(10))
+
+
+def test_ohem_keeps_the_hardest_of_any_size(rng):
+    # Cross-entropies from 1e-6 to 1e6, so that every bit of the threshold is needed.
+    logits = np.float32(10 ** rng.uniform(0, 6, (50, 1)))
+    logits[20:35] = -np.log(10) * rng.uniform(0, 6, (15, 1))
+    targets = np.zeros((50, 1), np.float32)
+    for positives in (1, 5, 12):
+        targets[:positives] = 1
+        loss, *_ = ohem_loss(jnp.asarray(logits), jnp.asarray(targets))
+        np.testing.assert_allclose(
+            loss, oracle("ohem", logits, targets, np.ones((50, 1), bool)), rtol=1e-5
+        )

@@ -213,7 +213,9 @@ def test_a_backbone_is_taken_without_its_classifier(rng):
     variables = import_backbone({**tensors, **extra}, like)
     assert jax.tree.map(lambda x: x.shape, variables) == jax.tree.map(lambda x: x.shape, backbone)
     kernel = variables["params"]["backbone"]["stage2_block1"]["conv_shortcut"]["Conv_0"]["kernel"]
-    np.testing.assert_array_equal(kernel[0, 0], tensors["layer2.0.downsample.0.weight"][:, :, 0, 0].T)
+    np.testing.assert_array_equal(
+        kernel[0, 0], tensors["layer2.0.downsample.0.weight"][:, :, 0, 0].T
+    )
     stats = variables["batch_stats"]["backbone"]["stage4_block2"]["norm1"]["BatchNorm_0"]
     np.testing.assert_array_equal(stats["var"], tensors["layer4.1.bn1.running_var"])
 
