@@ -62,6 +62,8 @@ class Model:
     """Side of the stem's convolution; 3 is cheaper, and enough for small images."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
     """Backbone normalization: fixed statistics, those of the whole batch, or GroupNorm."""
+    norm_epsilon: float = 1e-5
+    """Added to variances in the backbone; torchvision's published RetinaNet v1 needs 0."""
     frozen_stages: int = 0
     """Backbone left as it starts: 0 nothing, 1 the stem and the first stage, ..., 4 all of it. The
     published models have 1; it makes sense with imported weights only."""
@@ -347,7 +349,14 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
         value = flatten(c)[key]
         yield value > 0, f"{key}: must be positive, got {value}"
     for key in (
-        *("seed", "model.head_convs", "loss.min_count", "loss.box_min_count", "loss.weight"),
+        *(
+            "seed",
+            "model.norm_epsilon",
+            "model.head_convs",
+            "loss.min_count",
+            "loss.box_min_count",
+            "loss.weight",
+        ),
         *("loss.box_weight", "optimizer.weight_decay", "optimizer.warmup_steps", "run.workers"),
         "run.devices",
     ):

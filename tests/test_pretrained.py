@@ -1,4 +1,4 @@
-"""Names and shapes are the published ones; each tensor comes to its place, or the error names it."""
+"""Names and shapes are the published ones; a tensor comes to its place, or the error names it."""
 
 import math
 
@@ -40,7 +40,7 @@ def shapes(**settings):
 
 
 def tiny_shapes(**settings):
-    return shapes(**{"backbone": "resnet18", "width": 2, "channels": 4, **settings})
+    return shapes(**{"backbone_name": "resnet18", "width": 2, "channels": 4, **settings})
 
 
 def leaves_by_tensor(naming, variables):
@@ -327,9 +327,9 @@ def test_another_depth_and_another_norm_are_refused(rng):
     backbone = {kind: {"backbone": tree["backbone"]} for kind, tree in like.items()}
     tensors = random_tensors(rng, BACKBONE, backbone)
     for other, word in (
-        ({"backbone": "resnet34"}, "lacks layer1.2.conv1.weight"),
-        ({"backbone": "resnet10"}, "has layer1.1."),
-        ({"width": 4}, "conv1.weight is (2, 3, 7, 7), in the model (4, 3, 7, 7)"),
+        ({"backbone_name": "resnet34"}, "lacks layer1.2.bn1.bias"),
+        ({"backbone_name": "resnet10"}, "has layer1.1."),
+        ({"width": 4}, "bn1.bias is (2,), in the model (4,)"),
         ({"norm": "group"}, "GroupNorm"),
     ):
         with pytest.raises(ValueError, match=r"\w") as refused:

@@ -168,14 +168,14 @@ def _import(
 
 
 def _leaves_by_tensor(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Path]:
-    """Path of each leaf of our variables by the name of its tensor."""
+    """Path of each leaf of our variables by the name of its tensor, sorted by that."""
     leaves = {}
     for path in traverse_util.flatten_dict(dict(variables)):
         name = naming.tensor(path[1:])  # without params or batch_stats
         if name is None:
             raise ValueError(f"{naming.title} has no {'/'.join(path[1:])}, the model has one")
         leaves[name] = path
-    return leaves
+    return dict(sorted(leaves.items()))
 
 
 def _select_classes(tensor: np.ndarray, rows: Sequence[int], num_classes: int) -> np.ndarray:

@@ -14,7 +14,7 @@ MAX_BLOCKS = 36  # of ResNet-152's third stage
 MAX_HEAD_CONVS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Naming:
     """The names of one source."""
 

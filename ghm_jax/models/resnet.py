@@ -47,21 +47,24 @@ class Norm(nn.Module):
     kind: "frozen" uses stored statistics and never changes them (the affine part is trained, as in
     the published recipes); "batch" uses the batch's, over all replicas of `axis_name`; "group" is
     GroupNorm with 32 groups, or fewer where a group would have less than two channels.
+    epsilon: added to the variance.
     """
 
     kind: NormKind
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if self.kind == "group":
-            return nn.GroupNorm(num_groups_for(x.shape[-1]), epsilon=1e-5, dtype=self.dtype)(x)
+            groups = num_groups_for(x.shape[-1])
+            return nn.GroupNorm(groups, epsilon=self.epsilon, dtype=self.dtype)(x)
         running = self.kind == "frozen" or not train
         return nn.BatchNorm(
             use_running_average=running,
             momentum=0.9,
-            epsilon=1e-5,
+            epsilon=self.epsilon,
             axis_name=None if running else self.axis_name,
             dtype=self.dtype,
         )(x)
@@ -108,11 +111,14 @@ class Block(nn.Module):
     norm: NormKind
     axis_name: str | None
     dtype: Any
+    norm_epsilon: float
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(Conv, dtype=self.dtype)
-        norm = functools.partial(Norm, self.norm, self.axis_name, self.dtype)
+        norm = functools.partial(
+            Norm, self.norm, self.axis_name, self.dtype, epsilon=self.norm_epsilon
+        )
         bottleneck, _, groups, group_width = self.architecture
         out = self.features * (4 if bottleneck else 1)
         # (features, kernel size, stride, groups) of the convolutions of the residual branch
@@ -152,6 +158,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     frozen_stages: int = 0
     remat: bool = False
+    norm_epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, ...]:
@@ -169,7 +176,8 @@ class ResNet(nn.Module):
         """The stem (stage 0) or one of the stages 1 to 4."""
         if stage == 0:
             x = Conv(self.width, self.stem_kernel, 2, dtype=self.dtype, name="stem_conv")(x)
-            x = Norm(self.norm, self.axis_name, self.dtype, name="stem_norm")(x, train=train)
+            norm = Norm(self.norm, self.axis_name, self.dtype, self.norm_epsilon, name="stem_norm")
+            x = norm(x, train=train)
             padding: Any = ((1, 1), (1, 1))
             return nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)
         architecture = ARCHITECTURES[self.name_of]
@@ -181,6 +189,7 @@ class ResNet(nn.Module):
                 norm=self.norm,
                 axis_name=self.axis_name,
                 dtype=self.dtype,
+                norm_epsilon=self.norm_epsilon,
                 name=f"stage{stage}_block{i + 1}",
             )(x, train=train)
         return x

@@ -27,6 +27,7 @@ class RetinaNet(nn.Module):
     width: int = 64
     stem_kernel: int = 7
     norm: NormKind = "frozen"
+    norm_epsilon: float = 1e-5
     frozen_stages: int = 0
     remat: bool = False
     channels: int = 256
@@ -48,6 +49,7 @@ class RetinaNet(nn.Module):
             self.dtype,
             self.frozen_stages,
             self.remat,
+            self.norm_epsilon,
         )
         self.fpn = FPN(self.channels, self.dtype, self.p6_from, self.relu_before_p7)
 
