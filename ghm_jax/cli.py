@@ -4,6 +4,7 @@
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
     ghm-jax export runs/quickstart --out FILE.safetensors
+    ghm-jax describe experiments/coco_r50_ghm.py [--size HEIGHT WIDTH] [--classes N]
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
     ghm-jax bench losses [--out FILE.json]
@@ -27,13 +28,17 @@ from typing import Annotated, Any, Literal
 try:
     import tyro
 
-    from ghm_jax.config import Config, ConfigError, flatten, unknown_key
+    from ghm_jax.config import Config, ConfigError, Data, flatten, unknown_key
     from ghm_jax.rundir import load_experiment, load_run
 except ModuleNotFoundError as missing:
     sys.exit(
         f"ghm-jax: {missing}; the detector needs more than the losses: "
         'pip install "ghm-jax[detector]"'
     )
+
+
+# Settings by their dotted names; a switch is given like any other: --model.remat True.
+_AllSettings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Train:
     """Where the run goes (runs/ and the experiment's name)."""
     restart: bool = False
     """Move an existing run aside and start anew."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    config: _AllSettings = field(default_factory=Config)
 
 
 @dataclass
@@ -82,6 +87,19 @@ class Export:
     """Directory of the run."""
     out: str
     """File to write; .safetensors: weights in torchvision's names."""
+
+
+@dataclass
+class Describe:
+    """What the detector of an experiment costs: parameters, multiply-adds, anchors of an image."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    """File that defines `config`."""
+    size: tuple[int, int] = (800, 1280)
+    """Height and width of the image in pixels."""
+    classes: int = 0
+    """Number of classes (that of the data set)."""
+    config: _AllSettings = field(default_factory=Config)
 
 
 @dataclass
@@ -208,6 +226,40 @@ def _export(args: list[str]) -> None:
     print(f"{export(arguments.run, arguments.out)}: written")
 
 
+def _describe(args: list[str]) -> None:
+    import jax
+
+    from ghm_jax.describe import describe, table
+
+    experiment = _positional(args, "ghm-jax describe EXPERIMENT")
+    default = load_experiment(experiment) if experiment else Config()
+    arguments = _parse(
+        Describe, args, "ghm-jax describe", Describe(experiment or "", config=default)
+    )
+    config = arguments.config.check()
+    if min(arguments.size) < 1:
+        raise ConfigError(f"--size: must be positive, got {arguments.size}")
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    num_classes = arguments.classes or _num_classes(config.data)
+    print(f"{config.model.backbone}, {table(describe(config, num_classes, arguments.size))}")
+
+
+def _num_classes(data: Data) -> int:
+    """Classes of a data set, without making one."""
+    if data.classes:
+        return len(data.classes)
+    if data.name.startswith("coco/"):
+        return 80
+    if data.name and not (Path(data.dir) / data.name).is_dir():
+        raise ConfigError(
+            f"--classes: {data.name} is not in {data.dir}, so its number of classes is unknown; "
+            "give it (--classes N) or set --data.dir"
+        )
+    from ghm_jax.data.dataset import open_dataset
+
+    return len(open_dataset(data, data.train_split).class_names)
+
+
 def _prepare_folder(args: list[str]) -> None:
     from ghm_jax.data.coco_directory import prepare_folder
 
@@ -278,6 +330,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "import": _import,
     "export": _export,
+    "describe": _describe,
     "data prepare folder": _prepare_folder,
     "data prepare coco/2017": _prepare_coco("2017"),
     "data prepare coco/2014": _prepare_coco("2014"),

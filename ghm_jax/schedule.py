@@ -10,19 +10,19 @@ from ghm_jax.config import Config, Optimizer
 from ghm_jax.models.resnet import is_frozen
 
 
-def learning_rate(config: Optimizer) -> optax.Schedule:
+def learning_rate(settings: Optimizer) -> optax.Schedule:
     """Linear warm-up, then steps down or a cosine: step i32[] -> rate f32[]."""
-    peak = config.learning_rate
-    if config.schedule == "step":
+    peak = settings.learning_rate
+    if settings.schedule == "step":
         after = optax.piecewise_constant_schedule(
-            peak, {drop - config.warmup_steps: 0.1 for drop in config.drops}
+            peak, {drop - settings.warmup_steps: 0.1 for drop in settings.drops}
         )
     else:
-        after = optax.cosine_decay_schedule(peak, max(1, config.steps - config.warmup_steps))
-    if config.warmup_steps == 0:
+        after = optax.cosine_decay_schedule(peak, max(1, settings.steps - settings.warmup_steps))
+    if settings.warmup_steps == 0:
         return after
-    warmup = optax.linear_schedule(peak * config.warmup_factor, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    warmup = optax.linear_schedule(peak * settings.warmup_factor, peak, settings.warmup_steps)
+    return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

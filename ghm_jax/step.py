@@ -44,6 +44,7 @@ def make_model(config: Config, num_classes: int, axis_name: str | None = None) -
         width=model.width,
         stem_kernel=model.stem_kernel,
         norm=model.norm,
+        norm_epsilon=model.norm_epsilon,
         frozen_stages=model.frozen_stages,
         remat=model.remat,
         channels=model.channels,
@@ -200,12 +201,29 @@ def make_targets(batch: Batch, config: Config) -> Targets:
     return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
 
 
+def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
+    """Images f32[b, H, W, 3] as the network takes them, of mean 0 and deviation 1 over ImageNet.
+
+    What lies beyond image_size i32[b, 2] (height, width) is padding and becomes 0, the mean colour:
+    weights trained elsewhere know it so, from pipelines that pad after this.
+
+    Args:
+        images: u8[b, H, W, 3], RGB.
+        image_size: pixels of each image that are not padding.
+    """
+    height, width = images.shape[1:3]
+    values = (images.astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
+        jnp.asarray(_STD)[None, None, None]
+    )
+    rows = jnp.arange(height)[None, :] < image_size[:, :1]  # [b, H]
+    columns = jnp.arange(width)[None, :] < image_size[:, 1:]  # [b, W]
+    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], values, 0.0)
+
+
 def _apply(
     model: RetinaNet, params: Any, batch_stats: Any, batch: Batch, *, train: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    images = (batch["images"].astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
-        jnp.asarray(_STD)[None, None, None]
-    )
+    images = normalize(batch["images"], batch["image_size"])
     outputs, changed = model.apply(
         {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
     )

@@ -68,3 +68,50 @@ def test_order_is_that_of_head_outputs():
 @pytest.mark.parametrize("side", [1, 7, 31])
 def test_tiny_images_have_one_cell_on_every_level(side):
     assert level_sizes((min(side, 8), min(side, 8)), 9) == (9,) * 5
+
+
+def torchvision_anchors(height: int, width: int) -> np.ndarray:
+    """The published RetinaNet's in torchvision's way, anchor by anchor."""
+    found = []
+    for level in range(5):
+        base, stride = 32 << level, 8 << level
+        sizes = (base, int(base * 2 ** (1 / 3)), int(base * 2 ** (2 / 3)))
+        rows, columns = -(-height // stride), -(-width // stride)
+        for row in range(rows):
+            for column in range(columns):
+                x, y = column * (width // columns), row * (height // rows)
+                for ratio in (0.5, 1.0, 2.0):
+                    for size in sizes:
+                        half_width = size / ratio**0.5 / 2
+                        half_height = size * ratio**0.5 / 2
+                        # round() of Python and of torch: halves go to the even neighbour
+                        w, h = round(half_width), round(half_height)
+                        found.append([x - w, y - h, x + w, y + h])
+    return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (224, 160), (800, 1088), (608, 1344)])
+def test_anchors_of_torchvision(size):
+    anchors = make_anchors(size, 4.0, 3, (0.5, 1.0, 2.0), "torchvision")
+    assert anchors.dtype == np.float32
+    np.testing.assert_array_equal(anchors, torchvision_anchors(*size))
+
+
+def test_anchors_of_torchvision_by_hand():
+    anchors = make_anchors((800, 1088), 4.0, 3, (0.5, 1.0, 2.0), "torchvision")
+    # 32, 40 and 50 pixels at P3; the height of 32 at ratio 0.5 is 22.6, so 11 to either side
+    table = [[-23, -11, 23, 11], [-28, -14, 28, 14], [-35, -18, 35, 18], [-16, -16, 16, 16]]
+    np.testing.assert_array_equal(anchors[:4], table)
+    # P6 has 13 x 17 cells, 800 // 13 = 61 pixels apart; P7 7 x 9, 114 and 120.
+    p7 = anchors[-7 * 9 * 9 :].reshape(7, 9, 9, 4)
+    center = (p7[..., :2] + p7[..., 2:]) / 2
+    np.testing.assert_array_equal(center[2, 3, 4], [3 * 120, 2 * 114])
+
+
+def test_both_conventions_order_their_anchors_alike():
+    exact, rounded = (
+        make_anchors((224, 160), 4.0, 3, (0.5, 1.0, 2.0), convention)
+        for convention in ("mmdetection", "torchvision")
+    )
+    sides = [x[:, 2:] - x[:, :2] for x in (exact, rounded)]
+    assert np.abs(sides[0] - sides[1]).max() < 3  # two for the fraction, one for rounding

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "models": set(),
     "data": {"config"},
     "parallel": set(),
-    "schedule": {"config"},
+    "schedule": {"models", "config"},
     "detection_loss": {"losses", "matching", "config"},
     "step": {"detection_loss", "losses", "models", "schedule", "config", *PURE},
     "checkpoint": {"step", "config"},
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "plots": set(),
 }
 # These bring the parts together: they may import all of the above, and what stands before them.
-for part in ("weights", "predict", "evaluate", "export", "train", "bench", "cli"):
+for part in ("weights", "predict", "describe", "evaluate", "export", "train", "bench", "cli"):
     MAY_IMPORT[part] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"losses"}
 

@@ -6,7 +6,14 @@ import numpy as np
 import pycocotools.mask
 import pytest
 
-from ghm_jax.boxes import box_area, box_iou, clip_boxes, decode_boxes, encode_boxes
+from ghm_jax.boxes import (
+    box_area,
+    box_coverage,
+    box_iou,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+)
 
 
 def draw(rng, count: int) -> np.ndarray:
@@ -41,6 +48,15 @@ def test_iou_equals_pycocotools(rng):
     want = pycocotools.mask.iou(*xywh, [0] * 30)
     np.testing.assert_allclose(jax.jit(box_iou)(a, b), want, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(box_area(jnp.asarray(a)), xywh[0][:, 2] * xywh[0][:, 3], rtol=1e-5)
+
+
+def test_coverage_equals_pycocotools_on_crowds(rng):
+    a, b = draw(rng, 40), draw(rng, 30)
+    xywh = [np.concatenate([x[:, :2], x[:, 2:] - x[:, :2]], axis=1).astype(float) for x in (a, b)]
+    want = pycocotools.mask.iou(*xywh, [1] * 30)
+    np.testing.assert_allclose(jax.jit(box_coverage)(a, b), want, rtol=1e-4, atol=1e-6)
+    empty = jnp.array([[5.0, 5, 5, 9]])
+    np.testing.assert_array_equal(box_coverage(empty, jnp.asarray(b)), np.zeros((1, 30)))
 
 
 def test_deltas_are_shifts_and_log_ratios():

@@ -77,6 +77,12 @@ def fails(capsys, *args):
         ("train tiny.py --run-dir taken", ["taken", "not a run", "--run-dir"]),
         ("train tiny.py --run-dir tiny.py/run", ["tiny.py/run", "cannot be written", "--run-dir"]),
         ("train tiny.py --run-dir run --loss.bins 7", ["loss.bins 10, not 7", "--restart"]),
+        ("train tiny.py --model.remat maybe", ["model.remat", "maybe"]),
+        ("describe", ["usage: ghm-jax describe EXPERIMENT"]),
+        ("describe nosuch.py", ["nosuch.py", "no such experiment"]),
+        ("describe tiny.py --data.dir gone", ["--classes", "squares", "gone", "--data.dir"]),
+        ("describe tiny.py --size 0 64", ["--size", "positive"]),
+        ("describe tiny.py --loss.bins 0", ["loss.bins: must be positive"]),
         ("evaluate", ["usage: ghm-jax evaluate RUN"]),
         ("evaluate taken", ["taken", "not a run"]),
         ("evaluate nosuch", ["nosuch", "not a run"]),
@@ -124,6 +130,7 @@ def test_a_broken_experiment_is_one_line_with_its_name(place, capsys, code, word
         ("--help", ["ghm-jax train", "ghm-jax evaluate", "data prepare folder"]),
         ("train --help", ["EXPERIMENT", "--run-dir", "--restart", "--loss.momentum"]),
         ("train tiny.py --help", ["--loss.momentum", "--optimizer.batch-size", "squares"]),
+        ("describe --help", ["EXPERIMENT", "--size", "--classes", "--model.backbone"]),
         ("evaluate --help", ["RUN", "--split", "--evaluator", "pycocotools"]),
         ("data --help", ["data prepare folder"]),
         ("data prepare --help", ["data prepare folder"]),
@@ -150,6 +157,20 @@ def test_evaluation_prints_the_twelve_figures_and_where_the_report_is(run_dir, c
     for name in ("ARs", "ARm", "ARl"):
         assert f"  {name} " in out
     assert "report: run/report.html" in out
+
+
+def test_a_description_is_a_table_of_the_parts(place, capsys):
+    settings = ["--model.remat", "True", "--model.frozen-stages", "1"]
+    main(["describe", "tiny.py", "--size", "64", "96", *settings])
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert out.startswith("resnet10, image of 64 x 96 pixels (height x width), 3 classes\n")
+    number = {name: int(row[0].replace(",", "")) for name, row in rows.items() if name != "XLA"}
+    parts = ("backbone", "fpn", "class_head", "box_head")
+    assert sum(number[part] for part in parts) == number["total"]
+    assert int(rows["backbone"][1].replace(",", "")) < number["backbone"]
+    assert number["anchors"] == 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1
 
 
 def test_a_complete_run_is_not_trained_again(run_dir, capsys):

@@ -82,6 +82,8 @@ def test_an_unknown_key_like_no_other_points_to_the_list():
         ("loss", "momentum", False),
         ("loss", "box", "l2"),
         ("model", "backbone", 50),
+        ("model", "remat", 1),
+        ("model", "frozen_stages", True),
         ("anchors", "ratios", 1.0),
         ("anchors", "ratios", ["1"]),
         ("data", "buckets", [[800, 1344, 3]]),
@@ -109,8 +111,8 @@ NOT_NEGATIVE = """seed model.head_convs loss.min_count loss.box_min_count loss.w
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip
     predict.score_threshold optimizer.warmup_factor loss.strength loss.box_strength"""
 BELOW_ONE = "loss.momentum loss.box_momentum optimizer.momentum"
-CHOICES = """model.norm model.head_norm model.dtype loss.classification loss.box loss.preset
-    loss.density loss.ghm_scope loss.normalizer
+CHOICES = """model.norm model.head_norm model.dtype model.p6_from anchors.convention anchors.crowd
+    loss.classification loss.box loss.preset loss.density loss.ghm_scope loss.normalizer
     optimizer.name optimizer.schedule run.wrapper"""
 
 BROKEN = [
@@ -124,6 +126,8 @@ BROKEN = [
     ("seed", 2**32),
     ("model.backbone", "resnet-50"),
     ("model.stem_kernel", 4),
+    ("model.frozen_stages", -1),
+    ("model.frozen_stages", 5),
     ("model.prior", 0.0),
     ("model.prior", 1.0),
     ("data.buckets", ()),
@@ -175,6 +179,13 @@ def test_batches_must_divide_over_the_devices():
 def test_a_misspelt_backbone_is_met_with_the_right_one():
     with pytest.raises(ConfigError, match=r"did you mean resnet50\?"):
         changed(model__backbone="resnet-50").check()
+
+
+def test_a_resnext_needs_a_width_that_its_groups_divide():
+    with pytest.raises(ConfigError, match=r"^model\.width: 24 .*multiple of 16$"):
+        changed(model__backbone="resnext50_32x4d", model__width=24).check()
+    changed(model__backbone="resnext50_32x4d", model__width=16).check()
+    changed(model__backbone="resnet50", model__width=24).check()
 
 
 def test_differences_name_what_decides_a_result():

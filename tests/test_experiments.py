@@ -42,6 +42,22 @@ def test_an_experiment_passes_its_checks_and_its_step_can_be_traced(path):
     assert metrics["loss"].shape == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("coco_r50_ghm", "resnet50"),
+        ("coco_r101_ghm", "resnet101"),
+        ("coco_x101_32x4d_ghm", "resnext101_32x4d"),
+        ("coco_x101_64x4d_ghm", "resnext101_64x4d"),
+    ],
+)
+def test_the_published_detectors_differ_in_their_backbone_only(name, backbone):
+    config = load_experiment(ROOT / f"experiments/{name}.py")
+    assert (config.model.backbone, config.model.norm) == (backbone, "frozen")
+    assert (config.model.frozen_stages, config.anchors.convention) == (1, "mmdetection")
+    assert (config.optimizer, config.anchors) == (Config().optimizer, Config().anchors)
+
+
 def test_the_quickstart_trains_with_ghm_and_names_its_floor():
     loss = load_experiment(ROOT / "experiments/quickstart.py").loss
     assert (loss.classification, loss.box, loss.preset) == ("ghm_c", "ghm_r", "default")

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ghm_jax.config import Config, Data, Optimizer, Predict, Run
+from ghm_jax.config import Anchors, Config, Data, Optimizer, Predict, Run
 from ghm_jax.data import Dataset, DigitScenes, open_dataset, train_batches, validation_batches
 
 BATCH = 6
@@ -145,6 +145,25 @@ def test_validation_is_not_flipped(config, datasets):
     always = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=1.0))
     a, b = (take(1, validation_batches(datasets["validation"], c))[0] for c in (config, always))
     assert_equal(a, b)
+
+
+@pytest.mark.parametrize(("crowd", "labels"), [("drop", {-1, 0}), ("ignore", {-1, -2, 0})])
+def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, labels):
+    encoded = cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
+    objects = {
+        "bbox": [np.float32([0, 0, 0.5, 0.5]), np.float32([0.5, 0.5, 1, 1])],
+        **{"label": [0, 0], "is_crowd": [False, True], "area": [1, 1], "id": [1, 2]},
+    }
+    source = [{"image": encoded, "image/id": i, "objects": objects} for i in (1, 2)]
+    dataset = Dataset(source=source, name="crowd", class_names=("a",), category_ids=(1,))
+    config = Config(
+        data=Data(short_side=64, long_side=64, buckets=((64, 64),)),
+        anchors=Anchors(crowd=crowd),
+        optimizer=Optimizer(batch_size=2),
+        run=Run(workers=0),
+    )
+    (batch,) = take(1, train_batches(dataset, config, 0))
+    assert set(batch["labels"].ravel()) == labels
 
 
 def mixed_shapes():

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghm_jax.matching import BACKGROUND, IGNORE, match_anchors
+from ghm_jax.data import batching
+from ghm_jax.matching import BACKGROUND, CROWD, IGNORE, match_anchors
 
 match = jax.jit(functools.partial(match_anchors, positive_iou=0.5, negative_iou=0.4))
 
@@ -124,6 +125,84 @@ def test_every_box_that_touches_an_anchor_has_one(rng):
     for row, image in zip(np.asarray(classes), boxes, strict=True):
         touched = [any(overlap(anchor, box) > 0 for anchor in anchors) for box in image]
         assert set(np.flatnonzero(touched)) <= set(row)
+
+
+def torchvision_oracle(anchors, boxes, labels):
+    """torchvision's Matcher(0.5, 0.4, allow_low_quality_matches=True), written out: claimed anchors
+    get back the box that they overlap most."""
+    real = [m for m, label in enumerate(labels) if label >= 0]
+    chosen = []
+    for anchor in anchors:
+        overlaps = [overlap(anchor, boxes[m]) for m in real]
+        best = max(overlaps, default=0.0)
+        nearest = real[overlaps.index(best)] if real else BACKGROUND
+        claimed = any(
+            own > 0 and own == max(overlap(other, boxes[m]) for other in anchors)
+            for own, m in zip(overlaps, real, strict=True)
+        )
+        if claimed or best >= 0.5:
+            chosen.append(nearest)
+        else:
+            chosen.append(BACKGROUND if best < 0.4 else IGNORE)
+    return chosen
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_matching_equals_the_rule_of_torchvision(rng, count):
+    match = jax.jit(functools.partial(match_anchors, convention="torchvision"))
+    anchors = draw(rng, 60)
+    boxes, labels = padded(draw(rng, count), np.arange(count))
+    targets = match(anchors, boxes, labels)
+    chosen = torchvision_oracle(anchors, boxes, labels)
+    np.testing.assert_array_equal(targets.classes, [labels[m] if m >= 0 else m for m in chosen])
+    for a, m in enumerate(chosen):
+        want = deltas(anchors[a], boxes[m]) if m >= 0 else np.zeros(4)
+        np.testing.assert_allclose(targets.deltas[a], want, rtol=1e-5, atol=1e-6)
+
+
+def test_conventions_differ_on_a_claimed_anchor_that_overlaps_another_box_more():
+    anchors = np.float32([[0, 0, 10, 10], [30, 0, 40, 10]])
+    #                     IoU 0.6 with the first anchor, and 0.1, which is the most it has
+    boxes, labels = padded(np.float32([[0, 0, 10, 6], [0, 0, 10, 1]]), np.array([3, 5]))
+    for convention, expected in (("mmdetection", 5), ("torchvision", 3)):
+        classes = match_anchors(anchors, boxes, labels, convention=convention).classes
+        assert classes.tolist() == [expected, BACKGROUND]
+
+
+@pytest.mark.parametrize("crowds", [1, 3])
+def test_anchors_in_a_crowd_are_ignored_unless_positive(rng, crowds):
+    match = jax.jit(functools.partial(match_anchors, crowd="ignore"))
+    boxes, labels = draw(rng, 8), rng.integers(0, 20, 8).astype(np.int32)
+    anchors = draw(rng, 200)
+    labels[rng.permutation(8)[:crowds]] = CROWD
+    expected = []
+    for anchor, m in zip(anchors, oracle(anchors, boxes, labels), strict=True):
+        area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
+        covered = False
+        for box in boxes[labels == CROWD]:
+            width = min(anchor[2], box[2]) - max(anchor[0], box[0])
+            height = min(anchor[3], box[3]) - max(anchor[1], box[1])
+            covered |= max(width, 0) * max(height, 0) / area >= 0.5
+        expected.append(labels[m] if m >= 0 else IGNORE if covered else m)
+    targets = match(anchors, boxes, labels)
+    np.testing.assert_array_equal(targets.classes, expected)
+    assert not np.asarray(targets.deltas)[np.array(expected) < 0].any()
+
+
+def test_half_of_an_anchor_in_a_crowd_is_enough_and_dropped_crowds_are_background():
+    crowd = [0, 0, 10, 10]
+    #          a half         just less        all of it      all of the crowd, little of the anchor
+    corners = [[5, 0, 15, 10], [5.1, 0, 15.1, 10], [2, 2, 4, 4], [0, 0, 40, 40]]
+    boxes, labels = padded(np.float32([crowd]), np.array([CROWD]))
+    classes = match_anchors(np.float32(corners), boxes, labels, crowd="ignore").classes
+    assert classes.tolist() == [IGNORE, BACKGROUND, IGNORE, BACKGROUND]
+    classes = match_anchors(np.float32(corners), boxes, labels, crowd="drop").classes
+    assert classes.tolist() == [BACKGROUND] * 4
+
+
+def test_batches_and_matching_agree_on_the_labels_that_are_no_classes():
+    assert batching.CROWD == CROWD
+    assert batching.PADDING not in (CROWD, *range(80))
 
 
 def test_result_types():

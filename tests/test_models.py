@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 
 from ghm_jax.anchors import STRIDES, level_sizes, make_anchors
+from ghm_jax.config import BACKBONES
 from ghm_jax.models import RetinaNet
 from ghm_jax.models.fpn import FPN, upsample_nearest
 from ghm_jax.models.heads import Head, prior_bias
-from ghm_jax.models.resnet import Conv, Norm, ResNet, num_groups_for
+from ghm_jax.models.resnet import (
+    ARCHITECTURES,
+    Architecture,
+    Block,
+    Conv,
+    Norm,
+    ResNet,
+    is_frozen,
+    num_groups_for,
+)
+from ghm_jax.schedule import frozen_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,6 +69,10 @@ def convolutions(function, *args):
         ("resnet50", 25_557_032, 2048 * 1000 + 1000),
         ("resnet101", 44_549_160, 2048 * 1000 + 1000),
         ("resnet152", 60_192_808, 2048 * 1000 + 1000),
+        ("resnext50_32x4d", 25_028_904, 2048 * 1000 + 1000),
+        ("resnext101_32x4d", 44_177_704, 2048 * 1000 + 1000),  # timm's; torchvision has none
+        ("resnext101_32x8d", 88_791_336, 2048 * 1000 + 1000),
+        ("resnext101_64x4d", 83_455_272, 2048 * 1000 + 1000),
     ],
 )
 def test_backbones_have_as_many_parameters_as_published(name, published, classifier):
@@ -67,6 +82,10 @@ def test_backbones_have_as_many_parameters_as_published(name, published, classif
     assert [f.shape for f in features] == [
         (1, 64 // stride, 96 // stride, stride * 16 * expansion) for stride in (8, 16, 32)
     ]
+
+
+def test_the_config_knows_every_backbone():
+    assert tuple(ARCHITECTURES) == BACKBONES
 
 
 def test_retinanet_has_as_many_parameters_as_published():
@@ -81,13 +100,45 @@ def test_retinanet_has_as_many_parameters_as_published():
     total = 25_557_032 - 2_049_000 + fpn + heads
     assert count(variables["params"]) == total
 
-    # torchvision's RetinaNet has 34,014,999: 91 classes, P6 from P5, a fixed affine part (53,120).
-    total += conv(3, 256, 9 * 91) - conv(3, 256, 9 * 80) + conv(3, 256, 256) - conv(3, 2048, 256)
-    assert total - 53_120 == 34_014_999
     # mmdetection's has 37.74 million that are trained: it fixes the stem and the first stage.
-    stem = sum(count(variables["params"]["backbone"][f"stem_{part}"]) for part in ("conv", "norm"))
-    stage = [v for k, v in variables["params"]["backbone"].items() if k.startswith("stage1")]
-    assert round((count(variables["params"]) - stem - count(stage)) / 1e6, 2) == 37.74
+    stands = frozen_parameters(variables["params"], 1)
+    fixed = jax.tree.map(lambda p, frozen: p if frozen else (), variables["params"], stands)
+    assert round((total - count(fixed)) / 1e6, 2) == 37.74
+
+
+@pytest.mark.parametrize(
+    ("layout", "published"),
+    [
+        # The affine part of v1's normalization is no parameter there.
+        ({"p6_from": "p5"}, 34_014_999 + 53_120),
+        ({"p6_from": "c5", "head_norm": "group"}, 38_198_935),
+    ],
+    ids=["v1", "v2"],
+)
+def test_both_layouts_of_torchvision_have_as_many_parameters_as_published(layout, published):
+    model = RetinaNet(num_classes=91, anchors_per_cell=9, **layout)
+    assert count(shapes_of(model, (1, 64, 64, 3))[0]["params"]) == published
+
+
+def test_grouped_convolutions_mix_channels_of_one_group_only():
+    block = Block(
+        Architecture(True, (1,), groups=4, group_width=32), 8, 1, "frozen", None, "float32"
+    )
+    x = jax.random.normal(KEY, (1, 5, 5, 32))
+    variables = block.init(KEY, x, train=False)
+    kernel = variables["params"]["conv2"]["Conv_0"]["kernel"]
+    assert kernel.shape == (3, 3, 4, 16)  # 8 * 32 / 64 = 4 channels in each of 4 groups
+
+    conv = Conv(16, 3, groups=4)
+    x = np.asarray(x[..., :16])
+    y = conv.apply({"params": {"Conv_0": {"kernel": kernel}}}, x)
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2)
+    )
+    for group in range(4):
+        part = slice(4 * group, 4 * group + 4)
+        expected = np.einsum("bhwcij,ijco->bhwo", windows[:, :, :, part], kernel[..., part])
+        np.testing.assert_allclose(y[..., part], expected, atol=1e-5)
 
 
 def test_halving_is_done_by_the_3x3_convolution_of_a_block():
@@ -195,9 +246,12 @@ def test_convolutions_are_padded_alike_on_both_sides(kernel, side):
 def test_the_pyramid_adds_the_coarse_level_to_the_fine_one():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    np.testing.assert_array_equal(
-        upsample_nearest(jnp.asarray(x), (6, 8)), x.repeat(2, axis=1).repeat(2, axis=2)
-    )
+    for size in ((6, 8), (5, 8), (5, 7)):
+        # PyTorch's rule: the cell of the coarse level at floor(i * coarse / fine).
+        row, column = (np.arange(n) * c // n for n, c in zip(size, (3, 4), strict=True))
+        np.testing.assert_array_equal(
+            upsample_nearest(jnp.asarray(x), size), x[:, row][:, :, column]
+        )
     features = [rng.normal(size=(1, 8 >> i, 8 >> i, 4)).astype(np.float32) for i in range(3)]
     fpn = FPN(4)
     variables = fpn.init(KEY, features)
@@ -208,6 +262,115 @@ def test_the_pyramid_adds_the_coarse_level_to_the_fine_one():
         other = [feature + (number == i) for number, feature in enumerate(features)]
         pairs = zip(fpn.apply(variables, other), levels, strict=True)
         assert [bool((a != b).any()) for a, b in pairs] == expected
+
+
+@pytest.mark.parametrize("p6_from", ["c5", "p5"])
+@pytest.mark.parametrize("relu_before_p7", [False, True])
+def test_p6_and_p7_are_made_as_asked_for(p6_from, relu_before_p7):
+    """C5 and P5 are one cell, so that a convolution is the middle of its kernel."""
+    keys = jax.random.split(KEY, 3)
+    features = [jax.random.normal(k, (1, 4 >> i, 4 >> i, 6)) for i, k in enumerate(keys)]
+    fpn = FPN(8, p6_from=p6_from, relu_before_p7=relu_before_p7)
+    variables = fpn.init(KEY, features)
+    _, _, p5, p6, p7 = (np.asarray(level)[0, 0, 0] for level in fpn.apply(variables, features))
+    six, seven = (np.asarray(variables["params"][name]["kernel"][1, 1]) for name in ("p6", "p7"))
+    source = np.asarray(features[-1])[0, 0, 0] if p6_from == "c5" else p5
+    np.testing.assert_allclose(p6, source @ six, rtol=1e-4, atol=1e-6)
+    assert (p6 < 0).any()
+    source = np.maximum(p6, 0) if relu_before_p7 else p6
+    np.testing.assert_allclose(p7, source @ seven, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_with_groupnorm_is_convolution_normalization_relu(rng):
+    """The layout of torchvision's v2: 32 groups of 256 channels, no bias before them."""
+    head = Head(anchors=1, outputs=2, channels=256, depth=1, norm="group")
+    x = rng.normal(size=(1, 1, 1, 256)).astype(np.float32)
+    params = head.init(KEY, x)["params"]
+    assert {name: set(part) for name, part in params.items()} == {
+        "conv1": {"kernel"},
+        "norm1": {"scale", "bias"},
+        "output": {"kernel", "bias"},
+    }
+    params["norm1"] = {name: rng.normal(size=256) for name in ("scale", "bias")}
+    y = (x[0, 0, 0] @ np.float64(params["conv1"]["kernel"][1, 1])).reshape(32, 8)
+    y = (y - y.mean(axis=1, keepdims=True)) / np.sqrt(y.var(axis=1, keepdims=True) + 1e-5)
+    y = np.maximum(y.ravel() * params["norm1"]["scale"] + params["norm1"]["bias"], 0)
+    expected = y @ np.float64(params["output"]["kernel"][1, 1]) + params["output"]["bias"]
+    np.testing.assert_allclose(head.apply({"params": params}, x)[0, 0], expected, rtol=1e-4)
+
+
+SMALL = {"backbone_name": "resnet10", "width": 8, "channels": 8, "head_convs": 1}
+
+
+def loss_and_gradient(model, variables, images):
+    """A number that depends on every output, the changed statistics, and its gradient."""
+
+    def loss(params):
+        (logits, deltas), changed = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return (logits**2).mean() + (deltas**2).mean() + (logits**3).mean(), changed
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+
+def test_rematerialization_changes_memory_only():
+    models = [RetinaNet(3, 1, **SMALL, norm="batch", remat=remat) for remat in (False, True)]
+    images = jax.random.normal(KEY, (2, 64, 64, 3))
+    variables = [jax.jit(model.init)(KEY, images) for model in models]
+    jax.tree.map(np.testing.assert_array_equal, *variables)  # the same names as well
+    plain, again = (loss_and_gradient(m, variables[0], images) for m in models)
+    scale = jax.tree.map(lambda x: float(np.abs(x).max()) + 1e-6, plain)
+    jax.tree.map(
+        lambda x, y, s: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * s),
+        *(plain, again, scale),
+    )
+    # What is kept between the passes: with it only what goes into a stage.
+    kept = [len(jax.tree.leaves(residuals(m, variables[0], images))) for m in models]
+    assert kept[1] < kept[0]
+
+
+def residuals(model, variables, images):
+    """What the backward pass of the backbone gets from the forward pass."""
+
+    def features(params):
+        apply = functools.partial(model.apply, mutable=["batch_stats"])
+        return apply(
+            {**variables, "params": params}, images, method=lambda m, x: m.backbone(x, train=True)
+        )[0]
+
+    return jax.eval_shape(lambda params: jax.vjp(features, params)[1], variables["params"])
+
+
+@pytest.mark.parametrize("frozen_stages", [0, 1, 3, 4])
+def test_no_gradient_and_no_statistics_reach_frozen_stages(frozen_stages):
+    model = RetinaNet(3, 1, **SMALL, norm="batch", frozen_stages=frozen_stages)
+    images = jax.random.normal(KEY, (2, 64, 64, 3))
+    variables = jax.jit(model.init)(KEY, images)
+    (_, changed), grads = loss_and_gradient(model, variables, images)
+    order = ["stem", "stage1", "stage2", "stage3", "stage4"]
+    frozen = order[: frozen_stages + 1] if frozen_stages else []
+    for name, part in grads["backbone"].items():
+        still = not any(bool(leaf.any()) for leaf in jax.tree.leaves(part))
+        assert still == (name.split("_")[0] in frozen), name
+        assert is_frozen(name, frozen_stages) == still
+    before, after = (v["batch_stats"]["backbone"] for v in (variables, changed))
+    for name in before:
+        pairs = zip(jax.tree.leaves(before[name]), jax.tree.leaves(after[name]), strict=True)
+        assert all(bool((a == b).all()) for a, b in pairs) == (name.split("_")[0] in frozen), name
+    assert all(leaf.any() for part in ("fpn", "box_head") for leaf in jax.tree.leaves(grads[part]))
+
+
+def test_bfloat16_is_close_to_float32():
+    models = [
+        RetinaNet(3, 2, **SMALL, norm="group", dtype=kind) for kind in ("float32", "bfloat16")
+    ]
+    images = jax.random.normal(KEY, (1, 64, 64, 3))
+    variables = jax.jit(models[0].init)(KEY, images)
+    for exact, rounded in zip(*(jax.jit(m.apply)(variables, images) for m in models), strict=True):
+        assert exact.dtype == rounded.dtype == jnp.float32
+        error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+        assert 0 < error < 0.02
 
 
 @pytest.mark.parametrize(

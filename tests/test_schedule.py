@@ -1,12 +1,13 @@
 """Learning rates at chosen steps, and one update of each optimizer, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ghm_jax.config import Config, Optimizer
-from ghm_jax.schedule import learning_rate, make_optimizer
+from ghm_jax.config import Config, Model, Optimizer
+from ghm_jax.schedule import frozen_parameters, learning_rate, make_optimizer
 
 
 def rates(config: Optimizer, *steps: int) -> list[float]:
@@ -54,6 +55,38 @@ def updated(config: Optimizer, steps: int = 1) -> dict:
         updates, state = optimizer.update(GRADS, state, params)
         params = optax.apply_updates(params, updates)
     return params
+
+
+def network_params():
+    names = {"backbone": ("stem_conv", "stage1_block1", "stage2_block1"), "fpn": ("p6",)}
+    return {part: {name: {"kernel": jnp.ones((2, 2))} for name in names[part]} for part in names}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_frozen_parameters_are_not_even_decayed_and_take_no_room(name):
+    optimizer = make_optimizer(
+        Config(
+            model=Model(frozen_stages=1),
+            optimizer=Optimizer(name=name, learning_rate=0.1, weight_decay=0.1, warmup_steps=0),
+        )
+    )
+    params = network_params()
+    state = optimizer.init(params)
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]
+    assert len(arrays) == (2 if name == "sgd" else 4)  # of stage 2 and P6 only
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, state, params)
+    after = optax.apply_updates(params, updates)
+    for part, still in (("stem_conv", True), ("stage1_block1", True), ("stage2_block1", False)):
+        assert bool((after["backbone"][part]["kernel"] == 1).all()) == still
+    assert (after["fpn"]["p6"]["kernel"] < 1).all()
+
+
+def test_which_parameters_are_frozen():
+    for stages, expected in ((0, [False] * 4), (1, [True, True, False, False])):
+        frozen = frozen_parameters(network_params(), stages)
+        stem, one, two = (frozen["backbone"][k]["kernel"] for k in network_params()["backbone"])
+        assert [stem, one, two, frozen["fpn"]["p6"]["kernel"]] == expected
 
 
 @pytest.mark.parametrize(("clip_norm", "gradient"), [(100.0, 3.0), (3.0, 1.5)])

@@ -19,11 +19,18 @@ from tiny import SIDE, tiny_batch, tiny_config
 
 from ghm_jax import losses
 from ghm_jax.anchors import make_anchors
-from ghm_jax.config import Loss, Optimizer
+from ghm_jax.config import Anchors, Loss, Optimizer
 from ghm_jax.detection_loss import GHMStates
 from ghm_jax.parallel import REPLICA, parallelize, split_batch
 from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import TrainState, init_state, make_model, make_targets, train_step
+from ghm_jax.step import (
+    TrainState,
+    init_state,
+    make_model,
+    make_targets,
+    normalize,
+    train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -318,6 +325,59 @@ def test_a_few_images_are_learned_by_heart(one_device):
         values.append((float(metrics["cross_entropy"]), float(metrics["box_error"])))
     first, last = np.array(values[0]), np.array(values[-1])
     assert (last < 0.6 * first).all(), (first, last)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_frozen_stages_are_the_same_bits_after_two_steps(optimizer):
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, norm="batch", frozen_stages=2),
+        optimizer=Optimizer(
+            name=optimizer, batch_size=8, learning_rate=0.01, weight_decay=0.1, warmup_steps=0
+        ),
+    )
+    model, optimizer = make_model(config, NUM_CLASSES), make_optimizer(config)
+    start = jax.jit(functools.partial(init_state, config, model, optimizer))()
+    step = functools.partial(train_step, config=config, model=model, optimizer=optimizer)
+    state, _ = run(start, jax.jit(step), steps=2)
+    for before, after in ((start.params, state.params), (start.batch_stats, state.batch_stats)):
+        for path, leaf in jax.tree.leaves_with_path(before):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            still = name.startswith(tuple(f"backbone/{s}" for s in ("stem", "stage1", "stage2")))
+            now = functools.reduce(lambda tree, key: tree[key.key], path, after)
+            assert bool((leaf == now).all()) == still, name
+
+
+def test_images_become_standard_deviations_from_the_mean_and_padding_becomes_zero(rng):
+    images = rng.integers(0, 256, (2, 8, 12, 3), np.uint8)
+    size = np.array([[5, 12], [8, 7]], np.int32)
+    found = normalize(images, size)
+    expected = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]  # torchvision's way
+    expected[0, 5:], expected[1, :, 7:] = 0, 0
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("crowd", ["drop", "ignore"])
+def test_a_crowd_region_is_background_or_ignored(crowd):
+    config = dataclasses.replace(CONFIG, anchors=dataclasses.replace(CONFIG.anchors, crowd=crowd))
+    batch = batches(1, size=2)[0]
+    batch["boxes"][:], batch["labels"][:] = 0, -1
+    batch["boxes"][0, 0], batch["labels"][0, 0] = (0, 0, 32, 64), -2
+    classes = np.asarray(make_targets(batch, config).classes)
+    assert (classes[1] == -1).all()
+    assert set(classes[0]) == ({-1} if crowd == "drop" else {-1, -2})
+
+
+def test_anchors_of_a_step_are_of_the_convention_asked_for():
+    config = dataclasses.replace(
+        CONFIG, anchors=Anchors(scale=4.1, octaves=1, ratios=(1.0,), convention="torchvision")
+    )
+    batch = batches(1, size=1)[0]
+    batch["boxes"][:], batch["labels"][:] = 0, -1
+    batch["boxes"][0, 0], batch["labels"][0, 0] = (16, 16, 48, 48), 1  # int(4.1 * 8) = 32
+    targets = make_targets(batch, config)
+    (positive,) = np.flatnonzero(targets.classes[0] == 1)
+    np.testing.assert_array_equal(targets.deltas[0, positive], 0)
 
 
 def test_anchors_in_the_padding_are_ignored():

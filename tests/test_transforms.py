@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from ghm_jax.config import ConfigError, Data
-from ghm_jax.data.batching import choose_bucket, collate, filler_example, make_example
+from ghm_jax.data.batching import (
+    CROWD,
+    choose_bucket,
+    collate,
+    filler_example,
+    make_example,
+)
 from ghm_jax.data.transforms import decode_image, encoded_size, flip_horizontal, resize
 
 NO_BOXES = np.zeros((0, 4), np.float32)
@@ -132,6 +138,28 @@ def test_crowd_regions_and_degenerate_boxes_are_not_learned():
     example = make_example(record(marked(64, 64, boxes[0]), boxes, crowd), data(), None)
     np.testing.assert_array_equal(example["labels"], [0, 4])
     np.testing.assert_allclose(example["boxes"], [boxes[0], boxes[4]], atol=1e-4)
+
+
+def test_crowd_regions_are_kept_on_request_with_a_label_of_their_own():
+    boxes = [(0, 0, 8, 8), (2, 2, 30, 30), (5, 5, 5, 9)]
+    crowd = [False, True, True]
+    whole = record(marked(64, 64, boxes[0]), boxes, crowd)
+    example = make_example(whole, data(), None, keep_crowd=True)
+    np.testing.assert_array_equal(example["labels"], [0, CROWD])
+    np.testing.assert_allclose(example["boxes"], boxes[:2], atol=1e-4)
+    assert example["labels"].dtype == np.int32
+
+
+def test_of_too_many_boxes_crowds_go_first():
+    boxes = [(0, 0, s, s) for s in (5, 60, 9, 20, 7, 12)]
+    crowd = [s > 15 for _, _, s, _ in boxes]
+    example = make_example(
+        record(marked(64, 64, boxes[0]), boxes, crowd), data(), None, keep_crowd=True
+    )
+    batch = collate([example], data().buckets, 4)
+    np.testing.assert_array_equal(batch["labels"], [[0, 2, 4, 5]])
+    batch = collate([example], data().buckets, 5)
+    np.testing.assert_array_equal(batch["labels"], [[0, CROWD, 2, 4, 5]])
 
 
 def test_an_undecodable_image_is_named():

@@ -37,7 +37,8 @@ class FPN(nn.Module):
 
         merged = [conv(f"lateral{i}", 1, 1, x) for i, x in enumerate(features, 3)]
         for i in reversed(range(len(merged) - 1)):
-            merged[i] = merged[i] + upsample_nearest(merged[i + 1], merged[i].shape[1:3])
+            _, height, width, _ = merged[i].shape
+            merged[i] = merged[i] + upsample_nearest(merged[i + 1], (height, width))
         levels = [conv(f"output{i}", 3, 1, x) for i, x in enumerate(merged, 3)]
         p6 = conv("p6", 3, 2, features[-1] if self.p6_from == "c5" else levels[-1])
         p7 = conv("p7", 3, 2, nn.relu(p6) if self.relu_before_p7 else p6)

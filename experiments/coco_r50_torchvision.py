@@ -1,0 +1,28 @@
+"""The layout of torchvision's RetinaNet (v1), to hold its weights.
+
+    ghm-jax import retinanet_resnet50_fpn_coco-eeacb38b.pth experiments/coco_r50_torchvision.py
+    ghm-jax evaluate runs/retinanet_resnet50_fpn_coco-eeacb38b
+
+P6 comes from P5, a ReLU stands before P7, anchors and matching are torchvision's. Published
+(torchvision): 36.4 AP on val2017, with focal and L1 losses over 26 epochs. Not measured here.
+
+Anchors of P6 and P7 lie where torchvision has them if the batch is padded as torchvision pads; see
+`ghm_jax.anchors`.
+"""
+
+from ghm_jax.config import Anchors, Config, Loss, Model, Optimizer
+
+config = Config(
+    model=Model(
+        backbone="resnet50",
+        norm="frozen",
+        norm_epsilon=0.0,  # as the published weights were trained
+        frozen_stages=1,
+        p6_from="p5",
+        relu_before_p7=True,
+        dtype="float32",
+    ),
+    anchors=Anchors(convention="torchvision"),
+    loss=Loss(classification="focal", box="smooth_l1", box_weight=1.0),
+    optimizer=Optimizer(steps=190_580, drops=(117_280, 161_260)),  # drops at epochs 16 and 22
+)

@@ -1,0 +1,17 @@
+"""The recipe of coco_r50_ghm.py with a ResNeXt-101-32x4d.
+
+    ghm-jax train experiments/coco_x101_32x4d_ghm.py --data.dir data
+
+Published (mmdetection's model zoo): 40.7 AP on val2017. Not measured here.
+"""
+
+from ghm_jax.config import Config, Model
+
+config = Config(
+    model=Model(
+        backbone="resnext101_32x4d",
+        weights="hf://timm/resnext101_32x4d.gluon_in1k",
+        norm="frozen",
+        frozen_stages=1,
+    )
+)

@@ -1,0 +1,17 @@
+"""The recipe of coco_r50_ghm.py with a ResNeXt-101-64x4d.
+
+    ghm-jax train experiments/coco_x101_64x4d_ghm.py --data.dir data
+
+Published (mmdetection's model zoo): 41.4 AP on val2017. Not measured here.
+"""
+
+from ghm_jax.config import Config, Model
+
+config = Config(
+    model=Model(
+        backbone="resnext101_64x4d",
+        weights="hf://timm/resnext101_64x4d.gluon_in1k",
+        norm="frozen",
+        frozen_stages=1,
+    )
+)

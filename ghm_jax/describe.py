@@ -1,0 +1,165 @@
+"""What a detector costs: parameters, multiply-adds, anchors. Nothing is computed or compiled."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghm_jax.anchors import level_sizes
+from ghm_jax.config import Config
+from ghm_jax.models import RetinaNet
+from ghm_jax.schedule import frozen_parameters
+from ghm_jax.step import make_model
+
+PARTS = ("backbone", "fpn", "class_head", "box_head")
+"""Of the network, by their names among its parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """A part of the network, or all of it."""
+
+    parameters: int
+    """Trained or not; without the stored statistics of batch normalization."""
+    trained: int
+    """Of these, what training changes."""
+    multiply_adds: int
+    """Of the convolutions, forwards, for one image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Costs of a detector for one image of a size."""
+
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    num_classes: int
+    parts: dict[str, PartCost]
+    """By the names of `PARTS`."""
+    total: PartCost
+    xla_flops: float
+    """Floating-point operations of the total as XLA counts them before it optimizes: two for each
+    multiply-add but none for products with padding, and one for each element of all else. NaN
+    where XLA does not count for the device."""
+    anchors: int
+    """In one image."""
+    examples: int
+    """(anchor, class) pairs of one image, what the classification loss weighs."""
+    parameter_bytes: int
+    """What the parameters take; gradients and momentum take as much again each."""
+
+
+def describe(config: Config, num_classes: int, image_size: tuple[int, int]) -> Description:
+    """Counts what the network of a config has and does.
+
+    Multiply-adds are those of the convolutions, products with the zeros that pad an image among
+    them, as published figures count. XLA's count of the same network is there for comparison.
+
+    Args:
+        config: uses model and anchors.
+        num_classes: classes of the data set.
+        image_size: (height, width) of the padded image in pixels.
+    """
+    # In bfloat16 XLA counts every conversion as an operation, though none costs one.
+    model = make_model(config, num_classes).clone(dtype=jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    params = variables["params"]
+    frozen: Any = frozen_parameters(params, config.model.frozen_stages)
+
+    features, *backbone = _cost(_backbone, model, variables, image)
+    levels, *fpn = _cost(_fpn, model, variables, features)
+    _, *class_head = _cost(_class_head, model, variables, levels)
+    _, *box_head = _cost(_box_head, model, variables, levels)
+    costs = dict(zip(PARTS, (backbone, fpn, class_head, box_head), strict=True))
+
+    parts = {}
+    for name, (multiply_adds, _) in costs.items():
+        sizes = [leaf.size for leaf in jax.tree.leaves(params[name])]
+        stands = jax.tree.leaves(frozen[name])
+        trained = sum(size for size, still in zip(sizes, stands, strict=True) if not still)
+        parts[name] = PartCost(
+            parameters=sum(sizes), trained=trained, multiply_adds=int(multiply_adds)
+        )
+    anchors = sum(level_sizes(image_size, model.anchors_per_cell))
+    return Description(
+        image_size=image_size,
+        num_classes=num_classes,
+        parts=parts,
+        total=PartCost(
+            parameters=sum(part.parameters for part in parts.values()),
+            trained=sum(part.trained for part in parts.values()),
+            multiply_adds=sum(part.multiply_adds for part in parts.values()),
+        ),
+        xla_flops=sum(xla_flops for _, xla_flops in costs.values()),
+        anchors=anchors,
+        examples=anchors * num_classes,
+        parameter_bytes=sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params)),
+    )
+
+
+def _backbone(model: RetinaNet, image: jax.Array) -> Any:
+    return model.backbone(image, train=False)
+
+
+def _fpn(model: RetinaNet, features: Any) -> Any:
+    return model.fpn(features)
+
+
+def _class_head(model: RetinaNet, levels: Any) -> Any:
+    return [model.class_head(level) for level in levels]
+
+
+def _box_head(model: RetinaNet, levels: Any) -> Any:
+    return [model.box_head(level) for level in levels]
+
+
+def _cost(
+    part: Callable[[RetinaNet, Any], Any], model: RetinaNet, variables: Any, inputs: Any
+) -> tuple[Any, float, float]:
+    """Shapes of the outputs of a part of the network, its multiply-adds, and XLA's operations."""
+    traced = jax.jit(lambda v, x: model.apply(v, x, method=part)).trace(variables, inputs)
+    analysis = traced.lower().cost_analysis() or {}
+    return traced.out_info, _multiply_adds(traced.jaxpr.jaxpr), analysis.get("flops", math.nan)
+
+
+def _multiply_adds(jaxpr: Any) -> int:
+    """Multiply-adds of all convolutions in a traced program: outputs times inputs of each."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            count += eqn.outvars[0].aval.size * (math.prod(kernel) // outputs)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                count += _multiply_adds(inner)
+    return count
+
+
+def table(description: Description) -> str:
+    """A description as lines of text for a person."""
+    height, width = description.image_size
+    lines = [
+        f"image of {height} x {width} pixels (height x width), {description.num_classes} classes",
+        "",
+        f"{'':<12}{'parameters':>14}{'trained':>14}{'multiply-adds':>17}",
+    ]
+    for name, part in {**description.parts, "total": description.total}.items():
+        giga = f"{part.multiply_adds / 1e9:.2f} G"
+        lines.append(f"{name:<12}{part.parameters:>14,}{part.trained:>14,}{giga:>17}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{'XLA counts, in operations / 2':<34}{description.xla_flops / 2e9:>14,.2f} G",
+            f"{'anchors':<34}{description.anchors:>14,}",
+            f"{'examples (anchor, class)':<34}{description.examples:>14,}",
+            f"{'memory of the parameters (float32)':<34}"
+            f"{description.parameter_bytes / 2**20:>14,.1f} MiB",
+        ]
+    )
