@@ -208,7 +208,8 @@ def _import(args: list[str]) -> None:
     from ghm_jax.weights import import_run
 
     usage = "ghm-jax import WEIGHTS EXPERIMENT"
-    weights, experiment = _positional(args, usage), _positional(args[1:], usage)
+    weights = _positional(args, usage)
+    experiment = weights and _positional(args[1:], usage)
     default = load_experiment(experiment) if experiment else Config()
     given = Import(weights or "", experiment or "", config=default)
     arguments = _parse(Import, args, "ghm-jax import", given)
@@ -219,7 +220,7 @@ def _import(args: list[str]) -> None:
 
 def _export(args: list[str]) -> None:
     directory = _positional(args, "ghm-jax export RUN --out FILE")
-    arguments = _parse(Export, args, "ghm-jax export", Export(directory or "", ""))
+    arguments = _parse(Export, args, "ghm-jax export", Export(directory or "", tyro.MISSING))
 
     from ghm_jax.export import export
 

@@ -187,11 +187,10 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
     if RunDirectory(Path(run_dir)).has_checkpoint:
         raise ConfigError(f"{run_dir}: holds a checkpoint already; choose another --run-dir")
 
-    model = make_model(config, len(dataset.class_names))
-    optimizer = make_optimizer(config)
-    blank = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     path = locate(source)
     tensors = load_tensors(path)
+    model, optimizer = make_model(config, len(dataset.class_names)), make_optimizer(config)
+    blank = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     try:
         rows = class_rows_of(tensors, dataset.class_names, COCO_CATEGORIES)
         like = {"params": blank.params, "batch_stats": blank.batch_stats}

@@ -1,6 +1,7 @@
 """Names and shapes are the published ones; a tensor comes to its place, or the error names it."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,10 @@ from ghm_jax.models.pretrained_names import (
     TORCHVISION,
     TORCHVISION_2020,
 )
+from ghm_jax.rundir import load_experiment
+from ghm_jax.step import make_model
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 each_detector = pytest.mark.parametrize("naming", DETECTORS, ids=lambda naming: naming.title)
 MMDET_BUFFERS = {  # of a GHM checkpoint
@@ -178,6 +183,33 @@ def test_names_and_shapes_are_the_published_ones(naming):
     # 53 convolutions, each with a normalization of 4 tensors; 8 and 10 layers with a bias.
     heads = {BACKBONE: 0, TORCHVISION: 2 * 8 + 8 * 3 + 2 * 2}.get(naming, 2 * 8 + 2 * 10)
     assert len(ours) == 53 * 5 + heads
+
+
+@pytest.mark.parametrize(
+    ("experiment", "last_block", "inner", "per_group"),
+    [  # of mmdetection's files: the last block of the third stage, channels of the first 3x3
+        ("coco_r50_ghm", 5, 64, 64),
+        ("coco_r101_ghm", 22, 64, 64),
+        ("coco_x101_32x4d_ghm", 22, 128, 4),
+        ("coco_x101_64x4d_ghm", 22, 256, 4),
+    ],
+)
+def test_the_published_ghm_detectors_fit_their_experiments(
+    experiment, last_block, inner, per_group
+):
+    config = load_experiment(EXPERIMENTS / f"{experiment}.py")
+    model = make_model(config, 80)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    names = published_shapes(MMDETECTION, like)
+    assert None not in names
+    assert len(names) == len(jax.tree.leaves(like))
+    assert names["backbone.layer1.0.conv1.weight"] == (inner, 64, 1, 1)
+    assert names["backbone.layer1.0.conv2.weight"] == (inner, per_group, 3, 3)
+    assert names["backbone.layer1.0.conv3.weight"] == (256, inner, 1, 1)
+    assert f"backbone.layer3.{last_block}.conv3.weight" in names
+    assert f"backbone.layer3.{last_block + 1}.conv3.weight" not in names
+    assert names["neck.fpn_convs.3.conv.weight"] == (256, 2048, 3, 3)
+    assert names["bbox_head.retina_cls.weight"] == (720, 256, 3, 3)
 
 
 @each_detector
