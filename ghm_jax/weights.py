@@ -64,7 +64,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ConfigError(
             f'{path}: needs torch to be read: pip install "ghm-jax[torch]", '
@@ -114,7 +114,7 @@ def locate(source: str) -> Path:
     if not (owner and name):
         raise ConfigError(f"{source}: write {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ConfigError(
             f'{source}: needs huggingface_hub: pip install "ghm-jax[hub]", '
