@@ -182,7 +182,9 @@ def test_a_description_is_a_table_of_the_parts(place, capsys):
     assert err == ""
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     assert out.startswith("resnet10, image of 64 x 96 pixels (height x width), 3 classes\n")
-    number = {name: int(row[0].replace(",", "")) for name, row in rows.items() if name != "XLA"}
+    number = {
+        name: int(row[0].replace(",", "")) for name, row in rows.items() if row[0][0].isdigit()
+    }
     parts = ("backbone", "fpn", "class_head", "box_head")
     assert sum(number[part] for part in parts) == number["total"]
     assert int(rows["backbone"][1].replace(",", "")) < number["backbone"]

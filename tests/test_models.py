@@ -122,7 +122,7 @@ def test_both_layouts_of_torchvision_have_as_many_parameters_as_published(layout
 
 def test_grouped_convolutions_mix_channels_of_one_group_only():
     block = Block(
-        Architecture(True, (1,), groups=4, group_width=32), 8, 1, "frozen", None, "float32"
+        Architecture(True, (1,), groups=4, group_width=32), 8, 1, "frozen", None, "float32", 1e-5
     )
     x = jax.random.normal(KEY, (1, 5, 5, 32))
     variables = block.init(KEY, x, train=False)
