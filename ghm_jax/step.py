@@ -179,6 +179,24 @@ def predict_step(
     )
 
 
+def loss_inputs(
+    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
+) -> tuple[jax.Array, jax.Array, Targets]:
+    """What the losses would see of a batch, as the network is in prediction.
+
+    Args:
+        variables: `params` and `batch_stats`.
+        batch: as for `train_step`.
+
+    Returns:
+        Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4].
+    """
+    (logits, deltas), _ = _apply(
+        model, variables["params"], variables["batch_stats"], batch, train=False
+    )
+    return logits, deltas, make_targets(batch, config)
+
+
 def make_targets(batch: Batch, config: Config) -> Targets:
     """Targets [b, A] of a batch. Anchors whose centre lies in the padding are ignored.
 

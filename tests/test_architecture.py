@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "checkpoint": {"step", "config"},
     "rundir": {"config"},
     "progress": set(),
-    "plots": set(),
+    "plots": {"losses"},  # draws them by their own gradients
 }
 # These bring the parts together: they may import all of the above, and what stands before them.
 for part in ("weights", "predict", "describe", "evaluate", "export", "train", "bench", "cli"):

@@ -35,13 +35,14 @@ def focal_loss(
     mask: jax.Array | None = None,
     state: GHMState | None = None,
     *,
-    alpha: float = 0.25,
+    alpha: float | None = 0.25,
     gamma: float = 2.0,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Focal loss, summed and divided by the number of positive targets (at least 1).
 
-    Arguments as for `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection",
+    `alpha` weighs positives, 1 - alpha the others; None: neither. Other arguments as for
+    `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection",
     ICCV 2017, equation 5, and its section 4 for the division.
     """
     logits = logits.astype(jnp.float32)

@@ -21,9 +21,9 @@ ORANGE = "#e0702e"
 GREEN = "#2da46c"
 GREY = "#8c959f"
 
-_DPI = 220
+DPI = 220
 _RECENT = 10  # log records that a histogram is averaged over
-_WIDTH = 5.4  # inches: the text keeps a readable size on a phone
+WIDTH = 5.4  # inches: the text keeps a readable size on a phone
 
 
 def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -37,7 +37,7 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         history: records with `step`, `loss`, `loss_class`, `loss_box`, `cross_entropy`,
             `box_error`, `learning_rate`; a value that a record lacks is a gap.
     """
-    figure = Figure(figsize=(_WIDTH, 6.6), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(4, 1, sharex=True, height_ratios=(1.3, 1, 1, 0.7))
     panels = (
         (
@@ -58,9 +58,9 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         values = [_column(history, key) for key, _, _ in lines]
         for y, (key, label, color) in zip(values, lines, strict=True):
             _curve(ax, steps, y, color, label, smooth=key != "learning_rate")
-        _style(ax, title, unit)
+        style(ax, title, unit)
         if title == "Learning rate":
-            _linear_axis(ax, 3)
+            linear_axis(ax, 3)
         else:
             _value_axis(ax, np.concatenate(values))
         if len(lines) > 1:
@@ -94,7 +94,7 @@ def harmonizing_panel(
     before, after = shares(counts), shares(counts * weights)
     edges = np.linspace(0.0, 1.0, len(counts) + 1)
 
-    figure = Figure(figsize=(_WIDTH, 4.9), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.9), dpi=DPI, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.7, 1))
     if title:
         figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
@@ -108,15 +108,15 @@ def harmonizing_panel(
         baseline=None,
         label="after: examples \N{MULTIPLICATION SIGN} weight",
     )
-    _style(top, "Share of each bin", "share")
-    _log_axis(top, np.concatenate([before, after]), _percent)
+    style(top, "Share of each bin", "share")
+    log_axis(top, np.concatenate([before, after]), percent)
     _legend(top)
 
     drawn = np.where(filled & (weights > 0), weights, np.nan)
     bottom.stairs(drawn, edges, color=ORANGE, lw=1.8, baseline=None)
     bottom.axhline(1.0, color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    _style(bottom, "Mean weight of an example (dashed: not re-weighted)", "weight")
-    _log_axis(bottom, np.append(drawn[np.isfinite(drawn)], 1.0), _times)
+    style(bottom, "Mean weight of an example (dashed: not re-weighted)", "weight")
+    log_axis(bottom, np.append(drawn[np.isfinite(drawn)], 1.0), _times)
     bottom.set_xlabel(xlabel, color=INK, fontsize=9)
     bottom.set_xlim(0, 1)
     figure.align_ylabels((top, bottom))
@@ -176,7 +176,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
-def _style(ax: Axes, title: str, unit: str) -> None:
+def style(ax: Axes, title: str, unit: str) -> None:
     ax.set_title(title, loc="left", color=INK, fontsize=9.5, pad=5)
     ax.set_ylabel(unit, color=MUTED, fontsize=8.5)
     ax.tick_params(colors=MUTED, labelsize=8.5, length=0, which="both")
@@ -206,18 +206,18 @@ def _value_axis(ax: Axes, values: np.ndarray) -> None:
     """Logarithmic when the values span more than a factor of ten, else linear."""
     positive = values[np.isfinite(values) & (values > 0)]
     if positive.size and positive.max() > 10 * positive.min():
-        _log_axis(ax, positive, _plain)
+        log_axis(ax, positive, plain)
     else:
-        _linear_axis(ax, 4)
+        linear_axis(ax, 4)
 
 
-def _linear_axis(ax: Axes, ticks: int) -> None:
+def linear_axis(ax: Axes, ticks: int) -> None:
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(ticks, steps=(1, 2, 2.5, 5, 10)))
-    ax.yaxis.set_major_formatter(_plain)
+    ax.yaxis.set_major_formatter(plain)
 
 
-def _log_axis(ax: Axes, values: np.ndarray, formatter: FuncFormatter) -> None:
+def log_axis(ax: Axes, values: np.ndarray, formatter: FuncFormatter) -> None:
     positive = values[np.isfinite(values) & (values > 0)]
     if not positive.size:
         ax.text(0.5, 0.5, "no examples", transform=ax.transAxes, ha="center", color=MUTED)
@@ -234,6 +234,6 @@ def _log_axis(ax: Axes, values: np.ndarray, formatter: FuncFormatter) -> None:
 
 
 # Words instead of powers of ten: they are also plain text in an SVG.
-_plain = FuncFormatter(lambda value, _: f"{value:g}")
-_percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
+plain = FuncFormatter(lambda value, _: f"{value:g}")
+percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 _times = FuncFormatter(lambda value, _: f"\N{MULTIPLICATION SIGN} {value:g}")
