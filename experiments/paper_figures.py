@@ -66,8 +66,10 @@ def draw(run: Path, images: int) -> dict[str, Figure]:
     """Name -> figure, of the first `images` validation images of a run.
 
     Raises:
-        ConfigError: no run, no checkpoint, no data.
+        ConfigError: no run, no checkpoint, no data, no images.
     """
+    if images < 1:
+        raise ConfigError(f"--images: must be positive, got {images}")
     directory, config = load_run(run)
     variables, _ = restore_variables(directory, config, jax.devices()[0])
     sum_over = functools.partial(sum_over_images, config, variables, images)
@@ -86,6 +88,7 @@ def draw(run: Path, images: int) -> dict[str, Figure]:
         }
 
     counts, seen = sum_over(count)
+    # Of an average training batch, as a floor is a number of examples of one batch.
     batch = {key: value * config.optimizer.batch_size / seen for key, value in counts.items()}
     published = loss.preset == "reference"
     floors = (0.0, 0.0) if published else (loss.min_count, loss.box_min_count)
@@ -144,10 +147,10 @@ def sum_over_images(
 ) -> tuple[dict[str, np.ndarray], int]:
     """What `measure` gives for the batches of the validation split, summed; how many images."""
     dataset = open_dataset(config.data, config.data.validation_split)
-    model = make_model(config, len(dataset.class_names))
+    model = make_model(config, len(config.data.classes))
 
     @jax.jit
-    def of_batch(batch: dict[str, jax.Array], used: jax.Array) -> dict[str, Any]:
+    def of_batch(variables: Any, batch: dict[str, jax.Array], used: jax.Array) -> dict[str, Any]:
         logits, deltas, targets = loss_inputs(variables, batch, config=config, model=model)
         classes = jnp.where(used[:, None], targets.classes, IGNORE)
         return measure(logits, deltas, targets._replace(classes=classes))
@@ -157,7 +160,7 @@ def sum_over_images(
         for batch in batches:
             used = batch["valid"] & (np.arange(len(batch["valid"])) < images - seen)
             inputs = {key: batch[key] for key in ("images", "boxes", "labels", "image_size")}
-            for key, value in of_batch(inputs, used).items():
+            for key, value in of_batch(variables, inputs, used).items():
                 total[key] = total.get(key, 0.0) + np.asarray(value, np.float64)
             seen += int(used.sum())
             if seen >= images:
