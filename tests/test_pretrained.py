@@ -367,5 +367,5 @@ def test_another_depth_and_another_norm_are_refused(rng):
         with pytest.raises(ValueError, match=r"\w") as refused:
             import_backbone(tensors, tiny_shapes(**other))
         assert word in str(refused.value)
-    with pytest.raises(ValueError, match="has no backbone/.*GroupNorm_0"):
+    with pytest.raises(ValueError, match=r"has no backbone/.*GroupNorm_0"):
         export_detector(tiny_shapes(norm="group"))
