@@ -78,7 +78,8 @@ def test_a_file_with_the_published_names_is_imported_evaluated_and_exported(
     tensors = write_published(tmp_path / (NAME + suffix), rng)
     data = write_coco(tmp_path, rng)
     small = "--data.short-side 64 --data.long-side 96 --data.buckets 64 96 --run.workers 0"
-    settings = f"--data.dir {data} {small} --predict.batch-size 2 --model.dtype float32"
+    settings = f"--data.dir {data} {small} --predict.batch-size 2 --run.devices 1"
+    settings += " --model.dtype float32"
     main(["import", NAME + suffix, str(EXPERIMENT), *settings.split()])
     assert f"score it with: ghm-jax evaluate runs/{NAME}\n" in capsys.readouterr().out
     main(["evaluate", f"runs/{NAME}"])
