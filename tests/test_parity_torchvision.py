@@ -232,7 +232,8 @@ def test_an_image_gives_the_same_detections(rng, detectors, sizes):
         for row in rows(*(detections[key].numpy() for key in keys)):
             # Scores that differ by rounding may change places: each has its like somewhere.
             distance = np.abs(ours - row) / np.array([1, 1, 160, 160, 160, 160])
-            assert distance.max(axis=1).min() < 1e-4, row
+            # Sides are exponentials of deltas that agree to 1e-4.
+            assert distance.max(axis=1).min() < 5e-4, row
 
 
 def rows(boxes, scores, labels):
