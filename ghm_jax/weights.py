@@ -85,7 +85,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(state, Mapping):
         raise ConfigError(f"{path}: holds no state dict but a {type(state).__name__}")
     return {
-        str(name): _as_float32(tensor.float().numpy() if tensor.is_floating_point() else tensor)
+        str(name): _as_float32(tensor.detach().float() if tensor.is_floating_point() else tensor)
         for name, tensor in state.items()
         if isinstance(tensor, torch.Tensor)
     }
