@@ -1,0 +1,61 @@
+"""The command `ghm-jax`: argv in, thin calls of the package, the only prints and exits.
+
+    ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
+    ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
+    ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
+    ghm-jax export runs/quickstart --out FILE.safetensors
+    ghm-jax describe experiments/coco_r50_ghm.py [--size HEIGHT WIDTH] [--classes N]
+    ghm-jax data prepare coco/2017 --source DIR --out data
+    ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
+    ghm-jax bench losses [--out FILE.json]
+
+`ghm-jax train EXPERIMENT --help` lists every setting.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+try:
+    from ghm_jax.cli import bench, data, runs
+    from ghm_jax.cli.arguments import fail
+    from ghm_jax.config import ConfigError
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"ghm-jax: {missing}; the detector needs more than the losses: "
+        'pip install "ghm-jax[detector]"'
+    )
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": runs.train_command,
+    "evaluate": runs.evaluate_command,
+    "import": runs.import_command,
+    "export": runs.export_command,
+    "describe": runs.describe_command,
+    "data prepare folder": data.prepare_folder_command,
+    "data prepare coco/2017": data.prepare_coco_command("2017"),
+    "data prepare coco/2014": data.prepare_coco_command("2014"),
+    "bench losses": bench.losses_command,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; exits with 0, with 1 after a one-line error, or with 130 when stopped."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    # JAX on a machine without accelerators explains at length why it found none.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    command = next((n for n in (3, 2, 1) if " ".join(args[:n]) in _COMMANDS), 0)
+    if not command:
+        wanted = " ".join(a for a in args if a not in ("-h", "--help"))
+        only_help = not args or args[-1] in ("-h", "--help")
+        if not only_help or not any(f"{c} ".startswith(wanted) for c in _COMMANDS):
+            fail(f"unknown command {wanted!r}; choose from {', '.join(_COMMANDS)}")
+        print(__doc__)
+        return
+    try:
+        _COMMANDS[" ".join(args[:command])](args[command:])
+    except (ConfigError, FileNotFoundError, PermissionError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("\nghm-jax: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,190 @@
+"""Commands that make a run or work on one."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
+from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.rundir import load_experiment, load_run
+
+
+@dataclass
+class Train:
+    """Trains a detector, or goes on with a run that was stopped."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    """File that defines `config`."""
+    run_dir: str = ""
+    """Where the run goes (runs/ and the experiment's name)."""
+    restart: bool = False
+    """Move an existing run aside and start anew."""
+    config: AllSettings = field(default_factory=Config)
+
+
+def train_command(args: list[str]) -> None:
+    """`ghm-jax train`."""
+    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.progress import Bar
+    from ghm_jax.train import TrainingDiverged, TrainingInterrupted, train
+
+    experiment = positional(args, "ghm-jax train EXPERIMENT")
+    default = load_experiment(experiment) if experiment else Config()
+    arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
+    config = arguments.config
+    run_dir = arguments.run_dir or f"runs/{Path(arguments.experiment).stem}"
+    start_devices(config, use_cpu_cores)
+    try:
+        train(config, run_dir, restart=arguments.restart, progress=Bar())
+    except TrainingDiverged as error:
+        fail(str(error))
+    except TrainingInterrupted as error:
+        again = " ".join(["ghm-jax train", *(a for a in args if a != "--restart")])
+        print(f"ghm-jax: {error}; go on with: {again}", file=sys.stderr)
+        sys.exit(130)
+    print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
+
+
+@dataclass
+class Evaluate:
+    """Scores the newest checkpoint of a run: metrics.json, detections.json, report.html."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    split: str = ""
+    """Split to evaluate on (the run's validation split)."""
+    evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    """hotcoco, or pycocotools (slower, the same figures)."""
+
+
+def evaluate_command(args: list[str]) -> None:
+    """`ghm-jax evaluate`."""
+    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.progress import Bar
+
+    directory = positional(args, "ghm-jax evaluate RUN")
+    arguments = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
+    run, config = load_run(arguments.run)
+    start_devices(config, use_cpu_cores)
+
+    from ghm_jax.evaluate import METRICS, evaluate
+
+    result = evaluate(
+        arguments.run,
+        split=arguments.split or None,
+        evaluator=arguments.evaluator,
+        progress=Bar(),
+    )
+    for name, meaning in METRICS.items():
+        print(f"  {name:<6} {_percent(result[name]):>6}  {meaning}")
+    print(f"report: {run.report}")
+
+
+@dataclass
+class Import:
+    """Makes a run of a published detector, to evaluate, export or train further."""
+
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """RetinaNet of torchvision or mmdetection: .safetensors, .pth, or hf://OWNER/NAME[/FILE]."""
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    """File that defines `config` of the same network."""
+    run_dir: str = ""
+    """Where the run goes (runs/ and the name of the weights)."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def import_command(args: list[str]) -> None:
+    """`ghm-jax import`."""
+    from ghm_jax.weights import import_run
+
+    usage = "ghm-jax import WEIGHTS EXPERIMENT"
+    weights = positional(args, usage)
+    experiment = weights and positional(args[1:], usage)
+    default = load_experiment(experiment) if experiment else Config()
+    given = Import(weights or "", experiment or "", config=default)
+    arguments = parse(Import, args, "ghm-jax import", given)
+    run_dir = arguments.run_dir or f"runs/{Path(arguments.weights).stem}"
+    import_run(arguments.weights, arguments.config, run_dir)
+    print(f"{run_dir}: ready; score it with: ghm-jax evaluate {run_dir}")
+
+
+@dataclass
+class Export:
+    """Writes the newest checkpoint of a run for other programs."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    out: str
+    """File to write; .safetensors: weights in torchvision's names."""
+
+
+def export_command(args: list[str]) -> None:
+    """`ghm-jax export`."""
+    directory = positional(args, "ghm-jax export RUN --out FILE")
+    arguments = parse(Export, args, "ghm-jax export", Export(directory or "", tyro.MISSING))
+
+    from ghm_jax.export import export
+
+    print(f"{export(arguments.run, arguments.out)}: written")
+
+
+@dataclass
+class Describe:
+    """What the detector of an experiment costs: parameters, multiply-adds, anchors of an image."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    """File that defines `config`."""
+    size: tuple[int, int] = (800, 1280)
+    """Height and width of the image in pixels."""
+    classes: int = 0
+    """Number of classes (that of the data set)."""
+    config: AllSettings = field(default_factory=Config)
+
+
+def describe_command(args: list[str]) -> None:
+    """`ghm-jax describe`."""
+    import jax
+
+    from ghm_jax.describe import describe, table
+
+    experiment = positional(args, "ghm-jax describe EXPERIMENT")
+    default = load_experiment(experiment) if experiment else Config()
+    arguments = parse(
+        Describe, args, "ghm-jax describe", Describe(experiment or "", config=default)
+    )
+    config = arguments.config.check()
+    if min(arguments.size) < 1:
+        raise ConfigError(f"--size: must be positive, got {arguments.size}")
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    num_classes = arguments.classes or _num_classes(config.data)
+    print(f"{config.model.backbone}, {table(describe(config, num_classes, arguments.size))}")
+
+
+def _num_classes(data: Data) -> int:
+    """Classes of a data set, without making one."""
+    if data.classes:
+        return len(data.classes)
+    if data.name.startswith("coco/"):
+        return 80
+    if data.name and not (Path(data.dir) / data.name).is_dir():
+        raise ConfigError(
+            f"--classes: {data.name} is not in {data.dir}, so its number of classes is unknown; "
+            "give it (--classes N) or set --data.dir"
+        )
+    from ghm_jax.data.dataset import open_dataset
+
+    return len(open_dataset(data, data.train_split).class_names)
+
+
+def start_devices(config: Config, use_cpu_cores: Callable[[tuple[int, ...]], None]) -> None:
+    """Checks what needs no devices, then lets JAX find them: an error comes in no time."""
+    config.check()
+    use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))
+
+
+def _percent(fraction: float) -> str:
+    return "-" if fraction < 0 else f"{100 * fraction:.1f}"
