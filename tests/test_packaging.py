@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds the package, its types and nothing else, and works alone."""
+"""What a user installs: the wheel holds the package and its types, and works alone."""
 
 import email
 import os
