@@ -1,6 +1,7 @@
 """From argv to a dataclass, by tyro; what cannot work becomes one line."""
 
 import contextlib
+import dataclasses
 import io
 import sys
 from typing import Annotated, Any, NoReturn
@@ -24,9 +25,12 @@ def positional(args: list[str], usage: str) -> str | None:
 
 def parse(kind: type[Any], args: list[str], program: str, default: Any = None) -> Any:
     """The arguments as a `kind`, by tyro; its errors as one line."""
+    settings = flatten(Config())
     for arg in args:
         key = arg.partition("=")[0][2:].replace("-", "_")
-        if arg.startswith("--") and "." in key and key not in flatten(Config()):
+        own = {f.name for f in dataclasses.fields(kind)}
+        lacks_section = key not in own and any(k.endswith(f".{key}") for k in settings)
+        if arg.startswith("--") and key not in settings and ("." in key or lacks_section):
             raise ConfigError(unknown_key(key))
     said = io.StringIO()
     try:
