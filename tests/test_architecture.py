@@ -31,14 +31,14 @@ MAY_IMPORT = {
     "matching": {"boxes"},
     "nms": {"boxes"},
     "models": set(),
-    "data": {"config"},
+    "progress": set(),
+    "data": {"progress", "config"},
     "parallel": set(),
     "schedule": {"models", "config"},
     "detection_loss": {"losses", "matching", "config"},
     "step": {"detection_loss", "losses", "models", "schedule", "config", *PURE},
     "checkpoint": {"step", "config"},
     "rundir": {"config"},
-    "progress": set(),
     "plots": {"losses"},  # draws them by their own gradients
 }
 # These bring the parts together: they may import all of the above, and what stands before them.

@@ -105,7 +105,10 @@ def fails(capsys, *args):
         ("export run --out w.safetensors", ["run: cannot be exported", "GroupNorm"]),
         ("data prepare", ["unknown command", "data prepare folder"]),
         ("data prepare coco/2017 --source taken", ["--source", "train2017", "unpack"]),
-        ("data prepare folder --name mine", ["train"]),
+        ("data prepare folder --name mine", ["--train", "IMAGES_DIR ANNOTATIONS.json"]),
+        ("data prepare coco/2017 --source taken --subset 5", ["--subset", "'5'", "like 1%"]),
+        ("data prepare coco/2017 --source taken --splits val", ["--splits", "val", "validation"]),
+        ("data prepare coco/2017 --source gs://b --splits train", ["--source", "gs://b", "mount"]),
         ("data prepare folder --name mine --train taken gone.json", ["train", "gone.json"]),
     ],
 )
@@ -152,7 +155,10 @@ def test_a_broken_experiment_is_one_line_with_its_name(place, capsys, code, word
         ("data --help", ["data prepare folder"]),
         ("data prepare --help", ["data prepare folder"]),
         ("data prepare folder --help", ["--train", "--validation", "--out"]),
-        ("data prepare coco/2017 --help", ["--source", "--out"]),
+        (
+            "data prepare coco/2017 --help",
+            ["--source", "--subset", "--splits", "test_dev"],
+        ),
     ],
 )
 def test_help_is_there_at_every_level(place, capsys, command, words):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tiny import Listener
 
 from ghm_jax.config import Config, ConfigError, Data, Predict, Run
 from ghm_jax.data import coco_ground_truth, open_dataset, prepare_folder, validation_batches
@@ -158,10 +159,149 @@ def test_an_empty_name_means_the_only_data_set(folder):
         open_dataset(data(folder, ""), "validation")
 
 
-def test_an_existing_data_set_is_never_overwritten(folder):
-    prepare(folder)
-    with pytest.raises(ConfigError, match=r"out: .*mine is already there; delete it"):
+def contents(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*.*")}
+
+
+def test_a_second_run_finds_all_done(folder):
+    before = contents(prepare(folder))
+    listener = Listener()
+    source = (folder / "images", folder / "instances.json")
+    again = prepare_folder("mine", folder / "data", {"validation": source}, progress=listener)
+    assert listener.lines == [f"{again}: already prepared"]
+    assert not listener.steps
+    assert contents(again) == before
+
+
+@pytest.mark.parametrize("change", ["annotations", "subset", "splits"])
+def test_a_data_set_made_from_something_else_is_never_overwritten(folder, change):
+    before = contents(prepare(folder))
+    source = (folder / "images", folder / "instances.json")
+    splits, subset = {"validation": source}, 1.0
+    if change == "annotations":
+        write(folder, read(folder) | {"info": "changed"})
+    elif change == "subset":
+        subset = 0.5
+    else:
+        splits["train"] = source
+    with pytest.raises(ConfigError, match=r"out: .*mine is already there, .*; delete it"):
+        prepare_folder("mine", folder / "data", splits, subset=subset)
+    assert contents(folder / "data" / "mine" / "1.0.0") == before
+
+
+def test_a_stopped_run_goes_on_with_the_next_split(folder):
+    """And gives what a run gives that was not stopped."""
+    source = (folder / "images", folder / "instances.json")
+    splits = {"train": source, "validation": source}
+
+    class StopWriting(Listener):
+        def update(self, name, done, total, fields):
+            if name == "write validation" and done == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder("mine", folder / "data", splits, progress=StopWriting())
+    with pytest.raises(ConfigError, match=r"data\.dir: no prepared data set 'mine'"):
+        open_dataset(data(folder), "train")
+
+    class Names(Listener):
+        def update(self, name, done, total, fields):
+            self.steps.append(name)
+
+    listener = Names()
+    stopped = prepare_folder("mine", folder / "data", splits, progress=listener)
+    assert listener.lines == ["train: written before"]
+    assert {name for name in listener.steps if "write" in name} == {"write validation"}
+    assert not list((folder / "data").rglob("*unfinished*"))
+    straight = prepare_folder("mine", folder / "other", splits)
+    for split in splits:
+        assert len(open_dataset(data(folder), split)) == 3
+    assert contents(stopped) == contents(straight)
+
+
+def test_progress_counts_every_image_and_nothing_else_is_printed(folder, capfd):
+    listener = Listener()
+    source = (folder / "images", folder / "instances.json")
+    prepare_folder("mine", folder / "data", {"validation": source}, progress=listener)
+    assert listener.steps == [1, 2, 3] * 2  # checked, written
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(folder, monkeypatch):
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match=r"out: mine needs 0.0 GB .*, where 0.0 GB are free; mak"):
         prepare(folder)
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize("which", ["out", "images", "annotations"])
+def test_a_bucket_is_to_be_mounted(folder, which):
+    paths = {"out": folder / "data", "images": folder / "images", "annotations": "instances.json"}
+    paths[which] = "gs://bucket/somewhere"
+    splits = {"train": (paths["images"], paths["annotations"])}
+    with pytest.raises(ConfigError, match=r"gs://bucket/somewhere .* mount the bucket \(gcsfuse"):
+        prepare_folder("mine", paths["out"], splits)
+    with pytest.raises(ConfigError, match=r"data.dir: gs://bucket .* mount the bucket"):
+        open_dataset(Data(dir="gs://bucket"), "train")
+
+
+def many_images(folder, count):
+    """A folder of `count` images, one object in each."""
+    (folder / "images").mkdir(exist_ok=True)
+    encoded = cv2.imencode(".png", np.zeros((8, 12, 3), np.uint8))[1].tobytes()
+    for i in range(count):
+        (folder / "images" / f"{i}.png").write_bytes(encoded)
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    write(
+        folder,
+        {
+            "images": [{"id": i, "file_name": f"{i}.png"} for i in range(count)],
+            "annotations": [
+                dict(zip(keys, (i + 1, i, 40, [1, 1, 4, 4], 16, 0), strict=True))
+                for i in range(count)
+            ],
+            "categories": CATEGORIES,
+        },
+    )
+
+
+def ids(folder, name):
+    return {int(record["image/id"]) for record in open_dataset(data(folder, name), "train").source}
+
+
+def test_a_subset_has_the_size_asked_for_and_lies_in_every_larger_one(tmp_path):
+    many_images(tmp_path, 60)
+    source = {"train": (tmp_path / "images", tmp_path / "instances.json")}
+    found = []
+    for name, share in (("a", 0.001), ("b", 0.1), ("c", 0.5), ("d", 1.0)):
+        prepare_folder(name, tmp_path / "data", source, subset=share)
+        found.append(ids(tmp_path, name))
+        truth = coco_ground_truth(open_dataset(data(tmp_path, name), "train"))
+        assert {a["image_id"] for a in truth["annotations"]} == found[-1]
+    assert [len(each) for each in found] == [1, 6, 30, 60]
+    assert found[0] < found[1] < found[2] < found[3]
+    assert found[2] != set(range(30))  # not the first ones
+
+
+def test_images_beyond_the_subset_need_not_be_there(tmp_path):
+    many_images(tmp_path, 10)
+    source = {"train": (tmp_path / "images", tmp_path / "instances.json")}
+    prepare_folder("a", tmp_path / "data", source, subset=0.3)
+    for i in set(range(10)) - ids(tmp_path, "a"):
+        (tmp_path / "images" / f"{i}.png").unlink()
+    prepare_folder("b", tmp_path / "data", source, subset=0.3)
+    assert ids(tmp_path, "b") == ids(tmp_path, "a")
+
+
+def test_a_test_split_needs_no_annotations(folder):
+    source = read(folder)
+    del source["annotations"]
+    write(folder, source)
+    prepare(folder, split="test")
+    truth = coco_ground_truth(open_dataset(data(folder), "test"))
+    assert {image["id"] for image in truth["images"]} == {row[0] for row in IMAGES}
+    assert truth["annotations"] == []
 
 
 @pytest.mark.parametrize(
@@ -227,6 +367,10 @@ def breakages():
         "text as image id": (
             change("images", 0, id="11"),
             r"images\[0\] has no 'id' of the type int; give",
+        ),
+        "same file twice": (
+            change("images", 0, file_name="empty.jpg"),
+            r"two images have the file name 'empty.jpg'; list",
         ),
         "huge image id": (change("images", 0, id=2**31), r"does not fit in 32 bits; number"),
         "wrong size": (

@@ -1,8 +1,8 @@
 """Commands that make data sets."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ghm_jax.cli.arguments import parse
 from ghm_jax.config import ConfigError
@@ -14,21 +14,29 @@ class PrepareFolder:
 
     name: str
     """Of the new data set."""
-    train: tuple[str, str]
+    train: tuple[str, str] | None = None
     """Directory of images and instances JSON."""
-    out: str = "data"
-    """Directory of data sets (data.dir of a run)."""
     validation: tuple[str, str] | None = None
     """Directory of images and instances JSON."""
+    test: tuple[str, str] | None = None
+    """Directory of images and a JSON that lists them, with or without annotations."""
+    out: str = "data"
+    """Directory of data sets (data.dir of a run)."""
+    subset: str = "100%"
+    """Share of the images of every split."""
 
 
 def prepare_folder_command(args: list[str]) -> None:
     """`ghm-jax data prepare folder`."""
     from ghm_jax.data.coco_directory import prepare_folder
+    from ghm_jax.progress import Bar
 
     a = parse(PrepareFolder, args, "ghm-jax data prepare folder")
-    splits = {"train": a.train} | ({"validation": a.validation} if a.validation else {})
-    path = prepare_folder(a.name, a.out, splits)
+    given = {"train": a.train, "validation": a.validation, "test": a.test}
+    splits = {split: paths for split, paths in given.items() if paths}
+    if not splits:
+        raise ConfigError("--train: give it, --validation or --test: IMAGES_DIR ANNOTATIONS.json")
+    path = prepare_folder(a.name, a.out, splits, subset=_share(a.subset), progress=Bar())
     print(f"{path}: ready; train with: ghm-jax train experiments/folder.py --data.dir {a.out}")
 
 
@@ -40,27 +48,30 @@ class PrepareCoco:
     """Directory with train2017/, val2017/ and annotations/ (or 2014)."""
     out: str = "data"
     """Directory of data sets (data.dir of a run)."""
+    splits: tuple[str, ...] = ()
+    """Of train, validation, test, and for 2017 test_dev; left out: train and validation, as far as
+    they are in the source."""
+    subset: str = "100%"
+    """Share of the images of every split, for example 1%."""
 
 
 def prepare_coco_command(year: str) -> Callable[[list[str]], None]:
     """`ghm-jax data prepare coco/YEAR`."""
 
     def prepare(args: list[str]) -> None:
-        from ghm_jax.data.coco_directory import prepare_folder
+        from ghm_jax.data.coco_official import prepare_coco
+        from ghm_jax.progress import Bar
 
         a = parse(PrepareCoco, args, f"ghm-jax data prepare coco/{year}")
-        source = Path(a.source)
-        splits = {
-            split: (source / f"{part}{year}", source / f"annotations/instances_{part}{year}.json")
-            for split, part in (("train", "train"), ("validation", "val"))
-            if (source / f"{part}{year}").is_dir()
-        }
-        if not splits:
-            raise ConfigError(
-                f"--source: neither train{year}/ nor val{year}/ in {source}; "
-                "unpack the official archives there"
-            )
-        path = prepare_folder(f"coco/{year}", a.out, splits)
+        path = prepare_coco(
+            year, a.source, a.out, splits=a.splits, subset=_share(a.subset), progress=Bar()
+        )
         print(f"{path}: ready; train with: ghm-jax train EXPERIMENT --data.dir {a.out}")
 
     return prepare
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?%", text):
+        raise ConfigError(f"--subset: {text!r} is no share; write it like 1% or 0.5%")
+    return float(text[:-1]) / 100

@@ -1,6 +1,7 @@
 """Data sets, and the batches that the train and evaluation steps take. No JAX in here."""
 
 from ghm_jax.data.coco_directory import CocoDirectory, prepare_folder
+from ghm_jax.data.coco_official import prepare_coco
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.digit_scenes import DigitScenes
 from ghm_jax.data.ground_truth import coco_ground_truth
@@ -12,6 +13,7 @@ __all__ = [
     "DigitScenes",
     "coco_ground_truth",
     "open_dataset",
+    "prepare_coco",
     "prepare_folder",
     "train_batches",
     "validation_batches",

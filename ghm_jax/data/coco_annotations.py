@@ -1,5 +1,6 @@
 """COCO instances files, read and checked against their images: one line for what does not fit."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ghm_jax.config import ConfigError
+from ghm_jax.progress import Progress, Silent
 
 
 class AnnotatedImage(NamedTuple):
@@ -23,14 +25,22 @@ class AnnotatedImage(NamedTuple):
 
 
 def read_split(
-    split: str, directory: Path, annotations: Path
+    split: str,
+    directory: Path,
+    annotations: Path,
+    *,
+    subset: float = 1.0,
+    progress: Progress | None = None,
 ) -> tuple[dict[int, str], list[AnnotatedImage]]:
-    """Reads one split.
+    """Reads one split, and the header of every image in it.
 
     Args:
-        split: its name, for messages.
+        split: its name; one that begins with `test` may come without annotations.
         directory: what the file names of the images are relative to.
         annotations: COCO instances JSON.
+        subset: share of the images, in (0, 1]. It depends on their ids alone, and a smaller share
+            is a part of every larger one. The other images need not be there.
+        progress: who hears about it.
 
     Returns:
         {category id: name} in the order of ids, which is the order of labels; and the images.
@@ -40,12 +50,13 @@ def read_split(
     """
     source = _read_json(split, annotations)
     categories = _read_categories(split, source)
-    images = _read_images(split, directory, source)
+    entries = _read_entries(split, source)
+    images = _read_images(split, directory, _choose(entries, subset), progress or Silent())
     for number, entry in enumerate(source["annotations"]):
         _, image_id, category_id, bbox = _fields(
             split, "annotations", number, entry, "id", "image_id", "category_id", "bbox"
         )
-        if image_id not in images or category_id not in categories:
+        if image_id not in entries or category_id not in categories:
             raise ConfigError(
                 f"{split}: annotations[{number}] is of image {image_id} and category "
                 f"{category_id}, which the file does not list; add or remove them"
@@ -55,6 +66,8 @@ def read_split(
                 f"{split}: annotations[{number}] has the bbox {bbox}; "
                 "it must be x, y, width, height in pixels"
             )
+        if image_id not in images:
+            continue
         area = entry.get("area")
         images[image_id].annotations.append(
             {
@@ -77,6 +90,8 @@ def _read_json(split: str, path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{split}: {path} is not JSON ({error}); give a COCO instances JSON"
         ) from None
+    if split.startswith("test") and isinstance(source, dict):
+        source.setdefault("annotations", [])
     for key in ("images", "annotations", "categories"):
         if not isinstance(source, dict) or not isinstance(source.get(key), list):
             raise ConfigError(
@@ -101,16 +116,41 @@ def _read_categories(split: str, source: dict[str, Any]) -> dict[int, str]:
     return dict(sorted(categories.items()))
 
 
-def _read_images(split: str, directory: Path, source: dict[str, Any]) -> dict[int, AnnotatedImage]:
-    images: dict[int, AnnotatedImage] = {}
+def _read_entries(split: str, source: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """{image id: its entry}"""
+    entries: dict[int, dict[str, Any]] = {}
+    file_names = set()
     for number, entry in enumerate(source["images"]):
         image_id, file_name = _fields(split, "images", number, entry, "id", "file_name")
-        if image_id in images or not 0 <= image_id < 2**31:
+        if image_id in entries or not 0 <= image_id < 2**31:
             raise ConfigError(
                 f"{split}: the image id {image_id} occurs twice or does not fit in 32 bits; "
                 "number the images anew"
             )
-        path = directory / file_name
+        if file_name in file_names:
+            raise ConfigError(
+                f"{split}: two images have the file name {file_name!r}; list every file once"
+            )
+        entries[image_id] = entry
+        file_names.add(file_name)
+    if not entries:
+        raise ConfigError(f"{split}: the annotations name no images; add at least one")
+    return entries
+
+
+def _choose(entries: dict[int, dict[str, Any]], share: float) -> dict[int, dict[str, Any]]:
+    """At least one, and the same ones on every machine: those whose ids have the least hashes."""
+    order = sorted(entries, key=lambda image_id: hashlib.sha256(b"%d" % image_id).digest())
+    chosen = set(order[: max(1, round(share * len(order)))])
+    return {image_id: entry for image_id, entry in entries.items() if image_id in chosen}
+
+
+def _read_images(
+    split: str, directory: Path, entries: dict[int, dict[str, Any]], progress: Progress
+) -> dict[int, AnnotatedImage]:
+    images: dict[int, AnnotatedImage] = {}
+    for image_id, entry in entries.items():
+        path = directory / entry["file_name"]
         width, height = _size_of_file(split, path)
         stated = (entry.get("width", width), entry.get("height", height))
         if stated != (width, height):
@@ -119,9 +159,8 @@ def _read_images(split: str, directory: Path, source: dict[str, Any]) -> dict[in
                 f"{stated[0]}x{stated[1]}; save the image as it was annotated (an orientation tag "
                 "does not turn pixels) or correct the annotations"
             )
-        images[image_id] = AnnotatedImage(image_id, file_name, path, width, height, [])
-    if not images:
-        raise ConfigError(f"{split}: the annotations name no images; add at least one")
+        images[image_id] = AnnotatedImage(image_id, entry["file_name"], path, width, height, [])
+        progress.update(f"check {split}", len(images), len(entries), {})
     return images
 
 

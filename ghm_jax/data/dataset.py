@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils import tqdm_utils
 
 from ghm_jax.config import ConfigError, Data
 from ghm_jax.data.digit_scenes import DigitScenes
@@ -45,6 +46,7 @@ def open_dataset(data: Data, split: str) -> Dataset:
     Raises:
         ConfigError: no such data set or split, or one that cannot be read.
     """
+    refuse_bucket("data.dir", data.dir)
     name = data.name or _only_dataset(Path(data.dir))
     if name == DigitScenes.name and not _versions(Path(data.dir) / name):
         _build_digit_scenes(data.dir)
@@ -111,8 +113,24 @@ def write_array_record(builder: tfds.core.DatasetBuilder) -> None:
     interrupted run leaves no half-made data set.
     """
     # TFDS says on stdout that it downloads, and wants a directory for that; neither is true here.
-    with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(file_format="array_record", download_dir=downloads)
+    # Its bars, one within the other, hide ours.
+    had_bars = tqdm_utils._active
+    tqdm_utils.display_progress_bar(False)
+    try:
+        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format="array_record", download_dir=downloads)
+    finally:
+        tqdm_utils.display_progress_bar(had_bars)
+
+
+def refuse_bucket(key: str, path: str | Path) -> None:
+    """Raises ConfigError for gs://... and the like: array_record needs a file system."""
+    scheme, colon, _ = str(path).partition(":/")
+    if colon and len(scheme) > 1:  # C:/ is a drive
+        raise ConfigError(
+            f"{key}: {path} is no directory of this machine, and records can be neither written "
+            "nor read elsewhere; mount the bucket (gcsfuse BUCKET DIR) and give the directory"
+        )
 
 
 def _build_digit_scenes(directory: str) -> None:
