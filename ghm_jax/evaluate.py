@@ -18,13 +18,20 @@ from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.ground_truth import coco_ground_truth
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.transforms import decode_image
-from ghm_jax.parallel import Device, choose_devices, merge_batch, parallelize, split_batch
+from ghm_jax.parallel import (
+    Device,
+    choose_devices,
+    merge_batch,
+    parallelize,
+    replicate,
+    split_batch,
+)
 from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, load_run, write_text
 from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import init_state, make_model, predict_step
+from ghm_jax.step import TrainState, init_state, make_model, predict_step
 
 Evaluator = Literal["hotcoco", "pycocotools"]
 
@@ -82,6 +89,7 @@ def evaluate(
 
     variables, step = restore_variables(run, config, devices[0])
     progress.say(f"{run.path}: evaluating step {step} on {len(dataset)} images of {dataset.name}")
+    variables = replicate(variables, devices)
     detections = detect(config, dataset, variables, devices, progress)
     progress.close()
     metrics, per_class = score(truth, detections, evaluator)
@@ -104,6 +112,12 @@ def restore_variables(
     run: RunDirectory, config: Config, device: Device
 ) -> tuple[dict[str, Any], int]:
     """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
+    state = restore_state(run, config, device)
+    return {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+
+
+def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
+    """The state in a run's newest checkpoint, on one device."""
     if not run.checkpoints.is_dir():
         raise ConfigError(f"{run.path}: no checkpoint yet; train the run first")
     model = make_model(config, len(config.data.classes))
@@ -112,8 +126,7 @@ def restore_variables(
     place = jax.sharding.SingleDeviceSharding(device)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     with Checkpoints(run.checkpoints) as checkpoints:
-        state = checkpoints.restore(like)
-    return {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+        return checkpoints.restore(like)
 
 
 def detect(

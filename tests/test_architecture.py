@@ -42,7 +42,17 @@ MAY_IMPORT = {
     "plots": {"losses"},  # draws them by their own gradients
 }
 # These bring the parts together: they may import all of the above, and what stands before them.
-for part in ("weights", "predict", "describe", "evaluate", "export", "train", "bench", "cli"):
+for part in (
+    "weights",
+    "predict",
+    "describe",
+    "evaluate",
+    "stats",
+    "export",
+    "train",
+    "bench",
+    "cli",
+):
     MAY_IMPORT[part] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"losses"}
 

@@ -64,7 +64,7 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         else:
             _value_axis(ax, np.concatenate(values))
         if len(lines) > 1:
-            _legend(ax)
+            legend(ax)
     axes[-1].set_xlabel("training step", color=INK, fontsize=9)
     axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     figure.align_ylabels(axes)
@@ -110,13 +110,13 @@ def harmonizing_panel(
     )
     style(top, "Share of each bin", "share")
     log_axis(top, np.concatenate([before, after]), percent)
-    _legend(top)
+    legend(top)
 
     drawn = np.where(filled & (weights > 0), weights, np.nan)
     bottom.stairs(drawn, edges, color=ORANGE, lw=1.8, baseline=None)
     bottom.axhline(1.0, color=MUTED, lw=0.9, ls=(0, (4, 3)))
     style(bottom, "Mean weight of an example (dashed: not re-weighted)", "weight")
-    log_axis(bottom, np.append(drawn[np.isfinite(drawn)], 1.0), _times)
+    log_axis(bottom, np.append(drawn[np.isfinite(drawn)], 1.0), times)
     bottom.set_xlabel(xlabel, color=INK, fontsize=9)
     bottom.set_xlim(0, 1)
     figure.align_ylabels((top, bottom))
@@ -187,13 +187,13 @@ def style(ax: Axes, title: str, unit: str) -> None:
     ax.spines["bottom"].set_color(GRID)
 
 
-def _legend(ax: Axes) -> None:
+def legend(ax: Axes, columns: int = 3) -> None:
     """Above the axes at the right, in the row of the title: never over the data."""
     ax.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
         borderaxespad=0.1,
-        ncols=3,
+        ncols=columns,
         frameon=False,
         fontsize=8.5,
         labelcolor=INK,
@@ -236,4 +236,4 @@ def log_axis(ax: Axes, values: np.ndarray, formatter: FuncFormatter) -> None:
 # Words instead of powers of ten: they are also plain text in an SVG.
 plain = FuncFormatter(lambda value, _: f"{value:g}")
 percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
-_times = FuncFormatter(lambda value, _: f"\N{MULTIPLICATION SIGN} {value:g}")
+times = FuncFormatter(lambda value, _: f"\N{MULTIPLICATION SIGN} {value:g}")

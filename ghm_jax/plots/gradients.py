@@ -136,21 +136,26 @@ def gradient_shares(totals: Mapping[str, np.ndarray]) -> Figure:
             cross-entropy, focal loss and GHM-C in this order have the colours that they have in
             `reformulated_class_gradients`.
     """
-    parts = {key: figures.shares(np.asarray(total, np.float64)) for key, total in totals.items()}
-    bins = max((len(part) for part in parts.values()), default=0)
+    bins = max((len(total) for total in totals.values()), default=0)
     figure, ax = _figure(
         "Where the gradient comes from",
         "gradient norm g = |p − p*|",
         f"share of the total gradient, {bins} bins",
     )
+    draw_gradient_shares(ax, totals)
+    _legend(ax)
+    return figure
+
+
+def draw_gradient_shares(ax: Axes, totals: Mapping[str, Any]) -> None:
+    """The lines of `gradient_shares`, on axes that hold more."""
+    parts = {key: figures.shares(np.asarray(total, np.float64)) for key, total in totals.items()}
     for (label, share), color in zip(parts.items(), _COLORS, strict=False):
         edges = np.linspace(0.0, 1.0, len(share) + 1)
         drawn = np.where(share > 0, share, np.nan)
         ax.stairs(drawn, edges, color=color, lw=1.6, baseline=None, label=label)
-    _legend(ax)
     figures.log_axis(ax, np.concatenate([*parts.values()]), figures.percent)
     ax.set_xlim(0, 1)
-    return figure
 
 
 def gradient_totals(loss: Loss, logits: jax.Array, targets: jax.Array, bins: int) -> jax.Array:
