@@ -30,7 +30,7 @@ from ghm_jax import losses
 from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
-from ghm_jax.evaluate import restore_variables
+from ghm_jax.inference import restore_variables
 from ghm_jax.matching import IGNORE, Targets
 from ghm_jax.plots import gradients
 from ghm_jax.rundir import load_run

@@ -1,132 +1,161 @@
 """From a run to COCO figures and a report."""
 
-import contextlib
-import functools
-import io
+import dataclasses
 import json
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from ghm_jax.checkpoint import Checkpoints
 from ghm_jax.config import Config, ConfigError, flatten
 from ghm_jax.data.dataset import Dataset, open_dataset
-from ghm_jax.data.ground_truth import coco_ground_truth
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.transforms import decode_image
-from ghm_jax.parallel import (
-    Device,
-    choose_devices,
-    merge_batch,
-    parallelize,
-    replicate,
-    split_batch,
-)
+from ghm_jax.inference import coco_results, make_detector, restore_variables
+from ghm_jax.nms import Detections
+from ghm_jax.parallel import Device, choose_devices, replicate
 from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import RunDirectory, load_run, write_text
-from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import TrainState, init_state, make_model, predict_step
-
-Evaluator = Literal["hotcoco", "pycocotools"]
-
-METRICS = {
-    "AP": "average precision, mean over IoU 0.50 to 0.95",
-    "AP50": "at IoU 0.50",
-    "AP75": "at IoU 0.75",
-    "APs": "of objects below 32 x 32 pixels",
-    "APm": "of objects from 32 x 32 to 96 x 96",
-    "APl": "of larger objects",
-    "AR1": "average recall with 1 detection an image",
-    "AR10": "with 10",
-    "AR100": "with 100",
-    "ARs": "with 100, of objects below 32 x 32 pixels",
-    "ARm": "with 100, of objects from 32 x 32 to 96 x 96",
-    "ARl": "with 100, of larger objects",
-}
-"""The twelve COCO figures in the order of every COCO evaluator, with what they mean."""
+from ghm_jax.rundir import RunDirectory, load_experiment, load_run, write_text
+from ghm_jax.scoring import (
+    METRICS,
+    Evaluator,
+    load_ground_truth,
+    load_results,
+    match_images,
+    score,
+)
 
 
 def evaluate(
     run_dir: str | Path,
     *,
     split: str | None = None,
+    annotations: str | None = None,
     evaluator: Evaluator = "hotcoco",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores the newest checkpoint of a run and writes its report.
 
+    Where the official file lists images without annotations, as that of COCO's test-dev does,
+    there is nothing to score: the detections go into a file for the evaluation server instead,
+    named as it wants: `detections_test-dev2017_NAME_results.json` for the run NAME and the official
+    file `image_info_test-dev2017.json`.
+
     Args:
         run_dir: of a run that has a checkpoint.
         split: TFDS split; None: the run's validation split.
+        annotations: official COCO file of that split; None: the run's `data.annotations`.
         evaluator: hotcoco (fast) or pycocotools (the referee); the figures are the same.
         progress: who hears about it.
 
     Returns:
         What `metrics.json` holds: the twelve `METRICS`, `per_class` {class name: AP}, `step`,
-        `split`, `images`, `evaluator` and `ground_truth`.
+        `split`, `images`, `evaluator` and `ground_truth`; or, of images without annotations,
+        `step`, `split`, `images`, `ground_truth` and `submission`, the path of the file.
 
     Raises:
-        ConfigError: no run, no checkpoint, no data.
+        ConfigError: no run, no checkpoint, no data, or annotations of another data set.
     """
     progress = progress or Silent()
     run, config = load_run(run_dir)
-    split = split or config.data.validation_split
+    config, split = _choose_data(config, split, annotations)
     devices = choose_devices(config.run.devices)
     config.check(len(devices))
-    dataset = open_dataset(config.data, split)
-    if config.data.classes and dataset.class_names != config.data.classes:
-        raise ConfigError(
-            f"data.name: {dataset.name} has other classes than {run.path} was trained on; "
-            "evaluate on a data set with the same class names"
-        )
-    truth = load_ground_truth(config, dataset)
+    dataset, truth = _open(config, split, run.path)
 
     variables, step = restore_variables(run, config, devices[0])
     progress.say(f"{run.path}: evaluating step {step} on {len(dataset)} images of {dataset.name}")
     variables = replicate(variables, devices)
     detections = detect(config, dataset, variables, devices, progress)
     progress.close()
-    metrics, per_class = score(truth, detections, evaluator)
-    result = {
-        **metrics,
-        "per_class": per_class,
+    facts = {
         "step": step,
         "split": split,
-        "images": len(dataset),
-        "evaluator": evaluator,
+        "images": len(truth["images"]),
         "ground_truth": config.data.annotations or f"tfds:{dataset.name}",
     }
+    if "annotations" not in truth:
+        wanted = {image["id"] for image in truth["images"]}
+        detections = [row for row in detections if row["image_id"] in wanted]
+        path = run.path / submission_name(config.data.annotations, run.path.resolve().name)
+        write_text(path, json.dumps(detections))
+        return {**facts, "submission": str(path)}
+    metrics, per_class = score(truth, detections, evaluator)
+    result = {**metrics, "per_class": per_class, **facts, "evaluator": evaluator}
     write_text(run.detections, json.dumps(detections))
     write_text(run.metrics, json.dumps(result, indent=2) + "\n")
     write_text(run.report, report(run, config, dataset, result, truth, detections))
     return result
 
 
-def restore_variables(
-    run: RunDirectory, config: Config, device: Device
-) -> tuple[dict[str, Any], int]:
-    """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
-    state = restore_state(run, config, device)
-    return {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+def evaluate_file(
+    source: str | Path,
+    detections: str | Path,
+    *,
+    split: str | None = None,
+    annotations: str | None = None,
+    evaluator: Evaluator = "hotcoco",
+) -> dict[str, Any]:
+    """Scores detections that lie in a file, of whatever detector; nothing is written.
+
+    Args:
+        source: a run or an experiment file: says which data.
+        detections: JSON in COCO results form.
+        split, annotations, evaluator: as of `evaluate`.
+
+    Returns:
+        As `evaluate`, with `detections`, the file, in the place of `step`.
+
+    Raises:
+        ConfigError: no such file, run, experiment or data, or detections of another data set.
+    """
+    is_file = Path(source).is_file()
+    config = load_experiment(source) if is_file else load_run(source)[1]
+    config, split = _choose_data(config, split, annotations)
+    dataset, truth = _open(config, split, source)
+    if "annotations" not in truth:
+        raise ConfigError(f"data.annotations: {config.data.annotations} has no annotations")
+    metrics, per_class = score(truth, load_results(detections, truth), evaluator)
+    return {
+        **metrics,
+        "per_class": per_class,
+        "detections": str(detections),
+        "split": split,
+        "images": len(truth["images"]),
+        "ground_truth": config.data.annotations or f"tfds:{dataset.name}",
+        "evaluator": evaluator,
+    }
 
 
-def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
-    """The state in a run's newest checkpoint, on one device."""
-    if not run.checkpoints.is_dir():
-        raise ConfigError(f"{run.path}: no checkpoint yet; train the run first")
-    model = make_model(config, len(config.data.classes))
-    optimizer = make_optimizer(config)
-    shapes = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
-    place = jax.sharding.SingleDeviceSharding(device)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    with Checkpoints(run.checkpoints) as checkpoints:
-        return checkpoints.restore(like)
+def submission_name(annotations: str, name: str) -> str:
+    """What COCO's evaluation server calls the results of detector `name` on an image list."""
+    return f"detections_{Path(annotations).stem.removeprefix('image_info_')}_{name}_results.json"
+
+
+def _choose_data(config: Config, split: str | None, annotations: str | None) -> tuple[Config, str]:
+    """The config with these annotations, and the split."""
+    chosen = config.data.annotations if annotations is None else annotations
+    data = dataclasses.replace(config.data, annotations=chosen)
+    return dataclasses.replace(config, data=data), split or data.validation_split
+
+
+def _open(config: Config, split: str, source: str | Path) -> tuple[Dataset, dict[str, Any]]:
+    """The split, and COCO instances of exactly its images (or the image list of a test set)."""
+    dataset = open_dataset(config.data, split)
+    if config.data.classes and dataset.class_names != config.data.classes:
+        raise ConfigError(
+            f"data.name: {dataset.name} has other classes than {source} was trained on; "
+            "evaluate on a data set with the same class names"
+        )
+    truth = load_ground_truth(config, dataset)
+    if config.data.annotations and "annotations" in truth:
+        ids = [int(record["image/id"]) for record in dataset.source]
+        truth = match_images(truth, ids, part="[" in split)
+    return dataset, truth
 
 
 def detect(
@@ -140,104 +169,18 @@ def detect(
 
     Boxes are in pixels of the original images, categories the original ids.
     """
-    model = make_model(config, len(dataset.class_names))
-    step = functools.partial(predict_step, config=config, model=model)
-    step = parallelize(step, devices, config.run.wrapper, split_output=True)
-    results, done = [], 0
-    batches = validation_batches(dataset, config)
-    for batch in batches:
-        found = merge_batch(step(variables, split_batch(batch, len(devices))))
+    detector = make_detector(config, len(dataset.class_names), devices)
+    results, seen = [], []
+    for batch in validation_batches(dataset, config):
+        found = detector(variables, batch)
         for i in np.flatnonzero(batch["valid"]):
-            boxes = found.boxes[i] / np.tile(batch["scale"][i], 2)
-            results += _coco_results(
-                int(batch["image_id"][i]), boxes, found.scores[i], found.labels[i], dataset
-            )
-        done += int(batch["valid"].sum())
-        progress.update("evaluate", done, len(dataset), {})
-    if done != len(dataset):
-        raise AssertionError(f"{done} of {len(dataset)} images were evaluated")
+            seen.append(int(batch["image_id"][i]))
+            of_image = Detections(*(part[i] for part in found))
+            results += coco_results(seen[-1], of_image, dataset.category_ids)
+        progress.update("evaluate", len(seen), len(dataset), {})
+    if len(seen) != len(dataset) or len(set(seen)) != len(seen):
+        raise AssertionError(f"{len(set(seen))} of {len(dataset)} images were evaluated once")
     return results
-
-
-def _coco_results(
-    image_id: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, dataset: Dataset
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "image_id": image_id,
-            "category_id": dataset.category_ids[label],
-            "bbox": [round(x, 3) for x in (x0, y0, x1 - x0, y1 - y0)],
-            "score": round(score, 5),
-        }
-        for (x0, y0, x1, y1), score, label in zip(
-            boxes.tolist(), scores.tolist(), labels.tolist(), strict=True
-        )
-        if label >= 0
-    ]
-
-
-def load_ground_truth(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """COCO instances to score against: the official file where one is named, else the data set's.
-
-    Raises:
-        ConfigError: the file is missing, or its categories are not those of the data set.
-    """
-    if not config.data.annotations:
-        return coco_ground_truth(dataset)
-    path = Path(config.data.annotations)
-    if not path.is_file():
-        raise ConfigError(f"data.annotations: no file {path}; set it to the instances JSON")
-    truth = json.loads(path.read_text())
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    ours = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-    if names != ours:
-        raise ConfigError(f"data.annotations: the categories of {path} are not {dataset.name}'s")
-    return truth
-
-
-def score(
-    truth: dict[str, Any], detections: Iterable[dict[str, Any]], evaluator: Evaluator = "hotcoco"
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The twelve COCO figures, and AP per class name; -1 where there is no such object.
-
-    Args:
-        truth: COCO instances.
-        detections: COCO results.
-        evaluator: which library computes; both have one interface.
-    """
-    found = list(detections)
-    if not found:  # the evaluators cannot read an empty list: a box of nothing finds nothing
-        image, category = truth["images"][0]["id"], truth["categories"][0]["id"]
-        found = [{"image_id": image, "category_id": category, "bbox": [0, 0, 0, 0], "score": 0.0}]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco, coco_eval_class = _evaluator_classes(evaluator)
-        ground = coco()
-        ground.dataset = {"info": {}, **truth}
-        ground.createIndex()
-        coco_eval = coco_eval_class(ground, ground.loadRes(found), "bbox")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    metrics = dict(zip(METRICS, (float(x) for x in coco_eval.stats), strict=True))
-    # precision: IoU, recall, category, area, detections; of the last two: all, at most 100
-    precision = np.asarray(coco_eval.eval["precision"])[:, :, :, 0, -1]
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    per_class = {}
-    for k, category_id in enumerate(sorted(names)):
-        values = precision[:, :, k]
-        values = values[values > -1]
-        per_class[names[category_id]] = float(values.mean()) if values.size else -1.0
-    return metrics, per_class
-
-
-def _evaluator_classes(evaluator: Evaluator) -> tuple[Any, Any]:
-    """COCO and COCOeval: hotcoco's have the interface of pycocotools'."""
-    if evaluator == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    else:
-        from hotcoco import COCO, COCOeval
-    return COCO, COCOeval
 
 
 def report(

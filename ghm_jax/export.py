@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors.numpy
 
 from ghm_jax.config import ConfigError
-from ghm_jax.evaluate import restore_variables
+from ghm_jax.inference import restore_variables
 from ghm_jax.models.pretrained import export_detector
 from ghm_jax.parallel import choose_devices
 from ghm_jax.rundir import load_run

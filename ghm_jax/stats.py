@@ -24,7 +24,7 @@ from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection_loss import GHMStates, detection_loss
-from ghm_jax.evaluate import restore_state
+from ghm_jax.inference import restore_state
 from ghm_jax.losses.density import region_index
 from ghm_jax.matching import IGNORE, Targets
 from ghm_jax.parallel import REPLICA, choose_devices, parallelize, replicate, split_batch

@@ -44,6 +44,8 @@ MAY_IMPORT = {
 # These bring the parts together: they may import all of the above, and what stands before them.
 for part in (
     "weights",
+    "scoring",
+    "inference",
     "predict",
     "describe",
     "evaluate",

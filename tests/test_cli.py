@@ -94,6 +94,11 @@ def fails(capsys, *args):
         ("evaluate nosuch", ["nosuch", "not a run"]),
         ("evaluate run --split test", ["data.validation_split", "train, validation"]),
         ("evaluate run --evaluator coco", ["evaluator", "hotcoco", "pycocotools"]),
+        ("evaluate run --annotations gone.json", ["data.annotations", "no file gone.json"]),
+        ("evaluate run --detections gone.json", ["gone.json", "no such file", "COCO results"]),
+        ("evaluate run --detections tiny.py", ["tiny.py", "is no JSON"]),
+        ("evaluate taken --detections gone.json", ["taken", "not a run"]),
+        ("evaluate nosuch.py --detections gone.json", ["nosuch.py", "not a run"]),
         ("train tiny.py --model.weights w.pth", ["model.weights", "model.norm 'group'"]),
         ("import", ["usage: ghm-jax import WEIGHTS EXPERIMENT"]),
         ("import w.pth", ["usage: ghm-jax import WEIGHTS EXPERIMENT"]),
@@ -186,6 +191,13 @@ def test_evaluation_prints_the_twelve_figures_and_where_the_report_is(run_dir, c
     for name in ("ARs", "ARm", "ARl"):
         assert f"  {name} " in out
     assert "report: run/report.html" in out
+    by_class = out.partition("by class (AP):\n")[2].splitlines()
+    assert [line.split()[1] for line in by_class[:3]] == ["dark", "light", "absent"]
+    assert by_class[2].split()[0] == "-"
+
+    main(["evaluate", "tiny.py", "--detections", f"{run_dir}/detections.json"])
+    again, _ = capsys.readouterr()
+    assert again in out  # the same lines, without where the report is
 
 
 def test_a_description_is_a_table_of_the_parts(place, capsys):

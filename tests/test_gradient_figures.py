@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 from ghm_jax import losses
-from ghm_jax.evaluate import restore_variables
+from ghm_jax.inference import restore_variables
 from ghm_jax.plots import (
     gradient_norm_distribution,
     gradient_shares,

@@ -14,7 +14,8 @@ from ghm_jax.cli import main
 from ghm_jax.config import Loss, Run, to_dict
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
-from ghm_jax.evaluate import evaluate, restore_state
+from ghm_jax.evaluate import evaluate
+from ghm_jax.inference import restore_state
 from ghm_jax.rundir import load_run
 from ghm_jax.stats import DIFFICULTY, gradient_stats
 from ghm_jax.step import loss_inputs, make_model

@@ -17,8 +17,9 @@ from tiny import Listener, tiny_config
 
 from ghm_jax import weights
 from ghm_jax.config import ConfigError, Model
-from ghm_jax.evaluate import evaluate, restore_variables
+from ghm_jax.evaluate import evaluate
 from ghm_jax.export import export
+from ghm_jax.inference import restore_variables
 from ghm_jax.models.pretrained_names import BACKBONE, MMDETECTION, TORCHVISION
 from ghm_jax.rundir import load_run
 from ghm_jax.schedule import make_optimizer

@@ -2,6 +2,7 @@
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
+    ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--annotations instances.json]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
     ghm-jax export runs/quickstart --out FILE.safetensors
     ghm-jax stats runs/quickstart [--out DIR] [--split train] [--images 500]

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
 from ghm_jax.config import Config, ConfigError, Data
-from ghm_jax.rundir import load_experiment, load_run
+from ghm_jax.rundir import RunDirectory, load_experiment, load_run
 
 
 @dataclass
@@ -54,9 +54,14 @@ class Evaluate:
     """Scores the newest checkpoint of a run: metrics.json, detections.json, report.html."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Directory of the run."""
+    """Directory of the run (with --detections also an experiment file)."""
     split: str = ""
     """Split to evaluate on (the run's validation split)."""
+    annotations: str = ""
+    """Official COCO file of that split (the run's). One without annotations, such as
+    image_info_test-dev2017.json, gives a results file for COCO's server instead of figures."""
+    detections: str = ""
+    """Score these detections (COCO results JSON) instead of the run's; nothing is written."""
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """hotcoco, or pycocotools (slower, the same figures)."""
 
@@ -67,21 +72,37 @@ def evaluate_command(args: list[str]) -> None:
     from ghm_jax.progress import Bar
 
     directory = positional(args, "ghm-jax evaluate RUN")
-    arguments = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
-    run, config = load_run(arguments.run)
-    start_devices(config, use_cpu_cores)
+    a = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
+    if not a.detections:
+        _, config = load_run(a.run)
+        start_devices(config, use_cpu_cores)
 
-    from ghm_jax.evaluate import METRICS, evaluate
+    from ghm_jax.evaluate import evaluate, evaluate_file
 
-    result = evaluate(
-        arguments.run,
-        split=arguments.split or None,
-        evaluator=arguments.evaluator,
-        progress=Bar(),
-    )
+    data = {"split": a.split or None, "annotations": a.annotations or None}
+    if a.detections:
+        _print_figures(evaluate_file(a.run, a.detections, evaluator=a.evaluator, **data))
+        return
+    result = evaluate(a.run, evaluator=a.evaluator, progress=Bar(), **data)
+    if "submission" in result:
+        print(f"{result['submission']}: written, {result['images']} images, for COCO's server")
+        return
+    _print_figures(result)
+    print(f"report: {RunDirectory(Path(a.run)).report}")
+
+
+def _print_figures(result: dict[str, Any]) -> None:
+    """The twelve figures with what they mean, and AP by class in columns."""
+    from ghm_jax.scoring import METRICS
+
     for name, meaning in METRICS.items():
         print(f"  {name:<6} {_percent(result[name]):>6}  {meaning}")
-    print(f"report: {run.report}")
+    print("by class (AP):")
+    cells = [f"  {_percent(ap):>5} {name}" for name, ap in result["per_class"].items()]
+    columns = 4 if len(cells) > 12 else 1
+    width = max(map(len, cells)) + 1
+    for start in range(0, len(cells), columns):
+        print("".join(f"{cell:<{width}}" for cell in cells[start : start + columns]).rstrip())
 
 
 @dataclass

@@ -1,0 +1,83 @@
+"""A run's network as a function from batches to detections."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ghm_jax.checkpoint import Checkpoints
+from ghm_jax.config import Config, ConfigError
+from ghm_jax.nms import Detections
+from ghm_jax.parallel import Device, merge_batch, parallelize, split_batch
+from ghm_jax.rundir import RunDirectory
+from ghm_jax.schedule import make_optimizer
+from ghm_jax.step import Batch, TrainState, init_state, make_model, predict_step
+
+
+def restore_variables(
+    run: RunDirectory, config: Config, device: Device
+) -> tuple[dict[str, Any], int]:
+    """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
+    state = restore_state(run, config, device)
+    return {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+
+
+def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
+    """The state in a run's newest checkpoint, on one device."""
+    if not run.checkpoints.is_dir():
+        raise ConfigError(f"{run.path}: no checkpoint yet; train the run first")
+    model = make_model(config, len(config.data.classes))
+    optimizer = make_optimizer(config)
+    shapes = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
+    place = jax.sharding.SingleDeviceSharding(device)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        return checkpoints.restore(like)
+
+
+def make_detector(
+    config: Config, num_classes: int, devices: Sequence[Device]
+) -> Callable[[dict[str, Any], Batch], Detections]:
+    """The detector of a config as one compiled function over devices.
+
+    Returns:
+        A function of variables (`params`, `batch_stats`) and a batch of
+        `ghm_jax.data.batching.collate`, whose size is a multiple of the number of devices, to
+        `Detections` [B, D] in NumPy, with boxes in pixels of the original images.
+    """
+    model = make_model(config, num_classes)
+    step = functools.partial(predict_step, config=config, model=model)
+    step = parallelize(step, list(devices), config.run.wrapper, split_output=True)
+
+    def run(variables: dict[str, Any], batch: Batch) -> Detections:
+        found = merge_batch(step(variables, split_batch(batch, len(devices))))
+        scale = np.tile(batch["scale"], 2)[:, None, :]  # [B, 1, 4], from original to padded pixels
+        return found._replace(boxes=found.boxes / scale)
+
+    return run
+
+
+def coco_results(
+    image_id: int, found: Detections, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of one image in COCO results form; rows that are not used are left out.
+
+    Args:
+        image_id: of the image.
+        found: of the image, [D], boxes in its pixels.
+        category_ids: COCO id of each label.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [round(x, 3) for x in (x0, y0, x1 - x0, y1 - y0)],
+            "score": round(score, 5),
+        }
+        for (x0, y0, x1, y1), score, label in zip(
+            *(np.asarray(part).tolist() for part in found), strict=True
+        )
+        if label >= 0
+    ]
