@@ -40,7 +40,8 @@ class Data:
     long_side: int = 1333
     """... unless the long side would have more than this many."""
     buckets: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1344, 1344))
-    """(height, width) to which batches are padded, tried in this order; multiples of 32."""
+    """(height, width) to which images are padded: each belongs to the first one that holds it, and
+    a step takes images of one bucket; multiples of 32."""
     max_boxes: int = 100
     """Boxes an image is padded to."""
     flip: float = 0.5

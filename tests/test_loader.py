@@ -166,31 +166,6 @@ def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, labels)
     assert set(batch["labels"].ravel()) == labels
 
 
-def mixed_shapes():
-    """Portrait and landscape images in memory."""
-    source = []
-    for i in range(12):
-        size = (40, 60, 3) if i % 3 else (60, 40, 3)
-        encoded = cv2.imencode(".png", np.full(size, i, np.uint8))[1].tobytes()
-        objects = {key: [] for key in ("bbox", "label", "is_crowd", "area", "id")}
-        source.append({"image": encoded, "image/id": i, "objects": objects})
-    return Dataset(source=source, name="shapes", class_names=("a",), category_ids=(1,))
-
-
-def test_all_hosts_pad_a_step_to_the_bucket_of_the_global_batch():
-    config = Config(
-        data=Data(short_side=64, long_side=96, buckets=((64, 96), (96, 64), (96, 96))),
-        optimizer=Optimizer(batch_size=2),
-        run=Run(workers=0),
-    )
-    whole = take(18, train_batches(mixed_shapes(), config, 0))
-    shares = [take(18, train_batches(mixed_shapes(), config, 0, host, 2)) for host in (0, 1)]
-    shapes = [batch["images"].shape[1:3] for batch in whole]
-    assert set(shapes) >= {(64, 96), (96, 96)}
-    for share in shares:
-        assert [batch["images"].shape[1:3] for batch in share] == shapes
-
-
 def test_a_batch_that_hosts_cannot_share_is_refused(config, datasets):
     with pytest.raises(ValueError, match="6 images cannot be split over 4 processes"):
         train_batches(datasets["train"], config, 0, 0, 4)

@@ -1,6 +1,6 @@
 """From a record to arrays, and from arrays of several sizes to one batch of a fixed shape."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,28 +81,23 @@ def filler_example() -> Example:
     }
 
 
-def choose_bucket(
-    sizes: Iterable[tuple[int, int]], buckets: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """The first (height, width) of `buckets` that holds images of all these (height, width).
+def choose_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The first (height, width) of `buckets` that holds an image of this (height, width).
 
     Raises:
         ConfigError: none does.
     """
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
     for bucket in buckets:
-        if height <= bucket[0] and width <= bucket[1]:
+        if size[0] <= bucket[0] and size[1] <= bucket[1]:
             return bucket
     raise ConfigError(
-        f"data.buckets: images of a batch need {height}x{width} pixels (height x width), more than "
-        f"any of {tuple(buckets)}; add a larger one"
+        f"data.buckets: an image needs {size[0]}x{size[1]} pixels (height x width), more than "
+        f"any of {tuple(buckets)} has; add a larger one"
     )
 
 
-def collate(
-    examples: Sequence[Example], buckets: Sequence[tuple[int, int]], max_boxes: int
-) -> Batch:
-    """Pads B examples to one shape.
+def collate(examples: Sequence[Example], bucket: tuple[int, int], max_boxes: int) -> Batch:
+    """Pads B examples to the (height, width) of one bucket, which must hold them.
 
     Images are padded with zeros at the bottom and the right, so that box coordinates stay. Of more
     than `max_boxes` boxes the largest are kept, and crowd regions go first.
@@ -112,13 +107,9 @@ def collate(
         image; 0 = padding), labels i32[B, max_boxes] (a class, PADDING or CROWD), image_size and
         original_size i32[B, 2] (height, width), scale f32[B, 2] (x, y), image_id i32[B]
         (-1 = filler), valid bool[B], dropped_boxes i32[B].
-
-    Raises:
-        ConfigError: an image fits in no bucket.
     """
     size = len(examples)
-    height, width = choose_bucket((e["image_size"] for e in examples), buckets)
-    images = np.zeros((size, height, width, 3), np.uint8)
+    images = np.zeros((size, *bucket, 3), np.uint8)
     boxes = np.zeros((size, max_boxes, 4), np.float32)
     labels = np.full((size, max_boxes), PADDING, np.int32)
     dropped = np.zeros(size, np.int32)

@@ -1,6 +1,7 @@
 """Data sets on disk: written without TensorFlow, opened for random access to their records."""
 
 import contextlib
+import functools
 import io
 import re
 import tempfile
@@ -8,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from ghm_jax.config import ConfigError, Data
 from ghm_jax.data.digit_scenes import DigitScenes
+from ghm_jax.data.index import Index, read_index
 from ghm_jax.data.schema import category_ids_of, detection_features
 
 
@@ -29,6 +32,13 @@ class Dataset:
     """Class names in label order."""
     category_ids: tuple[int, ...]
     """COCO category id of each label."""
+    index_file: Path | None = None
+    """Where `index` is kept."""
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Sizes and counts of all images; see `read_index`. The first call reads every record."""
+        return read_index(self.source, self.index_file)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -82,6 +92,7 @@ def open_dataset(data: Data, split: str) -> Dataset:
         name=name,
         class_names=class_names,
         category_ids=tuple(metadata.get("category_ids", category_ids_of(class_names))),
+        index_file=versions[-1] / f"index-{quote(split, safe='')}.npz",
     )
 
 

@@ -5,7 +5,7 @@ another number of workers or hosts if need be, without any state of the input to
 """
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import grain
@@ -13,11 +13,10 @@ import numpy as np
 from absl import flags
 
 from ghm_jax.config import Config, Data
-from ghm_jax.data.batching import Batch, choose_bucket, collate, filler_example, make_example
+from ghm_jax.data.batching import Batch, collate, filler_example, make_example
 from ghm_jax.data.dataset import Dataset
-from ghm_jax.data.transforms import encoded_size, resized_size
+from ghm_jax.data.order import Draw, Groups, group_images, reading_order, training_order
 
-Buckets = tuple[tuple[int, int], ...]
 Batches = Generator[Batch, None, None]
 """An iterator of batches; its `close()` stops the threads and processes that read ahead."""
 
@@ -54,7 +53,8 @@ def train_batches(
 ) -> Batches:
     """Batches of the steps `start_step`, `start_step` + 1, ... without end.
 
-    Every epoch is shuffled anew; a batch may reach over the end of one.
+    The images of a batch have one orientation, those of the whole data set in random order; see
+    `ghm_jax.data.order`.
 
     Args:
         dataset: to read.
@@ -65,32 +65,42 @@ def train_batches(
 
     Returns:
         See `batching.collate`; all hosts get images of the same height and width.
+
+    Raises:
+        ConfigError: an image fits in no bucket.
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
     build = functools.partial(_train_batch, dataset=dataset, config=config, share=share)
-    steps = grain.MapDataset.range(len(dataset)).seed(config.seed).shuffle().repeat()
-    steps = steps.batch(size, batch_fn=tuple).random_map(build)
+    groups = _groups(dataset, config.data)
+    steps = training_order(groups, config.seed, size).random_map(build)
     return _read(steps[start_step:], config.run.workers)
 
 
 def validation_batches(
     dataset: Dataset, config: Config, process_index: int = 0, process_count: int = 1
 ) -> Batches:
-    """Every image once, in the order of the data set, over all hosts together.
+    """Every image once over all hosts together, one bucket after the other.
 
-    The last batch is filled up with images that are not `valid`. Arguments and batches as of
-    `train_batches`, with predict.batch_size.
+    The last batch of a bucket is filled up with images that are not `valid`. Arguments and batches
+    as of `train_batches`, with predict.batch_size.
     """
     size = config.predict.batch_size
     share = _Share(size, process_index, process_count)
     build = functools.partial(_validation_batch, dataset=dataset, data=config.data, share=share)
-    starts = grain.MapDataset.range(0, len(dataset), size)
-    return _read(starts.map(build), config.run.workers)
+    order = reading_order(_groups(dataset, config.data), size)
+    return _read(order.map(build), config.run.workers)
+
+
+def _groups(dataset: Dataset, data: Data) -> Groups:
+    images = np.arange(len(dataset))
+    if len(data.buckets) == 1:
+        return {data.buckets[0]: images}
+    return group_images(dataset.index.sizes, images, data)
 
 
 def _train_batch(
-    indices: Sequence[int],
+    draw: Draw,
     rng: np.random.Generator,
     *,
     dataset: Dataset,
@@ -99,29 +109,18 @@ def _train_batch(
 ) -> Batch:
     data, keep_crowd = config.data, config.anchors.crowd == "ignore"
     # One seed for each image of the global batch: the same whichever host builds the image.
-    seeds = rng.integers(2**63, size=len(indices))
+    seeds = rng.integers(2**63, size=len(draw.images))
     examples = [
         make_example(dataset.source[i], data, np.random.default_rng(seed), keep_crowd=keep_crowd)
-        for i, seed in zip(indices[share.slots], seeds[share.slots], strict=True)
+        for i, seed in zip(draw.images[share.slots], seeds[share.slots], strict=True)
     ]
-    return collate(examples, _buckets(indices, dataset, data, share), data.max_boxes)
+    return collate(examples, draw.bucket, data.max_boxes)
 
 
-def _validation_batch(start: int, *, dataset: Dataset, data: Data, share: _Share) -> Batch:
-    indices = range(start, min(start + share.batch_size, len(dataset)))
-    examples = [make_example(dataset.source[i], data, None) for i in indices[share.slots]]
+def _validation_batch(draw: Draw, *, dataset: Dataset, data: Data, share: _Share) -> Batch:
+    examples = [make_example(dataset.source[i], data, None) for i in draw.images[share.slots]]
     examples += [filler_example()] * (share.size - len(examples))
-    return collate(examples, _buckets(indices, dataset, data, share), data.max_boxes)
-
-
-def _buckets(indices: Sequence[int], dataset: Dataset, data: Data, share: _Share) -> Buckets:
-    """The buckets to choose from: with several hosts only the one that the global batch needs,
-    because all of them must run the same program at the same step."""
-    if share.process_count == 1 or len(data.buckets) == 1:
-        return data.buckets
-    sizes = (encoded_size(dataset.source[i]["image"]) for i in indices)
-    resized = (resized_size(*size, data.short_side, data.long_side) for size in sizes)
-    return (choose_bucket(resized, data.buckets),)
+    return collate(examples, draw.bucket, data.max_boxes)
 
 
 def _read(batches: grain.MapDataset, workers: int) -> Batches:

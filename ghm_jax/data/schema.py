@@ -89,5 +89,10 @@ def trainable(objects: Objects, *, keep_crowd: bool = False) -> np.ndarray:
     Crowd regions are left out, as the published code does (what they cover becomes background),
     unless `keep_crowd`; boxes without width or height always, whose deltas would be infinite.
     """
+    return has_area(objects) & (keep_crowd | ~objects.is_crowd)
+
+
+def has_area(objects: Objects) -> np.ndarray:
+    """bool[N]: boxes with width and height."""
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
-    return (sides > 0).all(axis=1) & (keep_crowd | ~objects.is_crowd)
+    return np.all(sides > 0, axis=1)

@@ -22,9 +22,16 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def encoded_size(encoded: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image as `decode_image` gives it, from its header alone."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.height, image.width
+    """(height, width) of an encoded image as `decode_image` gives it, from its header alone.
+
+    Raises:
+        ValueError: the bytes are no image.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the header of the image ({error})") from None
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:

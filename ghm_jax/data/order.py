@@ -1,0 +1,88 @@
+"""Which images a step sees: a function of (seed, step), computed and not iterated.
+
+Images of one step need one bucket, so the images of a data set are sorted into groups by the
+smallest bucket that holds them: landscape and portrait, in most data sets. Each group is shuffled
+anew every time it has been seen, and each step takes its images from one group. The groups take
+turns in proportion to their sizes, so that after any number of steps all images have been seen
+about equally often: as many programs as groups, and no image padded for its neighbour's sake.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from ghm_jax.config import Data
+from ghm_jax.data.batching import choose_bucket
+from ghm_jax.data.transforms import resized_size
+
+Bucket = tuple[int, int]
+"""(height, width)"""
+Groups = Mapping[Bucket, np.ndarray]
+"""{bucket: i64[n], positions of its images in the data set, ascending}"""
+
+
+class Draw(NamedTuple):
+    """The images of one step."""
+
+    bucket: Bucket
+    images: tuple[int, ...]
+    """Positions in the data set."""
+
+
+def group_images(sizes: np.ndarray, images: np.ndarray, data: Data) -> Groups:
+    """Sorts images by the first bucket that holds them, in the order of `data.buckets`.
+
+    Augmentation never makes an image larger than it is without, so its group is for good.
+
+    Args:
+        sizes: i32[N, 2], (height, width) of the images of a data set.
+        images: i64[n], those to sort.
+        data: sides and buckets.
+
+    Raises:
+        ConfigError: an image fits in none.
+    """
+    if len(data.buckets) == 1:
+        return {data.buckets[0]: images}
+
+    @functools.cache
+    def bucket_of(height: int, width: int) -> Bucket:
+        size = resized_size(height, width, data.short_side, data.long_side)
+        return choose_bucket(size, data.buckets)
+
+    buckets = [bucket_of(*size) for size in sizes[images].tolist()]
+    chosen = np.array([data.buckets.index(bucket) for bucket in buckets], int)
+    groups = {b: images[chosen == i] for i, b in enumerate(data.buckets)}
+    return {bucket: group for bucket, group in groups.items() if len(group)}
+
+
+def training_order(groups: Groups, seed: int, batch_size: int) -> grain.MapDataset:
+    """The `Draw` of every step, without end; a batch may reach over the end of an epoch."""
+    orders = [
+        grain.MapDataset.range(len(group))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size, batch_fn=functools.partial(_draw, bucket, group))
+        for bucket, group in groups.items()
+    ]
+    if len(orders) == 1:
+        return orders[0]
+    return grain.MapDataset.mix(orders, [len(group) for group in groups.values()]).seed(seed)
+
+
+def reading_order(groups: Groups, batch_size: int) -> grain.MapDataset:
+    """The `Draw`s that hold every image once; the last one of a group may be smaller."""
+    draws = [
+        _draw(bucket, group, range(start, min(start + batch_size, len(group))))
+        for bucket, group in groups.items()
+        for start in range(0, len(group), batch_size)
+    ]
+    return grain.MapDataset.source(draws)
+
+
+def _draw(bucket: Bucket, group: np.ndarray, positions: Sequence[int]) -> Draw:
+    return Draw(bucket, tuple(group[list(positions)].tolist()))
