@@ -62,8 +62,11 @@ def detection_loss(
         The loss, the next histograms, and statistics of the classification and the box loss.
     """
     classify, regress = _classification_loss(config.loss), _box_loss(config.loss)
-    if config.loss.ghm_scope == "level":
-        classify, regress = (_by_level(f, level_sizes) for f in (classify, regress))
+    if config.loss.ghm_scope == "level":  # the others have one mean over all levels, published so
+        if config.loss.classification == "ghm_c":
+            classify = _by_level(classify, level_sizes)
+        if config.loss.box == "ghm_r":
+            regress = _by_level(regress, level_sizes)
     positive = (targets.classes >= 0)[..., None]
     loss_class, state_class, stats_class = classify(
         logits, targets.classes, None, states.classification, axis_name=axis_name

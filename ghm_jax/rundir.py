@@ -60,23 +60,47 @@ class RunDirectory:
 
 
 def load_experiment(path: str | Path) -> Config:
-    """The `config` of an experiment file.
+    """The config of an experiment: FILE's `config`, or for FILE:ROW one of its `configs`.
 
     Raises:
-        ConfigError: no such file, or it does not define a `Config` of that name.
+        ConfigError: no such file or row, or the file does not define a `Config` there.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such experiment file; see experiments/ for those there are")
+    file, row = _split_experiment(path)
+    if not Path(file).is_file():
+        raise ConfigError(f"{file}: no such experiment file; see experiments/ for those there are")
     try:
-        config = runpy.run_path(str(path)).get("config")
+        defined = runpy.run_path(file)
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(f"{path}: {what}; mend the file") from error
+        raise ConfigError(f"{file}: {what}; mend the file") from error
+    config, configs = defined.get("config"), defined.get("configs")
+    if isinstance(configs, dict):
+        choice = f"choose from {', '.join(f'{file}:{name}' for name in configs)}"
+        if row:
+            config = configs.get(row)
+            if row not in configs:
+                raise ConfigError(f"{path}: no row {row!r}; {choice}")
+        elif config is None:
+            raise ConfigError(f"{file}: holds several configs; {choice}")
+    elif row:
+        raise ConfigError(f"{path}: the file has no `configs` to choose from; give {file}")
     if not isinstance(config, Config):
         raise ConfigError(
             f"{path}: defines no `config = Config(...)`; see experiments/quickstart.py"
         )
     return config
+
+
+def experiment_name(path: str | Path) -> str:
+    """What runs of an experiment are called: `table1-bins_30` for a/table1.py:bins_30."""
+    file, row = _split_experiment(path)
+    return "-".join(filter(None, [Path(file).stem, row]))
+
+
+def _split_experiment(path: str | Path) -> tuple[str, str]:
+    """FILE and ROW, which may be empty."""
+    file, separator, row = str(path).rpartition(".py:")
+    return (f"{file}.py", row) if separator else (str(path), "")
 
 
 def load_run(path: str | Path) -> tuple[RunDirectory, Config]:

@@ -61,6 +61,9 @@ def fails(capsys, *args):
         ("train", ["usage: ghm-jax train EXPERIMENT"]),
         ("train --loss.momentum 0.9 tiny.py", ["usage: ghm-jax train EXPERIMENT"]),
         ("train nosuch.py", ["nosuch.py", "no such experiment", "experiments/"]),
+        ("train tiny.py:ten", ["tiny.py:ten", "no `configs`", "give tiny.py"]),
+        ("train table.py", ["several configs", "choose from table.py:one"]),
+        ("describe table.py:two", ["table.py:two", "no row 'two'", "choose from table.py:one"]),
         ("train tiny.py --loss.momentun 0.9", ["loss.momentun", "did you mean loss.momentum"]),
         ("train tiny.py --momentum 0.9", ["momentum", "did you mean", "loss.momentum"]),
         ("train tiny.py --nosuch 0.9", ["nosuch", "--help"]),
@@ -127,6 +130,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
 ):
     (place / "taken").mkdir()
     (place / "taken" / "precious.txt").write_text("mine")
+    (place / "table.py").write_text("from ghm_jax.config import *\n\nconfigs = {'one': Config()}\n")
     before = files(place)
     line = fails(capsys, *command.split())
     for word in words:

@@ -1,31 +1,66 @@
 """Every experiment file holds a config that works: its step is traced, nothing is computed."""
 
+import dataclasses
 import functools
 import json
+import re
+import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from ghm_jax.config import Config
-from ghm_jax.rundir import load_experiment
+from ghm_jax.rundir import experiment_name, load_experiment
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import init_state, make_model, train_step
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(
-    path for path in (ROOT / "experiments").glob("*.py") if "\nconfig = " in path.read_text()
-)
+FILES = [
+    path
+    for path in sorted((ROOT / "experiments").rglob("*.py"))
+    if re.search(r"^configs? = ", path.read_text(), re.MULTILINE)
+]
+TABLES = {path: runpy.run_path(str(path)) for path in FILES}
+# Every experiment as the command line takes it -> its config.
+EXPERIMENTS = {
+    f"{path.relative_to(ROOT)}{row}": load_experiment(f"{path}{row}")
+    for path, table in TABLES.items()
+    for row in [f":{name}" for name in table.get("configs", {})] + [""] * ("config" in table)
+}
+
+
+def first_of_each(kind: Callable[[Config], Any]) -> list[str]:
+    """One experiment for each value of `kind`."""
+    return list({kind(config): name for name, config in reversed(EXPERIMENTS.items())}.values())
+
+
+def network(config: Config) -> Any:
+    """What decides how the network is traced."""
+    return dataclasses.replace(config.model, weights=""), config.anchors
+
+
+def update(config: Config) -> Any:
+    """What decides how losses and optimizer are traced: choices, not numbers."""
+    values = {"loss": config.loss, "optimizer": dataclasses.replace(config.optimizer, drops=())}
+    return tuple(
+        (name, key, value)
+        for name, section in values.items()
+        for key, value in dataclasses.asdict(section).items()
+        if type(value) not in (int, float)
+    )
 
 
 def trace(config: Config, num_classes: int = 80):
-    """Shapes of the next state and of the metrics for a batch of the first bucket."""
+    """Shapes of the next state and of the metrics for a small batch."""
     model, optimizer = make_model(config, num_classes), make_optimizer(config)
     state = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
-    size, (height, width) = config.optimizer.batch_size, config.data.buckets[0]
+    size, side = config.optimizer.batch_size, 128
     batch = {
-        "images": jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8),
+        "images": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
         "boxes": jax.ShapeDtypeStruct((size, config.data.max_boxes, 4), jnp.float32),
         "labels": jax.ShapeDtypeStruct((size, config.data.max_boxes), jnp.int32),
         "image_size": jax.ShapeDtypeStruct((size, 2), jnp.int32),
@@ -34,12 +69,75 @@ def trace(config: Config, num_classes: int = 80):
     return state, jax.eval_shape(step, state, batch)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_an_experiment_passes_its_checks_and_its_step_can_be_traced(path):
-    config = load_experiment(path).check()
+def test_every_experiment_passes_its_checks_and_runs_of_it_have_a_name_of_their_own():
+    assert len({experiment_name(name) for name in EXPERIMENTS}) == len(EXPERIMENTS) > 30
+    for config in EXPERIMENTS.values():
+        config.check()
+
+
+@pytest.mark.parametrize("name", first_of_each(network))
+def test_the_step_of_every_network_can_be_traced(name):
+    state, (next_state, _) = trace(EXPERIMENTS[name])
+    assert jax.tree.map(lambda x: x.shape, next_state) == jax.tree.map(lambda x: x.shape, state)
+
+
+@pytest.mark.parametrize("name", first_of_each(update))
+def test_the_step_of_every_kind_of_loss_and_optimizer_can_be_traced(name):
+    """With a small network: the losses see its outputs only, and each has been traced above."""
+    small = EXPERIMENTS["experiments/quickstart.py"].model
+    config = dataclasses.replace(EXPERIMENTS[name], model=small)
     state, (next_state, metrics) = trace(config)
     assert jax.tree.map(lambda x: x.shape, next_state) == jax.tree.map(lambda x: x.shape, state)
     assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    # Tables of the paper: rows that are RetinaNets, the best AP, and the run that has it.
+    [(1, 5), (2, 3), (3, 4), (4, 4), (5, 3), (6, 3)],
+)
+def test_every_row_of_a_table_of_the_paper_has_a_config_and_its_published_figures(table, rows):
+    content = TABLES[ROOT / f"experiments/paper/table{table}.py"]
+    assert list(content["configs"]) == list(content["published"])
+    assert len(content["configs"]) == rows
+    assert all(0 < figures["AP"] < 100 for figures in content["published"].values())
+
+
+def test_rows_that_stand_in_several_tables_are_the_same_run():
+    rows = {name.partition("paper/")[2]: config for name, config in EXPERIMENTS.items()}
+    assert rows["table2.py:region_units"] == rows["table4.py:ghm_c"] == rows["table5.py:smooth_l1"]
+    assert rows["table2.py:cross_entropy"] == rows["table4.py:cross_entropy"]
+    assert rows["recipe.py"] == rows["table5.py:ghm_r"] == rows["table6.py:ghm_r"]
+    published = [
+        (content["published"][name]["AP"], content["published"][name].get("AP50"))
+        for table, name in ((4, "ghm_c"), (5, "smooth_l1"), (6, "smooth_l1"))
+        for content in [TABLES[ROOT / f"experiments/paper/table{table}.py"]]
+    ]
+    assert published == [(35.8, 55.5)] * 3
+
+
+def test_the_paper_and_its_code_differ_where_they_are_said_to():
+    paper = EXPERIMENTS["experiments/paper/recipe.py"]
+    code = EXPERIMENTS["experiments/paper/published_code.py:ghm"]
+    assert (paper.loss.normalizer, paper.loss.ghm_scope) == ("bins", "batch")
+    assert (code.loss.preset, code.loss.ghm_scope) == ("reference", "level")
+    epochs = [c.optimizer.steps / 7330 for c in (paper, code)]
+    assert epochs == [14, 12]
+    assert paper.model == code.model
+
+
+def test_longer_schedules_and_larger_batches_see_the_same_images():
+    rows = {name: EXPERIMENTS[f"experiments/coco_r50_schedules.py:{name}"] for name in SCHEDULES}
+    assert rows["1x"] == load_experiment(ROOT / "experiments/coco_r50_ghm.py")
+    once = rows["1x"].optimizer
+    for name, times in SCHEDULES.items():
+        optimizer = rows[name].optimizer
+        images = optimizer.steps * optimizer.batch_size
+        assert images == pytest.approx(times * once.steps * once.batch_size, rel=1e-3)
+        assert optimizer.learning_rate / optimizer.batch_size == pytest.approx(0.01 / 16)
+
+
+SCHEDULES = {"1x": 1, "2x": 2, "3x": 3, "float32": 1, "large_batch": 1}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from ghm_jax.config import Config, ConfigError, Loss, Predict, Run
 from ghm_jax.rundir import (
     RunDirectory,
     claim_run,
+    experiment_name,
     load_experiment,
     load_run,
     set_aside,
@@ -121,6 +122,22 @@ def test_an_experiment_is_the_config_of_its_file(tmp_path):
     path = tmp_path / "experiment.py"
     path.write_text("from ghm_jax.config import Config\n\nconfig = Config(seed=11)\n")
     assert load_experiment(path) == load_experiment(str(path)) == Config(seed=11)
+
+
+def test_a_file_may_hold_several_configs_by_name(tmp_path):
+    path = tmp_path / "table.py"
+    path.write_text(
+        "from ghm_jax.config import Config\n\n"
+        "configs = {f'seed_{i}': Config(seed=i) for i in (3, 4)}\n"
+    )
+    assert load_experiment(f"{path}:seed_4") == Config(seed=4)
+    assert experiment_name(f"{path}:seed_4") == "table-seed_4"
+    assert experiment_name(path) == "table"
+    for given in (path, f"{path}:seed_5", f"{path}:"):
+        line = refusal(load_experiment, given)
+        assert f"choose from {path}:seed_3, {path}:seed_4" in line
+    path.write_text("from ghm_jax.config import Config\n\nconfig = Config()\n")
+    assert f"give {path}" in refusal(load_experiment, f"{path}:seed_3")
 
 
 @pytest.mark.parametrize(

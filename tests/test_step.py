@@ -231,6 +231,17 @@ def test_the_published_scope_is_a_call_for_each_level():
     np.testing.assert_allclose(metrics["cross_entropy"], plain, rtol=1e-5)
 
 
+def test_losses_without_a_histogram_have_one_mean_over_all_levels_in_the_published_scope():
+    values = []
+    for scope in ("batch", "level"):
+        loss = Loss(classification="focal", box="smooth_l1", ghm_scope=scope)
+        _, metrics = table_step(dataclasses.replace(CONFIG, loss=loss))(
+            table_state(), next(iter(batches(1)))
+        )
+        values.append([metrics["loss_class"], metrics["loss_box"]])
+    np.testing.assert_allclose(*values, rtol=1e-6)
+
+
 @pytest.mark.parametrize("how", [{"preset": "reference"}, {"min_count": 3.0, "strength": 0.5}])
 def test_exact_density_weighs_by_the_batch_alone(how):
     loss = Loss(bins=10, density="exact", **how)

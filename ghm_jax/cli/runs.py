@@ -10,7 +10,7 @@ import tyro
 
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
 from ghm_jax.config import Config, ConfigError, Data
-from ghm_jax.rundir import RunDirectory, load_experiment, load_run
+from ghm_jax.rundir import RunDirectory, experiment_name, load_experiment, load_run
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Train:
     """Trains a detector, or goes on with a run that was stopped."""
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
-    """File that defines `config`."""
+    """File that defines `config`, or FILE:ROW for one of its `configs`."""
     run_dir: str = ""
     """Where the run goes (runs/ and the experiment's name)."""
     restart: bool = False
@@ -36,7 +36,7 @@ def train_command(args: list[str]) -> None:
     default = load_experiment(experiment) if experiment else Config()
     arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
     config = arguments.config
-    run_dir = arguments.run_dir or f"runs/{Path(arguments.experiment).stem}"
+    run_dir = arguments.run_dir or f"runs/{experiment_name(arguments.experiment)}"
     start_devices(config, use_cpu_cores)
     try:
         train(config, run_dir, restart=arguments.restart, progress=Bar())
@@ -158,7 +158,7 @@ class Describe:
     """What the detector of an experiment costs: parameters, multiply-adds, anchors of an image."""
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
-    """File that defines `config`."""
+    """File that defines `config`, or FILE:ROW for one of its `configs`."""
     size: tuple[int, int] = (800, 1280)
     """Height and width of the image in pixels."""
     classes: int = 0

@@ -1,0 +1,45 @@
+"""The recipe of coco_r50_ghm.py for longer, for more images a step, and in float32.
+
+    ghm-jax train experiments/coco_r50_schedules.py:2x --data.dir data
+
+1x, 2x and 3x are 12, 24 and 36 epochs in activations of bfloat16, which is the default.
+`large_batch` is 1x with 256 images a step for a pod or many GPUs: the rate grows as the batch does
+(Goyal et al., 2017), and so does the share of the run that warms up, here an epoch.
+
+`published` is mmdetection's AP of RetinaNet-R50 with focal loss on val2017 for the same schedule,
+the 3x with several image scales, which are not here: for GHM there are no published figures beyond
+1x. Not measured here.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ghm_jax.config import Config
+from ghm_jax.rundir import load_experiment
+
+IMAGES = 117_280  # of an epoch in whole steps of 16
+base = load_experiment(Path(__file__).with_name("coco_r50_ghm.py"))
+
+
+def schedule(drops: tuple[int, int], epochs: int, batch_size: int = 16) -> Config:
+    """The recipe for `epochs`, the rate divided by 10 after each epoch of `drops`."""
+    optimizer = replace(
+        base.optimizer,
+        batch_size=batch_size,
+        steps=epochs * IMAGES // batch_size,
+        drops=tuple(epoch * IMAGES // batch_size for epoch in drops),
+        learning_rate=base.optimizer.learning_rate * batch_size / base.optimizer.batch_size,
+    )
+    return replace(base, optimizer=optimizer)
+
+
+large = schedule((8, 11), 12, batch_size=256)
+configs = {
+    "1x": schedule((8, 11), 12),
+    "2x": schedule((16, 22), 24),
+    "3x": schedule((28, 34), 36),
+    "float32": replace(base, model=replace(base.model, dtype="float32")),
+    "large_batch": replace(large, optimizer=replace(large.optimizer, warmup_steps=458)),
+}
+
+published = {"1x": {"AP": 36.5}, "2x": {"AP": 37.4}, "3x": {"AP": 39.5}}
