@@ -50,6 +50,7 @@ for part in (
     "describe",
     "evaluate",
     "stats",
+    "inspection",
     "export",
     "train",
     "bench",

@@ -122,6 +122,11 @@ def fails(capsys, *args):
         ("data prepare coco/2017 --source taken --subset 5", ["--subset", "'5'", "like 1%"]),
         ("data prepare coco/2017 --source taken --splits val", ["--splits", "val", "validation"]),
         ("data prepare coco/2017 --source gs://b --splits train", ["--source", "gs://b", "mount"]),
+        ("data inspect", ["usage: ghm-jax data inspect EXPERIMENT"]),
+        ("data inspect nosuch.py", ["nosuch.py", "no such experiment"]),
+        ("data inspect tiny.py --batches 0", ["--batches: must be positive"]),
+        ("data inspect tiny.py --data.dir gone", ["data.dir", "'squares'", "data prepare"]),
+        ("data inspect tiny.py --out tiny.py", ["--out: tiny.py is a file"]),
         ("data prepare folder --name mine --train taken gone.json", ["train", "gone.json"]),
     ],
 )
@@ -168,6 +173,7 @@ def test_a_broken_experiment_is_one_line_with_its_name(place, capsys, code, word
         ("import --help", ["WEIGHTS", "EXPERIMENT", "--run-dir", "--model.dtype"]),
         ("export --help", ["RUN", "--out", ".safetensors"]),
         ("data --help", ["data prepare folder"]),
+        ("data inspect --help", ["EXPERIMENT", "--out", "--batches", "--data.short-side"]),
         ("data prepare --help", ["data prepare folder"]),
         ("data prepare folder --help", ["--train", "--validation", "--out"]),
         (

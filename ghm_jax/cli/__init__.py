@@ -9,6 +9,7 @@
     ghm-jax describe experiments/coco_r50_ghm.py [--size HEIGHT WIDTH] [--classes N]
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
+    ghm-jax data inspect EXPERIMENT [--out DIR] [--batches 20] [--data.dir data ...]
     ghm-jax bench losses [--out FILE.json]
 
 `ghm-jax train EXPERIMENT --help` lists every setting.
@@ -38,6 +39,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data prepare folder": data.prepare_folder_command,
     "data prepare coco/2017": data.prepare_coco_command("2017"),
     "data prepare coco/2014": data.prepare_coco_command("2014"),
+    "data inspect": data.inspect_command,
     "bench losses": bench.losses_command,
 }
 

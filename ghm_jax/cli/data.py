@@ -1,11 +1,15 @@
-"""Commands that make data sets."""
+"""Commands that make data sets and look into them."""
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from ghm_jax.cli.arguments import parse
-from ghm_jax.config import ConfigError
+import tyro
+
+from ghm_jax.cli.arguments import AllSettings, parse, positional
+from ghm_jax.config import Config, ConfigError
+from ghm_jax.rundir import load_experiment
 
 
 @dataclass
@@ -75,3 +79,35 @@ def _share(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?%", text):
         raise ConfigError(f"--subset: {text!r} is no share; write it like 1% or 0.5%")
     return float(text[:-1]) / 100
+
+
+@dataclass
+class Inspect:
+    """Draws the first training batches of an experiment and prints statistics of them."""
+
+    experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
+    """File that defines `config`."""
+    out: str = "inspection"
+    """Directory for the pictures and statistics.json."""
+    batches: int = 20
+    """Batches to measure."""
+    pictures: int = 4
+    """Batches to draw."""
+    config: AllSettings = field(default_factory=Config)
+
+
+def inspect_command(args: list[str]) -> None:
+    """`ghm-jax data inspect`."""
+    experiment = positional(args, "ghm-jax data inspect EXPERIMENT")
+    default = load_experiment(experiment) if experiment else Config()
+    a = parse(Inspect, args, "ghm-jax data inspect", Inspect(experiment or "", config=default))
+    a.config.check()
+
+    from ghm_jax.inspection import inspect_data, table
+    from ghm_jax.progress import Bar
+
+    inspection, files = inspect_data(
+        a.config, a.out, num_batches=a.batches, num_pictures=a.pictures, progress=Bar()
+    )
+    print(table(inspection))
+    print(f"\nwritten: {', '.join(map(str, files))}")
