@@ -214,7 +214,12 @@ class Run:
     checkpoint_every: int = 2000
     """Steps between two checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept ..."""
+    keep_best: int = 1
+    """... and those of highest AP, of the ones that were evaluated."""
+    eval_every: int = 0
+    """Steps between two evaluations on the validation split while training; 0: none.
+    Each is saved as a checkpoint, and a line of evaluations.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +364,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
             "loss.weight",
         ),
         *("loss.box_weight", "optimizer.weight_decay", "optimizer.warmup_steps", "run.workers"),
-        "run.devices",
+        *("run.devices", "run.keep_best", "run.eval_every"),
     ):
         value = flatten(c)[key]
         yield value >= 0, f"{key}: must not be negative, got {value}"

@@ -47,9 +47,7 @@ def make_detector(
         `ghm_jax.data.batching.collate`, whose size is a multiple of the number of devices, to
         `Detections` [B, D] in NumPy, with boxes in pixels of the original images.
     """
-    model = make_model(config, num_classes)
-    step = functools.partial(predict_step, config=config, model=model)
-    step = parallelize(step, list(devices), config.run.wrapper, split_output=True)
+    step = _parallel_predict_step(config, num_classes, tuple(devices))
 
     def run(variables: dict[str, Any], batch: Batch) -> Detections:
         found = merge_batch(step(variables, split_batch(batch, len(devices))))
@@ -57,6 +55,16 @@ def make_detector(
         return found._replace(boxes=found.boxes / scale)
 
     return run
+
+
+@functools.lru_cache(maxsize=1)
+def _parallel_predict_step(
+    config: Config, num_classes: int, devices: tuple[Device, ...]
+) -> Callable[[Any, Any], Any]:
+    """Kept, because training evaluates many times and should compile once."""
+    model = make_model(config, num_classes)
+    step = functools.partial(predict_step, config=config, model=model)
+    return parallelize(step, list(devices), config.run.wrapper, split_output=True)
 
 
 def coco_results(

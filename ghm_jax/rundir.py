@@ -4,6 +4,7 @@ runs/NAME/
     config.json      the resolved config
     checkpoints/     Orbax checkpoints by step
     metrics.jsonl    one record of training a line
+    evaluations.jsonl  the COCO figures of one evaluation during training a line
     tensorboard/     the same for TensorBoard
     metrics.json     the COCO figures of the last evaluation
     detections.json  its detections in COCO results form
@@ -41,6 +42,10 @@ class RunDirectory:
     @property
     def history(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def tensorboard(self) -> Path:

@@ -52,6 +52,8 @@ for part in (
     "stats",
     "inspection",
     "export",
+    "interrupt",
+    "training_log",
     "train",
     "bench",
     "cli",

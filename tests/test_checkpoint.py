@@ -1,5 +1,8 @@
 """What is restored is what was saved, bit for bit; what cannot be restored is one line."""
 
+import contextlib
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import optax
 import pytest
 
 from ghm_jax import losses
-from ghm_jax.checkpoint import Checkpoints
+from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.config import Config, ConfigError, Optimizer
 from ghm_jax.detection_loss import GHMStates
 from ghm_jax.schedule import make_optimizer
@@ -127,3 +130,107 @@ def test_a_save_cut_off_in_the_middle_is_not_taken_for_a_checkpoint(rng, tmp_pat
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 7
         assert_same(checkpoints.restore(blank(state)), state)
+
+
+def test_the_best_ones_are_kept_beside_the_newest(rng, tmp_path):
+    states = [make_state(rng) for _ in range(5)]
+    aps = [0.1, 0.4, None, 0.3, 0.2]
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:
+        for step, (state, ap) in enumerate(zip(states, aps, strict=True)):
+            checkpoints.save(step, state, ap)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 3, 4]
+        assert checkpoints.latest == 4
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:  # it is remembered
+        checkpoints.save(5, states[0], 0.35)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 5]
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    match how:
+        case "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "gone":
+            path.unlink()
+        case "flipped":
+            path.write_bytes(bytes(byte ^ 1 for byte in whole))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "gone", "flipped"])
+def test_a_damaged_checkpoint_is_skipped_and_can_be_put_aside(rng, tmp_path, how):
+    old, new = make_state(rng), make_state(rng)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, old)
+        checkpoints.save(9, new)
+    (data,) = (tmp_path / "9" / "default" / "d").iterdir()
+    damage(data, how)
+    skipped = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(blank(old), skipped=lambda *what: skipped.append(what))
+        assert_same(restored, old)
+        ((step, why),) = skipped
+        assert step == 9
+        assert "\n" not in why
+        assert checkpoints.set_aside(9).is_dir()
+        assert checkpoints.latest == 7
+        checkpoints.save(9, new)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(blank(new)), new)
+
+
+def test_nothing_but_damage_is_one_line(rng, tmp_path):
+    state = make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+    damage(tmp_path / "7" / "default" / "manifest.ocdbt", "truncated")
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ConfigError, match=r"7: cannot be read .*anew") as refused,
+    ):
+        checkpoints.restore(blank(state))
+    assert "\n" not in str(refused.value)
+
+
+@contextlib.contextmanager
+def full_disk(size=2000):
+    """No file of this process can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Orbax's threads end with the error as well, which pytest would report.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_costs_one_save_and_nothing_that_lies_there(rng, tmp_path):
+    first, second = make_state(rng, width=2000), make_state(rng, width=2000)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(7, first)
+        checkpoints.wait()
+        with full_disk(), pytest.raises(CheckpointFailed) as failed:  # noqa: PT012
+            checkpoints.save(9, second)
+            checkpoints.wait()  # whichever of the two notices
+        assert "\n" not in str(failed.value)
+        assert {path.name for path in tmp_path.iterdir()} == {"7"}
+        assert_same(checkpoints.restore(blank(first)), first)
+        checkpoints.check()
+        checkpoints.save(9, second)  # there is room again
+        checkpoints.wait()
+        assert {path.name for path in tmp_path.iterdir()} == {"9"}
+        assert_same(checkpoints.restore(blank(second)), second)
+
+
+def test_fragments_are_removed(rng, tmp_path):
+    (tmp_path / "9.orbax-checkpoint-tmp-1" / "default").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, make_state(rng))
+        checkpoints.wait()
+        checkpoints.remove_fragments()
+    assert {path.name for path in tmp_path.iterdir()} == {"7"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 import signal
 
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 from tiny import Listener, tiny_config
 
-from ghm_jax.checkpoint import Checkpoints
+from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.config import ConfigError, from_dict
+from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.rundir import RunDirectory
+from ghm_jax.scoring import METRICS
 from ghm_jax.step import init_state
-from ghm_jax.train import TrainingDiverged, TrainingInterrupted, stop_on_signal, train
+from ghm_jax.train import save_last, train
+from ghm_jax.training_log import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -97,6 +101,102 @@ def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset
         assert {k: v for k, v in a.items() if k not in timeless} == {
             k: v for k, v in b.items() if k not in timeless
         }
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_run_goes_on_with_another_number_of_devices(finished_run, dataset_dir, tmp_path, devices):
+    config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
+    listener = Listener(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingInterrupted, match="step 3 of 6") as stopped:
+        train(config, run.path, progress=listener)
+    assert stopped.value.preempted
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, devices=devices))
+    resumed, whole = train(config, run.path), finished_run[1]
+    for x, y in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
+    finished_run, dataset_dir, tmp_path
+):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(finished_run[0].path, run.path)
+    (data,) = (run.checkpoints / "6" / "default" / "d").iterdir()
+    data.write_bytes(data.read_bytes()[:100])
+    listener = Listener()
+    state = train(tiny_config(dataset_dir), run.path, progress=listener)
+    assert listener.steps == [4, 5, 6]
+    assert any("step 6 is skipped" in line for line in listener.lines)
+    assert_same(state, finished_run[1])
+    assert {p.name for p in run.checkpoints.iterdir()} == {"3", "6", "6.damaged"}
+
+
+def test_evaluation_while_training_changes_nothing_but_keeps_the_best(
+    finished_run, dataset_dir, tmp_path
+):
+    config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
+    settings = dataclasses.replace(config.run, eval_every=2, keep=1, checkpoint_every=100)
+    listener = Listener()
+    state = train(dataclasses.replace(config, run=settings), run.path, progress=listener)
+    assert_same(state, finished_run[1])
+    scores = [json.loads(line) for line in run.evaluations.read_text().splitlines()]
+    assert [score["step"] for score in scores] == [2, 4, 6]
+    assert all(METRICS.keys() < score.keys() for score in scores)
+    assert sum("on the validation split" in line for line in listener.lines) == 3
+    best = max(score["AP"] for score in scores)
+    kept = {int(path.name) for path in run.checkpoints.iterdir()}
+    assert 6 in kept
+    assert len(kept) <= 2
+    assert any(score["AP"] == best and score["step"] in kept for score in scores)
+
+
+# Orbax's threads end with the error as well, which pytest would report.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_training_survives_a_disk_that_is_full_for_a_while(
+    finished_run, dataset_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ghm_jax.train.time.sleep", lambda seconds: None)
+    config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Disk(Listener):
+        """Full from the news of step 1 until a checkpoint could not be written."""
+
+        def update(self, name, done, total, fields):
+            super().update(name, done, total, fields)
+            if done == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+
+        def say(self, line):
+            super().say(line)
+            if "checkpoint was not written" in line or "was not saved" in line:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    listener = Disk()
+    try:
+        state = train(config, run.path, progress=listener)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert_same(state, finished_run[1])
+    assert any("was not written" in line or "was not saved" in line for line in listener.lines)
+    assert any("metrics.jsonl: not written" in line for line in listener.lines)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        assert_same(checkpoints.restore(state), state)
+
+
+def test_a_last_state_that_cannot_be_saved_is_one_line_with_the_remedy(tmp_path):
+    class Full:
+        latest = 3
+
+        def save(self, step, state):
+            raise CheckpointFailed("OSError: no space")
+
+    listener = Listener()
+    with pytest.raises(CheckpointFailed, match=r"step 6 .*no space.*step 3: make room") as failed:
+        save_last(Full(), 6, None, listener, tries=3, pause=0.0)
+    assert len(listener.lines) == 2
+    assert "\n" not in str(failed.value)
 
 
 def test_a_second_interrupt_stops_at_once():

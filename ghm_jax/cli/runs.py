@@ -30,7 +30,8 @@ def train_command(args: list[str]) -> None:
     """`ghm-jax train`."""
     from ghm_jax.parallel import use_cpu_cores
     from ghm_jax.progress import Bar
-    from ghm_jax.train import TrainingDiverged, TrainingInterrupted, train
+    from ghm_jax.train import CheckpointFailed, TrainingInterrupted, train
+    from ghm_jax.training_log import TrainingDiverged
 
     experiment = positional(args, "ghm-jax train EXPERIMENT")
     default = load_experiment(experiment) if experiment else Config()
@@ -40,12 +41,12 @@ def train_command(args: list[str]) -> None:
     start_devices(config, use_cpu_cores)
     try:
         train(config, run_dir, restart=arguments.restart, progress=Bar())
-    except TrainingDiverged as error:
+    except (TrainingDiverged, CheckpointFailed) as error:
         fail(str(error))
     except TrainingInterrupted as error:
         again = " ".join(["ghm-jax train", *(a for a in args if a != "--restart")])
         print(f"ghm-jax: {error}; go on with: {again}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(0 if error.preempted else 130)
     print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
 
 

@@ -1,0 +1,190 @@
+"""What a run writes down while it trains."""
+
+import contextlib
+import errno
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+from ghm_jax.config import Config
+from ghm_jax.plots.report import read_history
+from ghm_jax.progress import Progress
+from ghm_jax.rundir import RunDirectory, write_text
+from ghm_jax.schedule import learning_rate
+
+_EVENTS: Any = event_pb2  # generated: type checkers see nothing in it
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
+    """A loss or a logit was not finite. The message is one line with the remedy."""
+
+
+class TrainingLog:
+    """Writes metrics to `metrics.jsonl` and TensorBoard, and checks that they are finite.
+
+    Metrics of a step are fetched from the devices one step later, so that the devices never wait.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, start: int, progress: Progress) -> None:
+        self._config, self._run, self._progress = config, run, progress
+        self._rate = learning_rate(config.optimizer)
+        history = read_history(run.history) if run.history.is_file() else []
+        history = [record for record in history if record["step"] <= start]
+        rewrite(run.history, history)
+        if run.evaluations.is_file():
+            scores = read_history(run.evaluations)
+            rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
+        self._board = Board(run.tensorboard, start)
+        self._complained = False
+        self._seconds = history[-1]["seconds"] if history else 0.0
+        self._pending: tuple[int, Any] | None = None
+        self._since = time.perf_counter()
+        self._last_step = start
+
+    def record(self, done: int, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of a step; those of an earlier one may be written now."""
+        self.flush()
+        optimizer, run = self._config.optimizer, self._config.run
+        if done % run.log_every == 0 or done in (1, optimizer.steps):
+            self._pending = (done, metrics)
+
+    def flush(self) -> None:
+        """Writes what is pending.
+
+        Raises:
+            TrainingDiverged: it is not finite.
+        """
+        if self._pending is None:
+            return
+        done, metrics = self._pending
+        self._pending = None
+        values = jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(metrics))
+        now = time.perf_counter()
+        images = (done - self._last_step) * self._config.optimizer.batch_size
+        self._seconds += now - self._since
+        record = {
+            "step": done,
+            **values,
+            "learning_rate": np.asarray(self._rate(done - 1)).item(),
+            "images_per_second": images / (now - self._since),
+            "seconds": self._seconds,
+        }
+        self._since, self._last_step = now, done
+        if values["num_nonfinite"] or not np.isfinite(values["loss"]):
+            raise TrainingDiverged(
+                f"the loss is not finite at step {done} ({values['num_nonfinite']:.0f} values); "
+                "lower --optimizer.learning-rate or --optimizer.clip-norm, and --restart"
+            )
+        self._write(self._run.history, record)
+        self._progress.update(
+            "train",
+            done,
+            self._config.optimizer.steps,
+            {
+                "class": f"{values['loss_class']:.3f}",
+                "box": f"{values['loss_box']:.4f}",
+                "cross-entropy": f"{values['cross_entropy']:.5f}",
+                "images/s": f"{record['images_per_second']:.0f}",
+            },
+        )
+
+    def evaluated(self, done: int, figures: Mapping[str, float]) -> None:
+        """Writes the COCO figures of a step; what they took is not training time."""
+        self._write(self._run.evaluations, {"step": done, **figures}, "validation")
+        self._progress.say(f"step {done}: AP {100 * figures['AP']:.1f} on the validation split")
+        self._since = time.perf_counter()
+
+    def _write(self, path: Path, record: dict[str, Any], group: str = "train") -> None:
+        """A line of a file and the same for TensorBoard. A full disk does not end the training."""
+        try:
+            append_line(path, record)
+            self._board.add(group, record)
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                self._progress.say(f"{path}: not written ({error.strerror}); training goes on")
+            self._complained = True
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._board.close()
+
+
+class Board:
+    """Event files of TensorBoard, written at once: tensorboardX's own SummaryWriter writes in a
+    thread, which dies of a full disk, and the training then waits for it for ever."""
+
+    def __init__(self, directory: Path, start: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._prefix, self._start = directory / "events", start
+        self._writer: EventsWriter | None = None
+
+    def add(self, group: str, record: Mapping[str, Any]) -> None:
+        """Numbers as scalars of a group, {"counts": ...} as histograms over [0, 1]."""
+        step = record["step"]
+        if self._writer is None:
+            self._writer = EventsWriter(str(self._prefix))
+            # What lies in other files from this step on has been trained anew.
+            status = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+            self._write(_EVENTS.Event(step=self._start + 1, session_log=status))
+        for key, value in record.items():
+            if isinstance(value, Mapping):
+                new = _histogram(f"{key}/gradient_norm", value["counts"])
+                self._write(_EVENTS.Event(step=step, summary=new))
+            elif key != "step":
+                new = summary.scalar(f"{group}/{key}", value)
+                self._write(_EVENTS.Event(step=step, summary=new))
+        self._writer.flush()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        if self._writer is not None:
+            self._writer.write_event(event)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+
+def _histogram(tag: str, counts: list[float]) -> Any:
+    edges = (np.arange(len(counts)) + 1) / len(counts)
+    centers = edges - 0.5 / len(counts)
+    return summary.histogram_raw(
+        tag,
+        min=0.0,
+        max=1.0,
+        num=sum(counts),
+        sum=float(np.dot(counts, centers)),
+        sum_squares=float(np.dot(counts, centers**2)),
+        bucket_limits=edges.tolist(),
+        bucket_counts=counts,
+    )
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a record to a file of JSON lines, the whole line or nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, 2)
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def rewrite(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines anew."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
