@@ -1,6 +1,6 @@
 # Needs only make and Python 3.11, 3.12 or 3.13. `make` lists what it can do.
 
-.PHONY: help setup quickstart test fast lint types floor check lock clean
+.PHONY: help setup quickstart test fast lint types floor docs check lock clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -35,6 +35,10 @@ floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in 
 	@.ci/venv .venv-floor requirements-floor.txt
 	@.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
+docs: setup  ## the documentation's site, into site/
+	@$(BIN)/python .ci/config_page.py
+	@$(BIN)/python -m zensical build --clean --strict
+
 check: lint types test floor  ## what CI runs
 
 lock:  ## write both requirements files anew from pyproject.toml (the only target that needs uv)
@@ -44,5 +48,5 @@ lock:  ## write both requirements files anew from pyproject.toml (the only targe
 	    --no-emit-package ghm-jax pyproject.toml -o requirements-floor.txt
 
 clean:  ## remove environments and caches; never data/ or runs/
-	rm -rf .venv .venv-floor .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-floor .pytest_cache .ruff_cache .cache build dist site
 	find ghm_jax experiments tests -name __pycache__ -prune -exec rm -rf {} +

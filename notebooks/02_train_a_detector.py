@@ -16,6 +16,8 @@
 # %% [markdown]
 # # Train a detector
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
+#
 # A small RetinaNet learns to find handwritten digits, with the two gradient-harmonized losses:
 # GHM-C for the classes and GHM-R for the boxes. You see the data, the imbalance that these losses
 # are about, the training, what harmonizing did to the gradients, the COCO figures, and detections
@@ -23,6 +25,8 @@
 #
 # It is `make quickstart` in cells: the same functions with the same settings. On two CPU cores the
 # whole takes some minutes; a GPU or TPU is used where there is one.
+#
+# (The badge opens Colab's GitHub tab: paste the address of this repository there.)
 
 # %%
 # Installs only what is missing; in an environment that has ghm_jax it does nothing.
@@ -102,14 +106,16 @@ from ghm_jax.data import open_dataset, train_batches
 from ghm_jax.plots import draw_boxes
 
 
-def show(picture: Figure | np.ndarray) -> None:
-    """Displays a figure, or an image uint8[H, W, 3]."""
+def show(picture: Figure | np.ndarray, kind: str = "png") -> None:
+    """Displays a figure ("jpeg" if it holds photographs), or an image uint8[H, W, 3]."""
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png")
+        picture.savefig(buffer, format=kind, dpi=110)
     else:
-        PIL.Image.fromarray(picture).save(buffer, format="jpeg", quality=88)
-    display(Image(buffer.getvalue(), retina=True))
+        image = PIL.Image.fromarray(picture)
+        image.thumbnail((1100, 1100))
+        image.save(buffer, format="jpeg", quality=75)
+    display(Image(buffer.getvalue()))
 
 
 scenes = open_dataset(config.data, config.data.train_split)
@@ -153,7 +159,7 @@ size = batch["images"].shape[1:3]
 anchors = make_anchors(size, settings.scale, settings.octaves, settings.ratios)  # [A, 4]
 classes = np.asarray(make_targets(batch, config).classes)  # [B, A]
 
-figure = Figure(figsize=(10.8, 5.4), dpi=180, layout="constrained")
+figure = Figure(figsize=(10.8, 5.4), layout="constrained")
 for ax, i in zip(figure.subplots(1, 2), (0, 1), strict=True):
     positive = np.flatnonzero(classes[i] >= 0)
     ax.imshow(batch["images"][i])
@@ -163,7 +169,7 @@ for ax, i in zip(figure.subplots(1, 2), (0, 1), strict=True):
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=color, lw=1.2))
     ax.set_title(f"{len(positive)} of {len(anchors):,} anchors are positive", fontsize=11)
     ax.set_axis_off()
-show(figure)
+show(figure, "jpeg")
 
 examples = int((classes != IGNORE).sum()) * len(scenes.class_names)
 positives = int((classes >= 0).sum())
@@ -278,4 +284,4 @@ show(sample_grid(samples, validation.class_names))
 #   published loss, `classification="focal"` the focal loss. Give each run a directory of its own.
 # * The losses are plain functions for any training loop in JAX:
 #   `from ghm_jax.losses import ghm_c_loss, ghm_r_loss`.
-# * The README tells how to train on COCO and on images of your own.
+# * `03_your_own_data_and_loop`: images of your own, and the losses in a loop of your own.

@@ -1,4 +1,4 @@
-"""Notebooks: they run from top to bottom, agree with their pairs, are stored without outputs."""
+"""Notebooks: they run from top to bottom, agree with their pairs, and are fit to be read."""
 
 import ast
 import shutil
@@ -58,11 +58,24 @@ def test_a_notebook_and_its_pair_agree(path):
 
 
 @every_notebook
-def test_a_notebook_is_stored_without_outputs_and_its_cells_are_python(path):
+def test_the_outputs_stored_in_a_notebook_are_fit_to_be_read(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert not cell.outputs
-            assert cell.execution_count is None
-            ast.parse(cell.source)
+    assert path.stat().st_size < 700_000  # a code host shows larger ones slowly or not at all
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        ast.parse(cell.source)
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+    ran = [cell.execution_count for cell in code]
+    whole = [*range(1, len(code) + 1)]
+    assert ran in (whole, [None] * len(code)), "stored half run: run all cells, from the top"
+
+
+@every_notebook
+def test_every_notebook_installs_itself_in_the_same_way(path):
+    cells = [cell.source for cell in jupytext.read(path.with_suffix(".py")).cells]
+    (badge,) = [source for source in cells if "colab-badge.svg" in source]
+    assert badge == cells[0]
+    assert cells[1] == jupytext.read(NOTEBOOKS[0].with_suffix(".py")).cells[1].source

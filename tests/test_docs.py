@@ -1,0 +1,116 @@
+"""The documentation: examples run, links lead somewhere, the settings are those of the source."""
+
+import doctest
+import importlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ghm_jax.config import Config, flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "config.md"})  # that one is generated
+READ = [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"]
+# Modules whose docstrings hold examples.
+WITH_EXAMPLES = ("losses.harmonize", "losses.ghm", "boxes")
+
+
+def settings_page() -> str:
+    return runpy.run_path(str(ROOT / ".ci/config_page.py"))["page"]()
+
+
+def page(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name behind `#`: the headings, as sites and code hosts spell them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", READ, ids=page)
+def test_links_between_pages_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.is_file(), f"{page(path)}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page(path)}: {link}"
+
+
+@pytest.mark.parametrize("path", READ, ids=page)
+def test_files_and_notebooks_that_a_page_names_exist(path):
+    for name in re.findall(r"`((?:ghm_jax|experiments|tests|docs)/[\w/.]+)`", path.read_text()):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(0\d_\w+)`", path.read_text()):
+        assert (ROOT / f"notebooks/{name}.ipynb").is_file(), name
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if ">>>" in p.read_text()], ids=page)
+def test_examples_of_a_page_run(path):
+    failed, tried = doctest.testfile(str(path), module_relative=False)
+    assert tried
+    assert not failed
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_of_docstrings_run(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"ghm_jax.{name}"))
+    assert tried
+    assert not failed
+
+
+def test_no_docstring_holds_an_example_that_nobody_runs():
+    package = ROOT / "ghm_jax"
+    files = {p for p in package.rglob("*.py") if ">>>" in p.read_text()}
+    assert files == {package / f"{name.replace('.', '/')}.py" for name in WITH_EXAMPLES}
+
+
+def test_the_page_of_settings_has_every_setting_with_its_default_and_description():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \|(.*) \|$", settings_page(), re.MULTILINE))
+    for key, default in flatten(Config()).items():
+        assert key in rows, f"{key}: no description below the field"
+        assert f"`{default!r}`" in rows[key]
+        assert len(rows[key].split(" | ")[-1]) > 5
+    assert len(rows) == len(flatten(Config()))
+
+
+def test_commands_in_the_pages_are_commands():
+    from ghm_jax.cli import main
+
+    for path in READ:
+        for command in set(re.findall(r"^ghm-jax ([a-z]+)", path.read_text(), re.MULTILINE)):
+            assert f"ghm-jax {command} " in sys.modules[main.__module__].__doc__, command
+
+
+def test_the_menu_has_every_page():
+    menu = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    named = [file for entry in menu for file in entry.values()]
+    assert sorted(named) == sorted([*(path.name for path in PAGES), "config.md"])
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("zensical", reason="the site's builder is in the extra dev")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="it is in the extra dev")
+    settings = (ROOT / "zensical.toml").read_text()
+    shutil.copytree(DOCS, tmp_path / "docs")
+    (tmp_path / "docs/config.md").write_text(settings_page())
+    settings = settings.replace('paths = ["."]', f'paths = ["{ROOT.as_posix()}"]')
+    (tmp_path / "zensical.toml").write_text(settings)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site/api/index.html").read_text()
+    assert "density floor in examples of the whole batch" in api  # a docstring came through
