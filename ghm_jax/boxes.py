@@ -17,10 +17,11 @@ def box_area(boxes: jax.Array) -> jax.Array:
 def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     """Intersection over union f32[N, M] of a f32[N, 4] and b f32[M, 4]; 0 for empty boxes.
 
-    >>> a = jnp.array([[0.0, 0.0, 2.0, 2.0]])
-    >>> b = jnp.array([[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 2.0]])
-    >>> box_iou(a, b).tolist()
-    [[0.5, 0.0]]
+    Examples:
+        >>> a = jnp.array([[0.0, 0.0, 2.0, 2.0]])
+        >>> b = jnp.array([[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 2.0]])
+        >>> box_iou(a, b).tolist()
+        [[0.5, 0.0]]
     """
     shared = _intersection(a, b)
     union = box_area(a)[:, None] + box_area(b)[None, :] - shared

@@ -47,11 +47,12 @@ def ghm_c_loss(
 
     Source: equations 1-13. The gradient is w (p - p*) / N.
 
-    Class 1, background, and a position that is left out, for two classes:
+    Examples:
+        Class 1, background, and a position that is left out, for two classes.
 
-    >>> loss, _, stats = ghm_c_loss(jnp.zeros((3, 2)), jnp.array([1, -1, -2]))
-    >>> f"{loss:.4f} of {stats.num_valid:.0f} examples"
-    '0.6931 of 4 examples'
+        >>> loss, _, stats = ghm_c_loss(jnp.zeros((3, 2)), jnp.array([1, -1, -2]))
+        >>> f"{loss:.4f} of {stats.num_valid:.0f} examples"
+        '0.6931 of 4 examples'
     """
     logits = logits.astype(jnp.float32)
     dense, used = dense_targets(logits, targets, mask)

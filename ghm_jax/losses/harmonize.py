@@ -106,14 +106,15 @@ def harmonize(
         ValueError: mask of another shape, a setting out of range, or exact density with a state
             or `batch_counts`, which are histograms.
 
-    Six settled examples and two that are wrong, each group weighs half:
+    Examples:
+        Six settled examples and two that are wrong; each group weighs half.
 
-    >>> norm = jnp.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
-    >>> weights, _, stats = harmonize(norm, bins=2, min_count=0)
-    >>> [round(float(w), 4) for w in stats.weights]
-    [0.6667, 2.0]
-    >>> float(weights.mean())
-    1.0
+        >>> norm = jnp.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
+        >>> weights, _, stats = harmonize(norm, bins=2, min_count=0)
+        >>> [round(float(w), 4) for w in stats.weights]
+        [0.6667, 2.0]
+        >>> float(weights.mean())
+        1.0
     """
     bins = bins if state is None else state.counts.shape[0]
     _check_settings(bins, momentum, normalizer, min_count, strength, density)
