@@ -13,7 +13,8 @@ from ghm_jax.config import Config, ConfigError, flatten
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.transforms import decode_image
-from ghm_jax.inference import coco_results, make_detector, restore_variables
+from ghm_jax.errors import error_analysis
+from ghm_jax.inference import coco_results, make_detector, restore_state
 from ghm_jax.nms import Detections
 from ghm_jax.parallel import Device, choose_devices, replicate
 from ghm_jax.plots.drawing import Sample
@@ -28,6 +29,9 @@ from ghm_jax.scoring import (
     match_images,
     score,
 )
+from ghm_jax.stats import measure_gradients
+
+_STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` looks at more
 
 
 def evaluate(
@@ -67,7 +71,8 @@ def evaluate(
     config.check(len(devices))
     dataset, truth = _open(config, split, run.path)
 
-    variables, step = restore_variables(run, config, devices[0])
+    state = restore_state(run, config, devices[0])
+    variables, step = {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
     progress.say(f"{run.path}: evaluating step {step} on {len(dataset)} images of {dataset.name}")
     variables = replicate(variables, devices)
     detections = detect(config, dataset, variables, devices, progress)
@@ -88,7 +93,13 @@ def evaluate(
     result = {**metrics, "per_class": per_class, **facts, "evaluator": evaluator}
     write_text(run.detections, json.dumps(detections))
     write_text(run.metrics, json.dumps(result, indent=2) + "\n")
-    write_text(run.report, report(run, config, dataset, result, truth, detections))
+    errors = error_analysis(truth, detections)
+    write_text(run.errors, json.dumps(errors, indent=2) + "\n")
+    seen = measure_gradients(config, dataset, state, devices, _STATS_IMAGES, progress)
+    progress.close()
+    stats = {**seen, "step": step, "split": split}
+    page = report(run, config, dataset, result, truth, detections, errors=errors, stats=stats)
+    write_text(run.report, page)
     return result
 
 
@@ -191,6 +202,8 @@ def report(
     truth: dict[str, Any],
     detections: list[dict[str, Any]],
     num_samples: int = 12,
+    errors: dict[str, Any] | None = None,
+    stats: dict[str, Any] | None = None,
 ) -> str:
     """The run's `report.html`."""
     history = read_history(run.history) if run.history.is_file() else []
@@ -211,6 +224,8 @@ def report(
         samples=make_samples(dataset, truth, detections, num_samples),
         class_names=dataset.class_names,
         facts=facts,
+        errors=errors,
+        stats=stats,
     )
 
 

@@ -8,6 +8,7 @@ runs/NAME/
     tensorboard/     the same for TensorBoard
     metrics.json     the COCO figures of the last evaluation
     detections.json  its detections in COCO results form
+    errors.json      what is wrong with them
     report.html      all of it to look at
 """
 
@@ -58,6 +59,10 @@ class RunDirectory:
     @property
     def detections(self) -> Path:
         return self.path / "detections.json"
+
+    @property
+    def errors(self) -> Path:
+        return self.path / "errors.json"
 
     @property
     def report(self) -> Path:

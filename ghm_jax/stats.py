@@ -21,18 +21,18 @@ import numpy as np
 from ghm_jax import losses
 from ghm_jax.anchors import level_sizes
 from ghm_jax.config import Config, ConfigError
-from ghm_jax.data.dataset import open_dataset
+from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection_loss import GHMStates, detection_loss
 from ghm_jax.inference import restore_state
 from ghm_jax.losses.density import region_index
 from ghm_jax.matching import IGNORE, Targets
-from ghm_jax.parallel import REPLICA, choose_devices, parallelize, replicate, split_batch
+from ghm_jax.parallel import REPLICA, Device, choose_devices, parallelize, replicate, split_batch
 from ghm_jax.plots.figures import shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import load_run, write_text
-from ghm_jax.step import Batch, loss_inputs, make_model
+from ghm_jax.step import Batch, TrainState, loss_inputs, make_model
 
 DIFFICULTY = {"easy": (0.0, 0.1), "middle": (0.1, 0.5), "hard": (0.5, 0.9), "outlier": (0.9, 1.0)}
 """Ranges of gradient norm, [from, to); 1 is an outlier."""
@@ -132,10 +132,23 @@ def gradient_stats(
             "use a data set with the same class names"
         )
     state = restore_state(run, config, devices[0])
+    progress.say(f"{run.path}: gradients of step {int(state.step)} on images of {dataset.name}")
+    found = measure_gradients(config, dataset, state, devices, images, progress)
+    progress.close()
+    return {"step": int(state.step), "split": split, **found}
+
+
+def measure_gradients(
+    config: Config,
+    dataset: Dataset,
+    state: TrainState,
+    devices: list[Device],
+    images: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`gradient_stats` of a state on the first images of a data set, without `step` and `split`."""
     size = config.optimizer.batch_size
     wanted = min(max(images // size, 1), -(-len(dataset) // size))
-    progress.say(f"{run.path}: gradients of step {int(state.step)} on images of {dataset.name}")
-
     step = functools.partial(_measure, config=config, num_classes=len(dataset.class_names))
     step = parallelize(step, devices, config.run.wrapper)
     carried = {"params": state.params, "batch_stats": state.batch_stats, "ghm": state.ghm}
@@ -154,11 +167,8 @@ def gradient_stats(
             total = jax.tree.map(np.add, total, found) if total else found
             seen, done = seen + int(batch["valid"].sum()), done + 1
             progress.update("stats", seen, min(wanted * size, len(dataset)), {})
-    progress.close()
     summary = functools.partial(_summary, batches=done, config=config, states=state.ghm)
     return {
-        "step": int(state.step),
-        "split": split,
         "images": seen,
         "batch_size": size,
         **{key: summary(key, total[key]) for key in ("classification", "box")},
