@@ -122,6 +122,7 @@ def fails(capsys, *args):
         ("data prepare coco/2017 --source taken --subset 5", ["--subset", "'5'", "like 1%"]),
         ("data prepare coco/2017 --source taken --splits val", ["--splits", "val", "validation"]),
         ("data prepare coco/2017 --source gs://b --splits train", ["--source", "gs://b", "mount"]),
+        ("bench data --repeats 0", ["--repeats: must be positive"]),
         ("data inspect", ["usage: ghm-jax data inspect EXPERIMENT"]),
         ("data inspect nosuch.py", ["nosuch.py", "no such experiment"]),
         ("data inspect tiny.py --batches 0", ["--batches: must be positive"]),

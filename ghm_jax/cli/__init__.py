@@ -10,7 +10,7 @@
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
     ghm-jax data inspect EXPERIMENT [--out DIR] [--batches 20] [--data.dir data ...]
-    ghm-jax bench losses [--out FILE.json]
+    ghm-jax bench losses|data [--out FILE.json]
 
 `ghm-jax train EXPERIMENT --help` lists every setting.
 """
@@ -41,6 +41,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data prepare coco/2014": data.prepare_coco_command("2014"),
     "data inspect": data.inspect_command,
     "bench losses": bench.losses_command,
+    "bench data": bench.data_command,
 }
 
 

@@ -69,4 +69,5 @@ def flip_horizontal(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, n
     width = image.shape[1]
     flipped = boxes.copy()
     flipped[:, 0], flipped[:, 2] = width - boxes[:, 2], width - boxes[:, 0]
-    return image[:, ::-1], flipped
+    # A view that runs backwards would be copied later on, ten times as slowly.
+    return cv2.flip(image, 1), flipped
