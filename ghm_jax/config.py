@@ -190,9 +190,14 @@ class Predict:
     score_threshold: float = 0.05
     """Detections below this score are dropped."""
     candidates: int = 1000
-    """(anchor, class) pairs kept per pyramid level before suppression."""
+    """(anchor, class) pairs of each pyramid level that go into suppression at most."""
     nms_iou: float = 0.5
     """Of two boxes of one class that overlap more than this, the lower score goes."""
+    nms_classes: Literal["each", "all"] = "each"
+    """Boxes are rivals within each class (as published), or across all classes."""
+    nms_sigma: float = 0.0
+    """Gaussian soft-NMS: a rival's score is multiplied by exp(-IoU^2 / nms_sigma) instead (0.5 in
+    its paper); 0: as published."""
     max_detections: int = 100
     """Detections an image at most."""
     batch_size: int = 16
@@ -362,6 +367,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
             "loss.min_count",
             "loss.box_min_count",
             "loss.weight",
+            "predict.nms_sigma",
         ),
         *("loss.box_weight", "optimizer.weight_decay", "optimizer.warmup_steps", "run.workers"),
         *("run.devices", "run.keep_best", "run.eval_every"),

@@ -173,6 +173,8 @@ def predict_step(
         candidates=config.predict.candidates,
         nms_iou=config.predict.nms_iou,
         max_detections=config.predict.max_detections,
+        soft_sigma=config.predict.nms_sigma,
+        agnostic=config.predict.nms_classes == "all",
     )
     return jax.vmap(lambda scores, moves, image_size: select(scores, moves, image_size=image_size))(
         logits, deltas, batch["image_size"]

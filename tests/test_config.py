@@ -107,13 +107,14 @@ POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel model
     optimizer.learning_rate optimizer.clip_norm predict.candidates predict.max_detections
     run.log_every run.checkpoint_every run.keep optimizer.batch_size predict.batch_size"""
 NOT_NEGATIVE = """seed model.head_convs loss.min_count loss.box_min_count loss.weight
-    loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices"""
+    loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices
+    predict.nms_sigma"""
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip
     predict.score_threshold optimizer.warmup_factor loss.strength loss.box_strength"""
 BELOW_ONE = "loss.momentum loss.box_momentum optimizer.momentum"
 CHOICES = """model.norm model.head_norm model.dtype model.p6_from anchors.convention anchors.crowd
     loss.classification loss.box loss.preset loss.density loss.ghm_scope loss.normalizer
-    optimizer.name optimizer.schedule run.wrapper"""
+    optimizer.name optimizer.schedule predict.nms_classes run.wrapper"""
 
 BROKEN = [
     *[(key, 0) for key in POSITIVE.split()],
