@@ -57,6 +57,7 @@ for part in (
     "training_log",
     "train",
     "bench",
+    "doctor",
     "cli",
 ):
     MAY_IMPORT[part] = set(MAY_IMPORT)

@@ -6,6 +6,7 @@
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
     ghm-jax export runs/quickstart --out FILE.safetensors
     ghm-jax stats runs/quickstart [--out DIR] [--split train] [--images 500]
+    ghm-jax doctor [RUN or EXPERIMENT] [--data.dir data]
     ghm-jax describe experiments/coco_r50_ghm.py [--size HEIGHT WIDTH] [--classes N]
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 try:
-    from ghm_jax.cli import bench, data, runs, stats
+    from ghm_jax.cli import bench, data, doctor, runs, stats
     from ghm_jax.cli.arguments import fail
     from ghm_jax.config import ConfigError
 except ModuleNotFoundError as missing:
@@ -36,6 +37,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": runs.export_command,
     "describe": runs.describe_command,
     "stats": stats.stats_command,
+    "doctor": doctor.doctor_command,
     "data prepare folder": data.prepare_folder_command,
     "data prepare coco/2017": data.prepare_coco_command("2017"),
     "data prepare coco/2014": data.prepare_coco_command("2014"),

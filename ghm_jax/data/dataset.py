@@ -106,10 +106,15 @@ def _versions(directory: Path) -> list[Path]:
     return sorted(versions, key=lambda path: tfds.core.Version(path.name))
 
 
+def data_set_names(directory: Path) -> list[str]:
+    """The prepared data sets in a directory of data sets, sorted."""
+    inside = [*directory.glob("*"), *directory.glob("*/*")]
+    return sorted(path.relative_to(directory).as_posix() for path in inside if _versions(path))
+
+
 def _only_dataset(directory: Path) -> str:
     """The name of the one data set in a directory of data sets."""
-    inside = [*directory.glob("*"), *directory.glob("*/*")]
-    names = sorted(path.relative_to(directory).as_posix() for path in inside if _versions(path))
+    names = data_set_names(directory)
     if len(names) != 1:
         found = f"{', '.join(names)} in {directory}" if names else f"no data set in {directory}"
         remedy = "choose one of them" if names else "set --data.dir to where one is prepared"
