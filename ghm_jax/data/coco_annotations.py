@@ -78,6 +78,8 @@ def read_split(
                 "iscrowd": bool(entry.get("iscrowd", 0)),
             }
         )
+    for image in images.values():
+        image.annotations.sort(key=lambda annotation: annotation["id"])  # as TFDS `coco` does
     return categories, list(images.values())
 
 

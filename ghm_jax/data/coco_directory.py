@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from absl import logging
 from tensorflow_datasets.core.splits import SplitDict
 
 from ghm_jax.config import ConfigError
@@ -126,9 +127,15 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._sources, self._progress = dict(sources or {}), progress or Silent()
         # A class has one name in TFDS; each folder is a data set of its own.
         self.name, _, config = name.partition("/")  # pyright: ignore[reportAttributeAccessIssue]
-        super().__init__(
-            data_dir=data_dir, config=tfds.core.BuilderConfig(name=config) if config else None
-        )
+        # TFDS warns of a configuration that it does not know, which none here is.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            super().__init__(
+                data_dir=data_dir, config=tfds.core.BuilderConfig(name=config) if config else None
+            )
+        finally:
+            logging.set_verbosity(verbosity)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
