@@ -43,9 +43,21 @@ class Data:
     """(height, width) to which images are padded: each belongs to the first one that holds it, and
     a step takes images of one bucket; multiples of 32."""
     max_boxes: int = 100
-    """Boxes an image is padded to."""
+    """Boxes an image is padded to. Where an image has more, a run says so when it starts, and the
+    smallest are left out."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
+    min_short_side: int = 0
+    """Multi-scale training: the short side is drawn from here to `short_side`, for each image anew
+    (480 is usual); 0: it is always `short_side`."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Large-scale jitter in training: images are scaled by a factor drawn from this range, and what
+    then reaches over the size they have without it is cut off at random; (0.1, 2.0) is usual."""
+    keep_empty: bool = False
+    """Train on images without an object to learn from as well; the published code does not."""
+    on_error: Literal["error", "skip"] = "error"
+    """A training image that cannot be decoded: stop and name it, or put another one in its place
+    and say so. An evaluation always stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +332,16 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     yield (
         c.data.short_side <= c.data.long_side,
         f"data.short_side: {c.data.short_side} is more than data.long_side {c.data.long_side}",
+    )
+
+    yield (
+        0 <= c.data.min_short_side <= c.data.short_side,
+        f"data.min_short_side: must be 0 to data.short_side {c.data.short_side}, got "
+        f"{c.data.min_short_side}",
+    )
+    yield (
+        0 < c.data.zoom[0] <= c.data.zoom[1] <= 10,
+        f"data.zoom: must be a range of factors from above 0 to 10, got {c.data.zoom}",
     )
 
     yield (

@@ -12,9 +12,8 @@ from ghm_jax.data.batching import (
     filler_example,
     make_example,
 )
-from ghm_jax.data.transforms import decode_image, encoded_size, flip_horizontal, resize
-
-NO_BOXES = np.zeros((0, 4), np.float32)
+from ghm_jax.data.placement import Placement, choose_placement, to_original
+from ghm_jax.data.transforms import decode_image, encoded_size
 
 
 def encode(image: np.ndarray, suffix: str = ".png") -> bytes:
@@ -93,9 +92,9 @@ def test_bytes_that_are_no_image_raise(encoded):
     ],
 )
 def test_resize_keeps_the_aspect_ratio_within_both_limits(size, expected):
-    image, _, scale = resize(np.zeros((*size, 3), np.uint8), NO_BOXES, 800, 1333)
-    assert image.shape[:2] == expected
-    assert scale == (expected[1] / size[1], expected[0] / size[0])
+    placement = choose_placement(size, data(short_side=800, long_side=1333), None)
+    assert placement.place_image(np.zeros((*size, 3), np.uint8)).shape[:2] == expected
+    assert placement.scale == (expected[1] / size[1], expected[0] / size[0])
 
 
 def test_boxes_scale_with_the_pixels_they_mark(rng):
@@ -103,7 +102,10 @@ def test_boxes_scale_with_the_pixels_they_mark(rng):
         height, width = rng.integers(40, 200, 2)
         x0, y0 = rng.integers(0, width - 20), rng.integers(0, height - 20)
         box = (int(x0), int(y0), int(x0 + rng.integers(10, 20)), int(y0 + rng.integers(10, 20)))
-        image, boxes, _ = resize(marked(height, width, box), np.array([box], np.float32), 100, 160)
+        sides = data(short_side=100, long_side=160)
+        placement = choose_placement((int(height), int(width)), sides, None)
+        image = placement.place_image(marked(height, width, box))
+        boxes = placement.place_boxes(np.array([box], np.float32))
         # The marked area under the linear filter: its edges are where brightness passes one half.
         new_height, new_width = image.shape[:2]
         factor = np.array([new_width / width, new_height / height] * 2, np.float64)
@@ -125,11 +127,52 @@ def test_marked_pixels_stay_in_their_box_after_resize_and_flip(rng):
 def test_flipping_twice_changes_nothing(rng):
     image = rng.integers(0, 256, (7, 10, 3), np.uint8)
     boxes = np.array([[1, 2, 4, 6], [0, 0, 10, 7]], np.float32)
-    once = flip_horizontal(image, boxes)
-    np.testing.assert_array_equal(once[1], [[6, 2, 9, 6], [0, 0, 10, 7]])
-    twice = flip_horizontal(*once)
-    np.testing.assert_array_equal(twice[0], image)
-    np.testing.assert_array_equal(twice[1], boxes)
+    mirror = Placement((7, 10), (7, 10), (0, 0), (7, 10), mirrored=True)
+    once = mirror.place_boxes(boxes)
+    np.testing.assert_array_equal(once, [[6, 2, 9, 6], [0, 0, 10, 7]])
+    np.testing.assert_array_equal(mirror.place_boxes(once), boxes)
+    twice = mirror.place_image(mirror.place_image(image))
+    np.testing.assert_array_equal(twice, image)
+
+
+def test_marked_pixels_stay_in_their_box_whatever_the_augmentation(rng):
+    """Zoom, cut and flip: what is left of the mark is what is left of its box."""
+    settings = data(flip=0.5, min_short_side=32, zoom=(0.4, 2.0))
+    seen = set()
+    for _ in range(60):
+        height, width = rng.integers(60, 200, 2)
+        x0, y0 = rng.integers(0, width - 40), rng.integers(0, height - 40)
+        box = (int(x0), int(y0), int(x0 + rng.integers(25, 40)), int(y0 + rng.integers(25, 40)))
+        example = make_example(record(marked(height, width, box), [box]), settings, rng)
+        frame_height, frame_width = example["image_size"]
+        assert min(frame_height, frame_width) <= 64
+        assert max(frame_height, frame_width) <= 96
+        bright = example["image"][:, :, 0] > 127
+        if len(example["boxes"]) and np.ptp(example["boxes"].reshape(2, 2), axis=0).min() > 3:
+            rows, columns = (np.flatnonzero(bright.any(a)) for a in (1, 0))
+            found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            np.testing.assert_allclose(example["boxes"][0], found, atol=1.6)
+            back = to_original(
+                example["boxes"], *(np.array(example[k]) for k in ("scale", "offset"))
+            )
+            assert (back[0] >= np.array(box)[[0, 1, 0, 1]] - 1e-3).all()
+            assert (back[0] <= np.array(box)[[2, 3, 2, 3]] + 1e-3).all()
+            whole = np.abs(back[0] - box).max() < 1e-3
+            seen.add((bool(example["scale"][0] < 0), bool(whole)))
+        elif not len(example["boxes"]):
+            assert not bright.any()
+    assert len(seen) == 4  # mirrored or not, cut or whole
+
+
+def test_drawn_sides_and_zooms_fill_their_ranges():
+    rng = np.random.default_rng(0)
+    drawn = [choose_placement((60, 90), data(min_short_side=32), rng).size[0] for _ in range(800)]
+    assert (min(drawn), max(drawn), len(set(drawn))) == (32, 64, 33)
+    zoomed = [choose_placement((60, 90), data(zoom=(0.5, 2.0)), rng) for _ in range(400)]
+    assert all(p.size[0] <= 64 and p.size[1] <= 96 for p in zoomed)
+    assert min(p.scaled[0] for p in zoomed) < 36
+    assert max(p.scaled[0] for p in zoomed) > 122
+    assert len({p.corner for p in zoomed}) > 100
 
 
 def test_crowd_regions_and_degenerate_boxes_are_not_learned():
@@ -164,7 +207,7 @@ def test_of_too_many_boxes_crowds_go_first():
 
 def test_an_undecodable_image_is_named():
     broken = {**record(marked(8, 8, (0, 0, 4, 4)), []), "image": b"broken"}
-    with pytest.raises(ConfigError, match="image 7: cannot decode"):
+    with pytest.raises(ConfigError, match=r"image 7 \(a.png\): cannot decode"):
         make_example(broken, data(), None)
 
 
@@ -188,8 +231,8 @@ def test_collate_pads_bottom_and_right_with_zeros(rng):
     dtypes = {key: value.dtype.name for key, value in batch.items()}
     assert dtypes == {
         **dict.fromkeys(("labels", "image_size", "original_size", "image_id"), "int32"),
-        **{"images": "uint8", "boxes": "float32", "scale": "float32"},
-        **{"valid": "bool", "dropped_boxes": "int32"},
+        **dict.fromkeys(("boxes", "scale", "offset"), "float32"),
+        **{"images": "uint8", "valid": "bool", "replaced": "bool", "dropped_boxes": "int32"},
     }
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from ghm_jax.config import ConfigError, Data
-from ghm_jax.data.schema import read_objects, trainable
-from ghm_jax.data.transforms import decode_image, flip_horizontal, resize
+from ghm_jax.data.placement import choose_placement
+from ghm_jax.data.schema import has_area, read_objects, trainable
+from ghm_jax.data.transforms import decode_image
 
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
@@ -25,7 +26,7 @@ def make_example(
     *,
     keep_crowd: bool = False,
 ) -> Example:
-    """One image with its boxes, resized.
+    """One image with its boxes, placed.
 
     Degenerate boxes are left out (see `schema.trainable`); ground truth for evaluation comes from
     `ground_truth.coco_ground_truth`, which keeps them.
@@ -38,8 +39,8 @@ def make_example(
 
     Returns:
         image uint8[h, w, 3], boxes f32[N, 4] (x0, y0, x1, y1 in pixels of `image`), labels i32[N],
-        image_size and original_size (height, width), scale (x, y factors from original to
-        resized pixels, before the flip), image_id, valid.
+        image_size and original_size (height, width), scale and offset (see `Placement`), image_id,
+        valid, replaced.
 
     Raises:
         ConfigError: the image cannot be decoded.
@@ -47,24 +48,37 @@ def make_example(
     try:
         image = decode_image(record["image"])
     except ValueError as error:
-        raise ConfigError(f"data.name: image {record['image/id']}: {error}; replace it") from None
+        raise unreadable(record, error) from None
     original_size = image.shape[:2]
     objects = read_objects(record, *original_size)
     keep = trainable(objects, keep_crowd=keep_crowd)
-    labels = np.where(objects.is_crowd, CROWD, objects.labels).astype(np.int32)
-    image, boxes, scale = resize(image, objects.boxes[keep], data.short_side, data.long_side)
-    if rng is not None and rng.random() < data.flip:
-        image, boxes = flip_horizontal(image, boxes)
+    labels = np.where(objects.is_crowd, CROWD, objects.labels).astype(np.int32)[keep]
+    placement = choose_placement(original_size, data, rng)
+    boxes = placement.place_boxes(objects.boxes[keep])
+    if placement.size != placement.scaled:
+        inside = has_area(boxes)
+        boxes, labels = boxes[inside], labels[inside]
     return {
-        "image": image,
+        "image": placement.place_image(image),
         "boxes": boxes,
-        "labels": labels[keep],
-        "image_size": image.shape[:2],
+        "labels": labels,
+        "image_size": placement.size,
         "original_size": original_size,
-        "scale": scale,
+        "scale": placement.scale,
+        "offset": placement.offset,
         "image_id": int(record["image/id"]),
         "valid": True,
+        "replaced": False,
     }
+
+
+def unreadable(record: Mapping[str, Any], reason: ValueError) -> ConfigError:
+    """What to raise for an image that cannot be decoded."""
+    name = bytes(record.get("image/filename", b"")).decode()
+    return ConfigError(
+        f"data.name: image {record['image/id']} ({name}): {reason}; replace it, or train without "
+        "such images by --data.on-error skip"
+    )
 
 
 def filler_example() -> Example:
@@ -76,8 +90,10 @@ def filler_example() -> Example:
         "image_size": (1, 1),
         "original_size": (1, 1),
         "scale": (1.0, 1.0),
+        "offset": (0.0, 0.0),
         "image_id": -1,
         "valid": False,
+        "replaced": False,
     }
 
 
@@ -105,8 +121,9 @@ def collate(examples: Sequence[Example], bucket: tuple[int, int], max_boxes: int
     Returns:
         images uint8[B, H, W, 3], boxes f32[B, max_boxes, 4] (x0, y0, x1, y1 in pixels of the padded
         image; 0 = padding), labels i32[B, max_boxes] (a class, PADDING or CROWD), image_size and
-        original_size i32[B, 2] (height, width), scale f32[B, 2] (x, y), image_id i32[B]
-        (-1 = filler), valid bool[B], dropped_boxes i32[B].
+        original_size i32[B, 2] (height, width), scale and offset f32[B, 2] (x, y; see
+        `placement.to_original`), image_id i32[B] (-1 = filler), valid bool[B], dropped_boxes
+        i32[B], replaced bool[B] (stands in for an image that cannot be decoded).
     """
     size = len(examples)
     images = np.zeros((size, *bucket, 3), np.uint8)
@@ -127,9 +144,11 @@ def collate(examples: Sequence[Example], bucket: tuple[int, int], max_boxes: int
         "image_size": np.array([e["image_size"] for e in examples], np.int32),
         "original_size": np.array([e["original_size"] for e in examples], np.int32),
         "scale": np.array([e["scale"] for e in examples], np.float32),
+        "offset": np.array([e["offset"] for e in examples], np.float32),
         "image_id": np.array([e["image_id"] for e in examples], np.int32),
         "valid": np.array([e["valid"] for e in examples], bool),
         "dropped_boxes": dropped,
+        "replaced": np.array([e["replaced"] for e in examples], bool),
     }
 
 

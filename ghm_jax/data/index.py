@@ -51,7 +51,7 @@ def _look(record: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
         height, width = 0, 0
     # The size does not matter for what is counted here, only that it is not 0.
     objects = read_objects(record, height or 1, width or 1)
-    real = has_area(objects)
+    real = has_area(objects.boxes)
     crowds = real & objects.is_crowd
     return height, width, int((real & ~crowds).sum()), int(crowds.sum()), int((~real).sum())
 

@@ -12,8 +12,15 @@ import grain
 import numpy as np
 from absl import flags
 
-from ghm_jax.config import Config, Data
-from ghm_jax.data.batching import Batch, collate, filler_example, make_example
+from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.data.batching import (
+    Batch,
+    Example,
+    collate,
+    filler_example,
+    make_example,
+    unreadable,
+)
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.order import Draw, Groups, group_images, reading_order, training_order
 
@@ -67,12 +74,14 @@ def train_batches(
         See `batching.collate`; all hosts get images of the same height and width.
 
     Raises:
-        ConfigError: an image fits in no bucket.
+        ConfigError: see `training_groups`; while it is read: an image cannot be decoded.
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
-    build = functools.partial(_train_batch, dataset=dataset, config=config, share=share)
-    groups = _groups(dataset, config.data)
+    groups = training_groups(dataset, config.data)
+    build = functools.partial(
+        _train_batch, dataset=dataset, groups=groups, config=config, share=share
+    )
     steps = training_order(groups, config.seed, size).random_map(build)
     return _read(steps[start_step:], config.run.workers)
 
@@ -88,15 +97,32 @@ def validation_batches(
     size = config.predict.batch_size
     share = _Share(size, process_index, process_count)
     build = functools.partial(_validation_batch, dataset=dataset, data=config.data, share=share)
-    order = reading_order(_groups(dataset, config.data), size)
+    images = np.arange(len(dataset))
+    # With one bucket there is no need to look at every image first.
+    sizes = dataset.index.sizes if len(config.data.buckets) > 1 else np.ones((len(dataset), 2))
+    order = reading_order(group_images(sizes, images, config.data), size)
     return _read(order.map(build), config.run.workers)
 
 
-def _groups(dataset: Dataset, data: Data) -> Groups:
-    images = np.arange(len(dataset))
-    if len(data.buckets) == 1:
-        return {data.buckets[0]: images}
-    return group_images(dataset.index.sizes, images, data)
+def training_groups(dataset: Dataset, data: Data) -> Groups:
+    """The images of a data set that are trained on, by their buckets.
+
+    Raises:
+        ConfigError: an image fits in no bucket, its header cannot be read (unless data.on_error
+            is `skip`), or no image has an object to learn from.
+    """
+    sizes, objects = dataset.index.sizes, dataset.index.objects
+    readable = sizes[:, 0] > 0
+    if data.on_error == "error" and not readable.all():
+        record = dataset.source[int(np.argmin(readable))]
+        raise unreadable(record, ValueError("cannot read its header"))
+    images = np.flatnonzero(readable & (data.keep_empty | (objects > 0)))
+    if not len(images):
+        raise ConfigError(
+            f"data.train_split: no image of {dataset.name} has an object to learn from; "
+            "annotate some or choose another split"
+        )
+    return group_images(sizes, images, data)
 
 
 def _train_batch(
@@ -104,17 +130,36 @@ def _train_batch(
     rng: np.random.Generator,
     *,
     dataset: Dataset,
+    groups: Groups,
     config: Config,
     share: _Share,
 ) -> Batch:
-    data, keep_crowd = config.data, config.anchors.crowd == "ignore"
     # One seed for each image of the global batch: the same whichever host builds the image.
     seeds = rng.integers(2**63, size=len(draw.images))
     examples = [
-        make_example(dataset.source[i], data, np.random.default_rng(seed), keep_crowd=keep_crowd)
-        for i, seed in zip(draw.images[share.slots], seeds[share.slots], strict=True)
+        _train_example(image, seed, groups[draw.bucket], dataset, config)
+        for image, seed in zip(draw.images[share.slots], seeds[share.slots], strict=True)
     ]
-    return collate(examples, draw.bucket, data.max_boxes)
+    return collate(examples, draw.bucket, config.data.max_boxes)
+
+
+def _train_example(
+    image: int, seed: int, group: np.ndarray, dataset: Dataset, config: Config
+) -> Example:
+    """An augmented image, or another one of its group in its place, which depends on the seed."""
+    data, keep_crowd = config.data, config.anchors.crowd == "ignore"
+    attempts = 10 if data.on_error == "skip" else 1
+    for attempt in range(attempts):
+        rng = np.random.default_rng(seed)
+        try:
+            example = make_example(dataset.source[image], data, rng, keep_crowd=keep_crowd)
+        except ConfigError:
+            if attempt + 1 == attempts:
+                raise
+            image = int(np.random.default_rng((seed, attempt)).choice(group))
+        else:
+            return {**example, "replaced": attempt > 0}
+    raise AssertionError("not reached")
 
 
 def _validation_batch(draw: Draw, *, dataset: Dataset, data: Data, share: _Share) -> Batch:

@@ -89,10 +89,10 @@ def trainable(objects: Objects, *, keep_crowd: bool = False) -> np.ndarray:
     Crowd regions are left out, as the published code does (what they cover becomes background),
     unless `keep_crowd`; boxes without width or height always, whose deltas would be infinite.
     """
-    return has_area(objects) & (keep_crowd | ~objects.is_crowd)
+    return has_area(objects.boxes) & (keep_crowd | ~objects.is_crowd)
 
 
-def has_area(objects: Objects) -> np.ndarray:
-    """bool[N]: boxes with width and height."""
-    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+def has_area(boxes: np.ndarray) -> np.ndarray:
+    """bool[N]: boxes (f32[N, 4], x0, y0, x1, y1) with width and height."""
+    sides = boxes[:, 2:] - boxes[:, :2]
     return np.all(sides > 0, axis=1)
