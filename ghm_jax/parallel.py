@@ -74,6 +74,32 @@ def replicate(tree: Any, devices: list[Device]) -> Any:
     return jax.device_put(tree, everywhere)
 
 
+class ProgramCount:
+    """A step that knows how many programs it was compiled to, and says when there are too many.
+
+    JAX runs the Python of a step once for each program, when it traces it. A shape that changes
+    from batch to batch is a program each time, and minutes of compilation that look like slow
+    training.
+    """
+
+    def __init__(
+        self, step: Callable[[Any, Any], Any], expected: int, say: Callable[[str], None]
+    ) -> None:
+        self.count = 0
+        self._step, self._expected, self._say = step, expected, say
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """Traces the step; to be given to `parallelize`."""
+        self.count += 1
+        if self.count > self._expected:
+            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(batch.items()))
+            self._say(
+                f"warning: compiling program {self.count} of the step, {self._expected} were "
+                f"expected; training waits for it each time (batch: {shapes})"
+            )
+        return self._step(state, batch)
+
+
 def split_batch(batch: dict[str, np.ndarray], replicas: int) -> dict[str, np.ndarray]:
     """[B, ...] -> [replicas, B / replicas, ...] for every array; B must be a multiple."""
     return {k: v.reshape(replicas, v.shape[0] // replicas, *v.shape[1:]) for k, v in batch.items()}

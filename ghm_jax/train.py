@@ -11,10 +11,18 @@ import jax
 from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.config import Config
 from ghm_jax.data.dataset import Dataset, open_dataset
-from ghm_jax.data.loader import train_batches
+from ghm_jax.data.loader import train_batches, training_groups
+from ghm_jax.data.notes import ReplacementLog, input_notes
 from ghm_jax.evaluate import detect
 from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
-from ghm_jax.parallel import REPLICA, Device, choose_devices, parallelize, split_batch
+from ghm_jax.parallel import (
+    REPLICA,
+    Device,
+    ProgramCount,
+    choose_devices,
+    parallelize,
+    split_batch,
+)
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, claim_run, set_aside
 from ghm_jax.schedule import make_optimizer
@@ -58,6 +66,7 @@ def train(
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, classes=dataset.class_names)
     )
+    notes = input_notes(dataset, config)
     validation = Validation(config, devices) if config.run.eval_every else None
     optimizer = make_optimizer(config)
     model = make_model(config, len(dataset.class_names), REPLICA)
@@ -75,6 +84,8 @@ def train(
     step = functools.partial(
         train_step, config=config, model=model, optimizer=optimizer, axis_name=REPLICA
     )
+    num_programs = len(training_groups(dataset, config.data))
+    step = ProgramCount(step, num_programs, progress.say)
     step = parallelize(step, devices, config.run.wrapper, donate=True)
     # XLA's CPU compiler is slow on random initializers, which run once: it need not optimize them.
     options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
@@ -99,14 +110,19 @@ def train(
             f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}, "
             f"{len(dataset)} images of {dataset.name}"
         )
+        for note in notes:
+            progress.say(note)
         progress.say("compiling the training step, half a minute or so ...")
 
         done, retry = start, None
         log = TrainingLog(run, config, start, progress)
+        replacements = ReplacementLog(progress.say)
         batches = train_batches(dataset, config, start)
         try:
             while done < total and not stopping.is_set():
-                state, metrics = step(state, split_batch(next(batches), len(devices)))
+                batch = next(batches)
+                replacements.record(batch)
+                state, metrics = step(state, split_batch(batch, len(devices)))
                 done += 1
                 log.record(done, metrics)
                 ap = None

@@ -27,6 +27,7 @@ def tiny_config(data_dir: str | Path = "data", **sections) -> Config:
             long_side=SIDE,
             buckets=((SIDE, SIDE),),
             max_boxes=4,
+            keep_empty=True,
         ),
         "model": Model(
             backbone="resnet10", width=4, norm="group", channels=8, head_convs=0, dtype="float32"

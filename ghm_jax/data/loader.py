@@ -5,6 +5,7 @@ another number of workers or hosts if need be, without any state of the input to
 """
 
 import functools
+import re
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -182,5 +183,12 @@ def _read(batches: grain.MapDataset, workers: int) -> Batches:
         for batch in iterator:
             # Out of the workers' shared memory, which complains if it outlives the interpreter.
             yield {key: np.array(value) for key, value in batch.items()} if workers else batch
+    except Exception as error:
+        # Grain adds lines of its own, and gives an error of a worker as the text of its traceback.
+        if isinstance(error, ConfigError):
+            raise ConfigError(str(error).splitlines()[0]) from None
+        if found := re.search(r"ConfigError: (.+)", str(error)):
+            raise ConfigError(found[1]) from None
+        raise
     finally:
         iterator.close()
