@@ -21,7 +21,8 @@ from ghm_jax.config import Config, Data, Optimizer, Run
 from ghm_jax.data.batching import choose_bucket, collate, make_example
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.loader import train_batches
-from ghm_jax.data.transforms import decode_image, flip_horizontal, resize
+from ghm_jax.data.placement import choose_placement
+from ghm_jax.data.transforms import decode_image
 
 DECODE = "cv2 decode"
 LIMIT = "cv2 decode + resize"
@@ -167,8 +168,9 @@ def _stages(records: list[dict[str, Any]], data: Data) -> dict[str, Callable[[],
     encoded = [record["image"] for record in records]
     buffers = [np.frombuffer(image, np.uint8) for image in encoded]
     images = [decode_image(image) for image in encoded]
-    boxes = np.zeros((_BOXES, 4), np.float32)
-    height, width = resize(images[0], boxes, data.short_side, data.long_side)[0].shape[:2]
+    shrink = choose_placement(images[0].shape[:2], data, None)
+    height, width = shrink.size
+    mirror = shrink._replace(original=shrink.scaled, mirrored=True)
     resized = [cv2.resize(image, (width, height)) for image in images]
     examples = [make_example(record, data, None) for record in records]
 
@@ -197,18 +199,12 @@ def _stages(records: list[dict[str, Any]], data: Data) -> dict[str, Callable[[],
     def each(function: Callable[..., object], arguments: list[Any]) -> Callable[[], object]:
         return lambda: [function(argument) for argument in arguments]
 
-    def flip(image: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(flip_horizontal(image, boxes)[0])
-
-    def shrink(image: np.ndarray) -> np.ndarray:
-        return resize(image, boxes, data.short_side, data.long_side)[0]
-
     return {
         DECODE: each(decode, buffers),
         LIMIT: each(lambda buffer: cv2.resize(decode(buffer), (width, height)), buffers),
         "decode": each(decode_image, encoded),
-        "resize": each(shrink, images),
-        "flip": each(flip, resized),
+        "resize": each(shrink.place_image, images),
+        "flip": each(mirror.place_image, resized),
         "batch": functools.partial(batch, examples),
         PIPELINE: pipeline,
     }
