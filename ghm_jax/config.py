@@ -335,7 +335,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     )
 
     yield (
-        0 <= c.data.min_short_side <= c.data.short_side,
+        0 <= c.data.min_short_side <= max(c.data.short_side, 0),  # which has a rule of its own
         f"data.min_short_side: must be 0 to data.short_side {c.data.short_side}, got "
         f"{c.data.min_short_side}",
     )
