@@ -21,6 +21,7 @@ from ghm_jax.parallel import (
     ProgramCount,
     choose_devices,
     parallelize,
+    replicate,
     split_batch,
 )
 from ghm_jax.progress import Progress, Silent
@@ -90,6 +91,8 @@ def train(
     # XLA's CPU compiler is slow on random initializers, which run once: it need not optimize them.
     options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
     state = jax.jit(initialize, compiler_options=options)(pretrained)
+    # As the step returns it: from another placement it would be compiled a second time.
+    state = replicate(state, devices)
 
     with (
         stop_on_signal(progress) as stopping,

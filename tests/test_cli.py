@@ -78,6 +78,8 @@ def fails(capsys, *args):
         ("train tiny.py --data.train-split test", ["data.train_split", "train, validation"]),
         ("train tiny.py --optimizer.batch-size 3", ["optimizer.batch_size: 3", "multiple of 2"]),
         ("train tiny.py --data.buckets 65 64", ["data.buckets", "multiples of 32"]),
+        ("train tiny.py --data.min-short-side 65", ["data.min_short_side", "short_side 64", "65"]),
+        ("train tiny.py --data.zoom 2 1", ["data.zoom", "range", "(2.0, 1.0)"]),
         ("train tiny.py --run-dir taken", ["taken", "not a run", "--run-dir"]),
         ("train tiny.py --run-dir tiny.py/run", ["tiny.py/run", "cannot be written", "--run-dir"]),
         ("train tiny.py --run-dir run --loss.bins 7", ["loss.bins 10, not 7", "--restart"]),

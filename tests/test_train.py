@@ -61,6 +61,12 @@ def test_every_step_is_logged_with_the_rate_and_the_histograms(finished_run):
         assert record["num_nonfinite"] == 0
 
 
+def test_the_step_is_compiled_once(finished_run):
+    _, _, listener = finished_run
+    assert any("compiling the training step" in line for line in listener.lines)
+    assert not any("warning: compiling" in line for line in listener.lines)
+
+
 def test_a_complete_run_is_left_as_it_is(finished_run, dataset_dir):
     run, state, _ = finished_run
     before = {p: p.read_bytes() for p in (run.history, run.config)}
