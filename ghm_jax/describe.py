@@ -17,6 +17,29 @@ from ghm_jax.step import make_model
 PARTS = ("backbone", "fpn", "class_head", "box_head")
 """Of the network, by their names among its parameters."""
 
+# Part of a device's name in JAX -> operations a second in bfloat16 with float32 sums, dense, as the
+# makers' data sheets say (T4: float16, as it has no bfloat16). The first that fits counts.
+_PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+    ("L4", 121e12),
+    ("T4", 65e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),  # v5p as JAX calls it
+    ("TPU v6", 918e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak operations a second of a device by its `device_kind` in JAX; None: not known."""
+    words = f"{device_kind} ".replace("-", " ")
+    return next((peak for name, peak in _PEAKS if f"{name} " in words), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartCost:

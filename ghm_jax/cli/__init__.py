@@ -11,7 +11,7 @@
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
     ghm-jax data inspect EXPERIMENT [--out DIR] [--batches 20] [--data.dir data ...]
-    ghm-jax bench losses|data [--out FILE.json]
+    ghm-jax bench losses|data|train [--out FILE.json]
 
 `ghm-jax train EXPERIMENT --help` lists every setting.
 """
@@ -44,6 +44,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "data inspect": data.inspect_command,
     "bench losses": bench.losses_command,
     "bench data": bench.data_command,
+    "bench train": bench.train_command,
 }
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ghm_jax.cli.arguments import parse
 from ghm_jax.config import ConfigError
@@ -90,6 +90,91 @@ def data_command(args: list[str]) -> None:
         parts = {"rows": rows, "loader": loader}
         tables = {key: [dataclasses.asdict(row) for row in part] for key, part in parts.items()}
         _write_result(Path(a.out), "data", args, tables, *_DATA_PACKAGES)
+
+
+@dataclass
+class BenchTrain:
+    """Times training steps on random batches: networks and their parts, GHM-C against focal loss,
+    1 to 8 devices (virtual ones on CPU), and how time grows with pixels, images and classes."""
+
+    parts: tuple[Literal["networks", "losses", "devices", "image", "batch", "classes"], ...] = (
+        *("networks", "losses", "devices", "image", "batch", "classes"),
+    )
+    """What to compare."""
+    backbones: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
+    """Of the networks; all other comparisons use the first."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images (800 1344; on CPU 64 64)."""
+    batch_size: int = 8
+    """Images a step, over all devices."""
+    channels: int | None = None
+    """Of pyramid and heads (256; on CPU 64)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the activations (bfloat16; on CPU float32)."""
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices; those that the machine has and that divide the batch are used."""
+    repeats: int = 5
+    """Timed steps of each."""
+    out: str = ""
+    """JSON file to write the rows into."""
+
+
+def train_command(args: list[str]) -> None:
+    """`ghm-jax bench train`."""
+    import jax
+
+    from ghm_jax.bench.train import Case, growth, measure_train
+
+    a = parse(BenchTrain, args, "ghm-jax bench train")
+    with contextlib.suppress(RuntimeError):  # JAX runs already: its devices are what they are
+        jax.config.update("jax_num_cpu_devices", max(a.devices, default=1))
+    cpu = jax.devices()[0].platform == "cpu"
+    base = Case(
+        backbone=a.backbones[0] if a.backbones else "",
+        image_size=a.size or ((64, 64) if cpu else (800, 1344)),
+        batch_size=a.batch_size,
+        channels=a.channels or (64 if cpu else 256),
+        dtype=a.dtype or ("float32" if cpu else "bfloat16"),
+    )
+    if min(a.repeats, *a.devices) < 1:
+        raise ConfigError("--repeats, --devices: must be positive")
+    for backbone in a.backbones or ("",):
+        dataclasses.replace(base, backbone=backbone).config.check()
+    print(
+        f"{jax.devices()[0].device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
+        "medians; x: to the first of the group"
+    )
+    rows = measure_train(
+        base,
+        parts=a.parts,
+        backbones=a.backbones,
+        device_counts=a.devices,
+        repeats=a.repeats,
+    )
+    print(
+        f"{'':<9}{'step of':<44}{'ms':>9}{'x':>7}{'images/s':>10}{'TFLOP/s':>9}{'MFU':>6}{'MiB':>8}"
+    )
+    for row in rows:
+        case = row.case
+        height, width = case.image_size
+        what = f"{case.backbone} {case.classification} {case.batch_size} x {height} x {width}"
+        what += f" {case.num_classes} classes" if row.part == "classes" else ""
+        what += f" on {case.devices}" if row.part == "devices" else ""
+        what += "" if case.collectives else ", nothing added up"
+        mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
+        memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
+        print(
+            f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}"
+            f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}"
+        )
+        if row.split:
+            print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
+    slopes = growth(rows)
+    for part, slope in slopes.items():
+        print(f"time grows as the {part} to the power of {slope:.2f}")
+    if a.out:
+        tables = {"rows": [dataclasses.asdict(row) for row in rows], "growth": slopes}
+        _write_result(Path(a.out), "train", args, tables, "jax", "jaxlib", "flax")
 
 
 def _versions(*packages: str) -> dict[str, str]:
