@@ -33,7 +33,9 @@ def main(
     """Measures and writes the table."""
     base = dataclasses.replace(Config().data, name=name, dir=data_dir)
     sizes = open_dataset(base, split).index.sizes
-    resized = np.array([resized_size(*s, base.short_side, base.long_side) for s in sizes.tolist()])
+    resized = np.array(
+        [resized_size(h, w, base.short_side, base.long_side) for h, w in sizes.tolist()]
+    )
     images = np.arange(len(sizes))
 
     def grouped(buckets: tuple[tuple[int, int], ...]) -> dict[str, float | int]:
