@@ -3,6 +3,7 @@
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
     ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--annotations instances.json]
+    ghm-jax predict runs/quickstart IMAGE_OR_FOLDER... --out DIR [--threshold 0.3] [--batch-size N]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
     ghm-jax export runs/quickstart --out FILE.safetensors
     ghm-jax stats runs/quickstart [--out DIR] [--split train] [--images 500]
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 try:
-    from ghm_jax.cli import bench, data, doctor, runs, stats
+    from ghm_jax.cli import bench, data, doctor, predict, runs, stats
     from ghm_jax.cli.arguments import fail
     from ghm_jax.config import ConfigError
 except ModuleNotFoundError as missing:
@@ -33,6 +34,7 @@ except ModuleNotFoundError as missing:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": runs.train_command,
     "evaluate": runs.evaluate_command,
+    "predict": predict.predict_command,
     "import": runs.import_command,
     "export": runs.export_command,
     "describe": runs.describe_command,

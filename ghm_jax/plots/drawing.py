@@ -150,6 +150,33 @@ def sample_grid(
     return _join(rows, axis=0)
 
 
+def contact_sheet(
+    images: Sequence[tuple[np.ndarray, str]], *, columns: int = 4, side: int = 320
+) -> np.ndarray:
+    """Small images over their captions, in rows.
+
+    Args:
+        images: uint8[H, W, 3] and caption, at least one.
+        columns: images in a row; never more than there are.
+        side: of the square cell that every image is fitted into, in pixels.
+
+    Returns:
+        uint8[H, W, 3].
+    """
+    cells = []
+    for image, text in images:
+        scale = side / max(image.shape[:2])
+        height, width = (max(1, round(scale * length)) for length in image.shape[:2])
+        small = cv2.resize(
+            np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_AREA
+        )
+        cells.append(_captioned(_pad(np.asarray(small), side, side), text))
+    columns = min(columns, len(cells))
+    cells += [_background(side + _CAPTION_HEIGHT, side)] * (-len(cells) % columns)
+    rows = [_join(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return _join(rows, axis=0)
+
+
 def _pair(sample: Sample, class_names: Sequence[str], min_score: float) -> np.ndarray:
     scale = _CELL / max(sample.image.shape[:2])
     if scale > 1:

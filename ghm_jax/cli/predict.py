@@ -1,0 +1,50 @@
+"""`ghm-jax predict`."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ghm_jax.cli.arguments import parse, positional
+from ghm_jax.rundir import load_run
+
+
+@dataclass
+class Predict:
+    """Detects objects on image files: drawn images, predictions.json, contact_sheet.jpg."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """Image files, folders, or glob patterns in quotes."""
+    out: str
+    """New directory for what is written."""
+    batch_size: int = 0
+    """Images a step (predict.batch_size of the run)."""
+    threshold: float = 0.3
+    """Least score of a detection."""
+
+
+def predict_command(args: list[str]) -> None:
+    """`ghm-jax predict`."""
+    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.progress import Bar
+
+    directory = positional(args, "ghm-jax predict RUN IMAGE... --out DIR")
+    given = Predict(directory or "", tyro.MISSING, tyro.MISSING)
+    a = parse(Predict, args, "ghm-jax predict", given)
+    _, config = load_run(a.run)
+    use_cpu_cores((a.batch_size or config.predict.batch_size,))
+
+    from ghm_jax.predict import predict
+
+    settings = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)[3:]}
+    done = predict(a.run, a.images, a.out, progress=Bar(), **settings)
+    for line in done.unreadable[:10]:
+        print(f"skipped {line}", file=sys.stderr)
+    skipped = f"; skipped {len(done.unreadable)}, no images" if done.unreadable else ""
+    print(f"{done.detections} detections on {done.images} images{skipped}")
+    print(f"look at: {Path(a.out) / 'contact_sheet.jpg'}")

@@ -1,0 +1,241 @@
+"""Detections on image files: drawn on them, as JSON, and on one contact sheet."""
+
+import dataclasses
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.data.batching import Example, collate, filler_example
+from ghm_jax.data.dataset import data_set_names, open_dataset
+from ghm_jax.data.order import Groups, group_images, reading_order
+from ghm_jax.data.placement import choose_placement
+from ghm_jax.data.schema import category_ids_of
+from ghm_jax.data.transforms import decode_image, encoded_size
+from ghm_jax.inference import coco_results, make_detector, restore_variables
+from ghm_jax.nms import Detections
+from ghm_jax.parallel import choose_devices, replicate
+from ghm_jax.plots.drawing import contact_sheet, draw_boxes
+from ghm_jax.progress import Progress, Silent
+from ghm_jax.rundir import load_run, write_text
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SHEET_IMAGES = 24
+"""Images on the contact sheet at most: the first ones."""
+_SHORTEST, _LONGEST = 480, 1600  # long side of a drawn image, in pixels
+
+
+class Prediction(NamedTuple):
+    """What `predict` did."""
+
+    images: int
+    """Images with detections drawn on them."""
+    detections: int
+    unreadable: tuple[str, ...]
+    """Files that are no images, with why."""
+
+
+def predict(
+    run_dir: str | Path,
+    sources: Sequence[str],
+    out: str | Path,
+    *,
+    batch_size: int = 0,
+    threshold: float = 0.3,
+    progress: Progress | None = None,
+) -> Prediction:
+    """Detects objects on image files with the newest checkpoint of a run.
+
+    Writes into `out`: every image with its detections under its own name, `predictions.json` (COCO
+    results with `file_name`; boxes in pixels of the stored image; `image_id` is the number that
+    the file is named by, as COCO's are, or else its place from 1) and `contact_sheet.jpg` of the
+    first images. Files that are no images are left out.
+
+    Args:
+        run_dir: of a run that has a checkpoint.
+        sources: image files, folders (the images directly in them) and glob patterns.
+        out: a new or empty directory, so that nothing is ever written over.
+        batch_size: images a step; 0: the run's `predict.batch_size`. No more than there are.
+        threshold: least score of a detection.
+        progress: who hears about it.
+
+    Raises:
+        ConfigError: no run, no checkpoint, no image that can be read, or `out` is in use.
+    """
+    progress = progress or Silent()
+    run, config = load_run(run_dir)
+    files, out = find_images(sources), Path(out)
+    if not 0 <= threshold <= 1 or batch_size < 0:
+        raise ConfigError("--threshold: must be in [0, 1], and --batch-size not negative")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out: {out} is not empty; choose a new directory")
+    settings = dataclasses.replace(config.predict, score_threshold=threshold)
+    config = dataclasses.replace(config, predict=settings)
+    devices = choose_devices(config.run.devices)
+    variables = replicate(restore_variables(run, config, devices[0])[0], devices)
+    sizes, unreadable = _read_sizes(files, progress)
+    if not sizes:
+        raise _none_readable(unreadable)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from error
+
+    category_ids = _category_ids(config.data, progress)
+    detector = make_detector(config, len(config.data.classes), devices)
+    ids, names = _image_ids(files), _output_names(files)
+    groups = _group(sizes, config.data)
+    size = min(batch_size or config.predict.batch_size, max(map(len, groups.values())))
+    size = -(-size // len(devices)) * len(devices)  # every device gets as many
+    rows, sheet, done = {}, {}, 0
+    for bucket, numbers in reading_order(groups, size):
+        images = {}
+        for number in numbers:
+            try:
+                images[number] = decode_image(files[number].read_bytes())
+            except (OSError, ValueError, cv2.error) as error:
+                unreadable[number] = f"{files[number]}: {error}"
+        examples = [_example(image, config.data) for image in images.values()]
+        examples += [filler_example()] * (size - len(examples))
+        found = detector(variables, collate(examples, bucket, config.data.max_boxes))
+        for i, (number, image) in enumerate(images.items()):
+            of_image = Detections(*(part[i] for part in found))
+            of_file = coco_results(ids[number], of_image, category_ids)
+            rows[number] = [{**row, "file_name": str(files[number])} for row in of_file]
+            drawn = _draw(image, of_image, config)
+            _write_image(out / names[number], drawn)
+            sheet[number] = drawn, f"{files[number].name}: {len(of_file)}"
+            if len(sheet) > SHEET_IMAGES:
+                del sheet[max(sheet)]
+        done += len(numbers)
+        progress.update("predict", done, len(sizes), {})
+    progress.close()
+    if not sheet:
+        raise _none_readable(unreadable)
+    in_order = [row for number in sorted(rows) for row in rows[number]]
+    write_text(out / "predictions.json", json.dumps(in_order))
+    _write_image(out / "contact_sheet.jpg", contact_sheet([sheet[n] for n in sorted(sheet)]))
+    skipped = tuple(unreadable[number] for number in sorted(unreadable))
+    return Prediction(len(rows), len(in_order), skipped)
+
+
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """The files that files, folders and glob patterns name, each once.
+
+    Raises:
+        ConfigError: one of them names none.
+    """
+    files: dict[Path, Path] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        elif path.exists():
+            found = [path]
+        else:
+            found = [Path(p) for p in sorted(glob.glob(source, recursive=True))]
+            found = [p for p in found if p.is_file()]
+        if not found:
+            what = f"no image ({', '.join(SUFFIXES)})" if path.is_dir() else "no such file"
+            raise ConfigError(f"{source}: {what}; give image files, folders or glob patterns")
+        files |= {p.resolve(): p for p in found if p.resolve() not in files}
+    if not files:
+        raise ConfigError("no images given; give image files, folders or glob patterns")
+    return list(files.values())
+
+
+def _image_ids(files: Sequence[Path]) -> list[int]:
+    stems = [path.stem for path in files]
+    if all(s.isascii() and s.isdigit() for s in stems) and len(set(map(int, stems))) == len(stems):
+        return [int(stem) for stem in stems]
+    return list(range(1, len(files) + 1))
+
+
+def _output_names(files: Sequence[Path]) -> list[str]:
+    """File names that differ, also on systems that take A for a; PNG stays PNG."""
+    taken, names = {"contact_sheet.jpg", "predictions.json"}, []
+    for path in files:
+        suffix = ".png" if path.suffix.lower() == ".png" else ".jpg"
+        name, number = path.stem + suffix, 2
+        while name.lower() in taken:
+            name, number = f"{path.stem}-{number}{suffix}", number + 1
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def _read_sizes(
+    files: Sequence[Path], progress: Progress
+) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
+    """(height, width) of each file by its number; of those that are no images, why."""
+    sizes, unreadable = {}, {}
+    for number, path in enumerate(files):
+        try:
+            sizes[number] = encoded_size(path.read_bytes())
+        except (OSError, ValueError) as error:
+            unreadable[number] = f"{path}: {error}"
+        progress.update("read sizes", number + 1, len(files), {})
+    return sizes, unreadable
+
+
+def _none_readable(unreadable: dict[int, str]) -> ConfigError:
+    first = unreadable[min(unreadable)]
+    return ConfigError(f"none of {len(unreadable)} files can be read as an image: {first}")
+
+
+def _group(sizes: dict[int, tuple[int, int]], data: Data) -> Groups:
+    """File numbers by bucket.
+
+    A run may have buckets for one orientation only, and these files another: a square as large as
+    the longest side, which `data.long_side` never exceeds, takes what fits in no other bucket.
+    """
+    largest = max(max(bucket) for bucket in data.buckets)
+    buckets = tuple(dict.fromkeys([*data.buckets, (largest, largest)]))
+    by_number = np.zeros((max(sizes) + 1, 2), np.int32)
+    by_number[list(sizes)] = list(sizes.values())
+    return group_images(
+        by_number, np.array(list(sizes)), dataclasses.replace(data, buckets=buckets)
+    )
+
+
+def _category_ids(data: Data, progress: Progress) -> tuple[int, ...]:
+    """Those of the run's data set where it is at hand: a run keeps the names only."""
+    # Asked for by name, because opening the embedded data set would build it.
+    if data.name in data_set_names(Path(data.dir)):
+        dataset = open_dataset(data, data.train_split)
+        if dataset.class_names == data.classes:
+            return dataset.category_ids
+    progress.say(
+        f"category ids are by class names (COCO's, or else from 1): no {data.name!r} with "
+        f"the classes of the run in {data.dir}"
+    )
+    return category_ids_of(data.classes)
+
+
+def _example(image: np.ndarray, data: Data) -> Example:
+    placement = choose_placement(image.shape[:2], data, None)
+    return filler_example() | {
+        "image": placement.place_image(image),
+        "image_size": placement.size,
+        "original_size": image.shape[:2],
+        "scale": placement.scale,
+        "offset": placement.offset,
+        "valid": True,
+    }
+
+
+def _draw(image: np.ndarray, found: Detections, config: Config) -> np.ndarray:
+    used = np.asarray(found.labels) >= 0
+    side = max(image.shape[:2])
+    scale = max(1, _SHORTEST // side) if side < _LONGEST else _LONGEST / side
+    boxes, scores, labels = (np.asarray(part)[used] for part in found)
+    return draw_boxes(image, boxes, labels, config.data.classes, scores, scale=scale)
+
+
+def _write_image(path: Path, image: np.ndarray) -> None:
+    path.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -1,0 +1,111 @@
+"""Predictions on files: what is written, what is skipped, and that nothing is written over."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from tiny import CATEGORIES, SIDE, Listener, draw_image
+
+from ghm_jax.config import ConfigError
+from ghm_jax.predict import find_images, predict
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def write_images(folder, rng, names, size=(48, 64)):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        pixels = draw_image(rng, *size, 2)[0]
+        (folder / name).write_bytes(
+            cv2.imencode(name[name.index(".") :].lower(), pixels)[1].tobytes()
+        )
+    return folder
+
+
+def test_every_readable_image_is_drawn_and_listed(finished_run, rng, tmp_path):
+    folder = write_images(tmp_path / "in", rng, ["7.png", "12.JPG", "9.jpg"])
+    write_images(folder, rng, ["11.png"], size=(96, 200))
+    (folder / "10.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either, and not asked for")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    out, listener = tmp_path / "out", Listener()
+    done = predict(
+        finished_run[0].path, [str(folder)], out, batch_size=2, threshold=0, progress=listener
+    )
+    assert done.images == 4
+    assert len(done.unreadable) == 1
+    assert "10.png" in done.unreadable[0]
+    assert listener.steps == [1, 2, 3, 4, 5, 2, 4]  # headers, then images
+    names = {"7.png", "12.jpg", "9.jpg", "11.png", "contact_sheet.jpg", "predictions.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert all(cv2.imread(str(out / name)) is not None for name in names if "json" not in name)
+    rows = json.loads((out / "predictions.json").read_text())
+    assert len(rows) == done.detections
+    assert {row["image_id"] for row in rows} == {7, 9, 11, 12}
+    assert {row["category_id"] for row in rows} <= set(CATEGORIES)
+    assert not listener.lines
+    for row in rows:
+        width, height = (200, 96) if row["image_id"] == 11 else (64, 48)
+        x, y, w, h = row["bbox"]
+        assert min(x, y, w, h) >= 0
+        assert x + w <= width + 0.01
+        assert y + h <= height + 0.01
+        assert str(row["image_id"]) in row["file_name"]
+    reach = max(row["bbox"][0] + row["bbox"][2] for row in rows if row["image_id"] == 11)
+    assert reach > 64  # pixels of the original image, three times those of the network
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(ConfigError, match=r"^--out: .* is not empty"):
+        predict(finished_run[0].path, [str(folder)], folder)
+
+
+def test_files_that_are_no_images_at_all_are_one_line_and_leave_nothing(finished_run, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"none of 1 files .*a\.png"):
+        predict(finished_run[0].path, [str(tmp_path / "a.png")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_are_files_folders_and_patterns_each_file_once(rng, tmp_path):
+    a = write_images(tmp_path / "a", rng, ["1.png", "2.jpg"])
+    b = write_images(tmp_path / "b", rng, ["1.png"])
+    shutil.copy(b / "1.png", b / "sub.tiff")
+    assert find_images([str(a)]) == [a / "1.png", a / "2.jpg"]
+    found = find_images([str(b / "1.png"), str(tmp_path / "*" / "*.png"), str(b)])
+    assert found == [b / "1.png", a / "1.png", b / "sub.tiff"]
+    for nothing in (tmp_path / "gone.jpg", tmp_path / "*.gif"):
+        with pytest.raises(ConfigError, match="no such file"):
+            find_images([str(nothing)])
+
+
+@pytest.mark.slow
+def test_what_is_found_on_an_image_depends_on_no_other_file(finished_run, rng, tmp_path):
+    """Two of the three share a bucket; for the high ones the run has none."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run[0].path, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= {"buckets": [[32, SIDE]], "dir": str(tmp_path / "gone")}
+    (run / "config.json").write_text(json.dumps(config))
+    a = write_images(tmp_path / "a", rng, ["x.png"])
+    write_images(a, rng, ["y.png"], size=(28, 64))
+    b = write_images(tmp_path / "b", rng, ["x.png"], size=(60, 40))
+    listener = Listener()
+    predict(run, [str(a), str(b)], tmp_path / "out", threshold=0, progress=listener)
+    together = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [row["image_id"] for row in together] == sorted(row["image_id"] for row in together)
+    for image_id, path in enumerate((a / "x.png", a / "y.png", b / "x.png"), start=1):
+        out = tmp_path / str(image_id)
+        predict(run, [str(path)], out, threshold=0)
+        alone = json.loads((out / "predictions.json").read_text())
+        rows = [row for row in together if row["file_name"] == str(path)]
+        assert len(rows) == len(alone) > 0
+        assert {row["image_id"] for row in rows} == {image_id}
+        for key in ("bbox", "score"):
+            found, expected = ([row[key] for row in some] for some in (rows, alone))
+            np.testing.assert_allclose(found, expected, atol=2e-3)
+    # Without the data set its ids are not known; both files named x are kept.
+    assert {row["category_id"] for row in together} <= {1, 2, 3}
+    assert [line for line in listener.lines if "category ids are by class names" in line]
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"x.png", "y.png", "x-2.png"}
+    assert cv2.imread(str(tmp_path / "out" / "x.png")).shape == (48 * 7, 64 * 7, 3)
