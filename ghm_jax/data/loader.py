@@ -184,11 +184,12 @@ def _read(batches: grain.MapDataset, workers: int) -> Batches:
             # Out of the workers' shared memory, which complains if it outlives the interpreter.
             yield {key: np.array(value) for key, value in batch.items()} if workers else batch
     except Exception as error:
-        # Grain adds lines of its own, and gives an error of a worker as the text of its traceback.
-        if isinstance(error, ConfigError):
-            raise ConfigError(str(error).splitlines()[0]) from None
+        # Grain adds lines of its own, and gives an error of a worker as the text of its traceback,
+        # in an error of its own or, in older versions, of the same class.
         if found := re.search(r"ConfigError: (.+)", str(error)):
             raise ConfigError(found[1]) from None
+        if isinstance(error, ConfigError):
+            raise ConfigError(str(error).splitlines()[0]) from None
         raise
     finally:
         iterator.close()
