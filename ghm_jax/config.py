@@ -323,6 +323,10 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
             len(bucket) == 2 and all(side > 0 and side % 32 == 0 for side in bucket),
             f"data.buckets: {bucket} is not a (height, width) in multiples of 32",
         )
+    yield (
+        len(set(c.data.buckets)) == len(c.data.buckets),
+        f"data.buckets: {c.data.buckets} has one twice; remove it",
+    )
     largest = max(max(bucket) for bucket in c.data.buckets)
     yield (
         c.data.long_side <= largest,

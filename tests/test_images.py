@@ -123,6 +123,8 @@ def test_a_corrupt_image_stops_training_with_its_id_and_file_name(workers):
 def test_a_corrupt_header_is_found_before_the_first_step_and_evaluation_never_skips():
     with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot read its header"):
         train_batches(dataset({5: b"nothing"}), config(), 0)
+    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot read its header"):
+        validation_batches(dataset({5: b"nothing"}), config(on_error="skip"))
     with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot decode"):
         list(validation_batches(dataset({5: half_a_file()}), config(on_error="skip")))
 

@@ -1,6 +1,7 @@
 """The order of training is a function of (seed, step); the images of a step share a bucket."""
 
 import collections
+import functools
 import itertools
 
 import cv2
@@ -54,7 +55,7 @@ def test_with_one_bucket_ids_and_seeds_are_those_of_one_plain_shuffle():
     for seed in (0, 7):
         plain = grain.MapDataset.range(11).seed(seed).shuffle().repeat()
         plain = plain.batch(4, batch_fn=tuple).random_map(build)
-        groups = group_images(np.zeros((11, 2), int), np.arange(11), config(((96, 96),)).data)
+        groups = group_images(np.full((11, 2), 64), np.arange(11), config(((96, 96),)).data)
         grouped = training_order(groups, seed, 4).random_map(lambda d, rng: build(d.images, rng))
         for step in (*range(30), 100_000):
             assert grouped[step] == plain[step]
@@ -109,8 +110,10 @@ def test_killed_and_resumed_at_any_step_on_other_workers_and_hosts_the_stream_is
 
 
 def test_an_image_that_fits_in_no_bucket_is_said_before_the_first_step():
-    with pytest.raises(ConfigError, match=r"data.buckets: an image needs 96x64 pixels"):
-        train_batches(shapes(), config(((64, 96), (32, 96))), 0)
+    for buckets in (((64, 96), (32, 96)), ((64, 96),)):
+        for batches in (functools.partial(train_batches, start_step=0), validation_batches):
+            with pytest.raises(ConfigError, match=r"data.buckets: an image needs 96x64 pixels"):
+                batches(shapes(), config(buckets))
 
 
 def test_the_index_is_read_once_and_kept(tmp_path):

@@ -94,15 +94,16 @@ def validation_batches(
 
     The last batch of a bucket is filled up with images that are not `valid`. Arguments and batches
     as of `train_batches`, with predict.batch_size.
+
+    Raises:
+        ConfigError: an image fits in no bucket, or its header cannot be read.
     """
     size = config.predict.batch_size
     share = _Share(size, process_index, process_count)
     build = functools.partial(_validation_batch, dataset=dataset, data=config.data, share=share)
-    images = np.arange(len(dataset))
-    # With one bucket there is no need to look at every image first.
-    sizes = dataset.index.sizes if len(config.data.buckets) > 1 else np.ones((len(dataset), 2))
-    order = reading_order(group_images(sizes, images, config.data), size)
-    return _read(order.map(build), config.run.workers)
+    _check_headers(dataset)
+    groups = group_images(dataset.index.sizes, np.arange(len(dataset)), config.data)
+    return _read(reading_order(groups, size).map(build), config.run.workers)
 
 
 def training_groups(dataset: Dataset, data: Data) -> Groups:
@@ -113,10 +114,9 @@ def training_groups(dataset: Dataset, data: Data) -> Groups:
             is `skip`), or no image has an object to learn from.
     """
     sizes, objects = dataset.index.sizes, dataset.index.objects
+    if data.on_error == "error":
+        _check_headers(dataset)
     readable = sizes[:, 0] > 0
-    if data.on_error == "error" and not readable.all():
-        record = dataset.source[int(np.argmin(readable))]
-        raise unreadable(record, ValueError("cannot read its header"))
     images = np.flatnonzero(readable & (data.keep_empty | (objects > 0)))
     if not len(images):
         raise ConfigError(
@@ -124,6 +124,13 @@ def training_groups(dataset: Dataset, data: Data) -> Groups:
             "annotate some or choose another split"
         )
     return group_images(sizes, images, data)
+
+
+def _check_headers(dataset: Dataset) -> None:
+    readable = dataset.index.sizes[:, 0] > 0
+    if not readable.all():
+        record = dataset.source[int(np.argmin(readable))]
+        raise unreadable(record, ValueError("cannot read its header"))
 
 
 def _train_batch(

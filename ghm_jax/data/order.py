@@ -45,8 +45,6 @@ def group_images(sizes: np.ndarray, images: np.ndarray, data: Data) -> Groups:
     Raises:
         ConfigError: an image fits in none.
     """
-    if len(data.buckets) == 1:
-        return {data.buckets[0]: images}
 
     @functools.cache
     def bucket_of(height: int, width: int) -> Bucket:
