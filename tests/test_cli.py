@@ -80,7 +80,7 @@ def fails(capsys, *args):
         ("train tiny.py --data.buckets 65 64", ["data.buckets", "multiples of 32"]),
         ("train tiny.py --data.min-short-side 65", ["data.min_short_side", "short_side 64", "65"]),
         ("train tiny.py --data.buckets 64 64 64 64", ["data.buckets", "twice"]),
-        ("train tiny.py --data.buckets 32 64", ["data.buckets", "64x64", "larger"]),
+        ("train tiny.py --data.buckets 32 64", ["data.buckets", "an image needs 64x", "larger"]),
         ("train tiny.py --data.zoom 2 1", ["data.zoom", "range", "(2.0, 1.0)"]),
         ("train tiny.py --run-dir taken", ["taken", "not a run", "--run-dir"]),
         ("train tiny.py --run-dir tiny.py/run", ["tiny.py/run", "cannot be written", "--run-dir"]),
