@@ -8,6 +8,7 @@ experiments/results/padding_waste.json.
 
 import dataclasses
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def main(
     record = {
         "command": f"python experiments/padding_waste.py DATA_DIR --name {name} --split {split}",
         "date": time.strftime("%Y-%m-%d"),
+        "device": "none: computed from sizes",
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "images": len(sizes),
         "batch_size": BATCH,
         "rows": rows,

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import zlib
 from html import escape
 
 import cv2
@@ -109,6 +110,9 @@ def svg(figure: Figure, label: str) -> str:
     start = re.sub(r' (width|height)="[^"]*"', "", start)
     # Several figures share a page: the names of their groups would be there twice.
     rest = re.sub(r'<g id="[^"]*"', "<g", rest)
+    # Matplotlib names clips after objects in memory; here after their place in the figure.
+    for number, clip in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', rest))):
+        rest = rest.replace(clip, f"clip-{zlib.crc32(label.encode()):08x}-{number}")
     for color, variable in (
         (figures.INK, "--ink"), (figures.MUTED, "--muted"), (figures.GRID, "--grid")
     ):  # fmt: skip
