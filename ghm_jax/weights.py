@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from ghm_jax.checkpoint import Checkpoints, restore_tree, save_tree
-from ghm_jax.config import Config, ConfigError, Model
-from ghm_jax.data.dataset import open_dataset
+from ghm_jax.config import Config, ConfigError, Data, Model
+from ghm_jax.data.dataset import data_set_names, open_dataset
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.models.pretrained import class_rows_of, import_backbone, import_detector
 from ghm_jax.rundir import RunDirectory, claim_run
@@ -174,7 +174,8 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
 
     Args:
         source: weights of a whole detector.
-        config: of the same network; its data set, which must be prepared, gives the classes.
+        config: of the same network; its data set gives the classes, and must be prepared unless it
+            is COCO, whose classes are known.
         run_dir: where the run goes.
 
     Raises:
@@ -182,17 +183,17 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
             left behind then.
     """
     config.check()
-    dataset = open_dataset(config.data, config.data.validation_split)
-    config = replace(config, data=replace(config.data, classes=dataset.class_names))
+    class_names = _class_names(config.data)
+    config = replace(config, data=replace(config.data, classes=class_names))
     if RunDirectory(Path(run_dir)).has_checkpoint:
         raise ConfigError(f"{run_dir}: holds a checkpoint already; choose another --run-dir")
 
     path = locate(source)
     tensors = load_tensors(path)
-    model, optimizer = make_model(config, len(dataset.class_names)), make_optimizer(config)
+    model, optimizer = make_model(config, len(class_names)), make_optimizer(config)
     blank = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     try:
-        rows = class_rows_of(tensors, dataset.class_names, COCO_CATEGORIES)
+        rows = class_rows_of(tensors, class_names, COCO_CATEGORIES)
         like = {"params": blank.params, "batch_stats": blank.batch_stats}
         variables = import_detector(tensors, like, rows)
     except ValueError as error:
@@ -204,6 +205,13 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
         checkpoints.save(0, state)
         checkpoints.wait()
     return run
+
+
+def _class_names(data: Data) -> tuple[str, ...]:
+    """Of the data set; COCO need not be at hand, for predictions on images of one's own."""
+    if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(Path(data.dir)):
+        return tuple(COCO_CATEGORIES)
+    return open_dataset(data, data.validation_split).class_names
 
 
 def _cache() -> Path:

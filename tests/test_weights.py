@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,12 @@ from tiny import Listener, tiny_config
 
 from ghm_jax import weights
 from ghm_jax.config import ConfigError, Model
+from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.evaluate import evaluate
 from ghm_jax.export import export
 from ghm_jax.inference import restore_variables
 from ghm_jax.models.pretrained_names import BACKBONE, MMDETECTION, TORCHVISION
+from ghm_jax.predict import predict
 from ghm_jax.rundir import load_run
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import init_state, make_model
@@ -364,6 +367,23 @@ def test_torchvisions_background_class_is_left_out(dataset_dir, tmp_path, rng):
     variables, _ = restore_variables(run, load_run(run.path)[1], jax.devices()[0])
     bias = tensors["head.classification_head.cls_logits.bias"]  # one anchor
     np.testing.assert_array_equal(variables["params"]["class_head"]["output"]["bias"], bias[1:])
+
+
+def test_a_coco_detector_is_imported_without_coco_and_predicts(tmp_path, rng):
+    config = tiny_config(tmp_path / "nothing", model=DETECTOR)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, name="coco/2017"))
+    write_detector(tmp_path / "w.safetensors", rng, config, num_classes=80)
+    run = import_run(str(tmp_path / "w.safetensors"), config, tmp_path / "run")
+    assert load_run(run.path)[1].data.classes == tuple(COCO_CATEGORIES)
+    image = cv2.imencode(".png", rng.integers(0, 256, (64, 64, 3)).astype(np.uint8))[1]
+    (tmp_path / "photo.png").write_bytes(image)
+    found = predict(run.path, [str(tmp_path / "photo.png")], tmp_path / "out", threshold=0.0)
+    assert found.images == 1
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    ids = {row["category_id"] for row in rows}
+    assert ids
+    assert ids <= set(COCO_CATEGORIES.values())
+    assert "no prepared data set" in error_of(evaluate, run.path)
 
 
 def test_a_detector_that_does_not_fit_leaves_no_run(dataset_dir, tmp_path, rng, imported):
