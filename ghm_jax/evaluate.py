@@ -16,7 +16,7 @@ from ghm_jax.data.transforms import decode_image
 from ghm_jax.errors import error_analysis
 from ghm_jax.inference import coco_results, make_detector, restore_state
 from ghm_jax.nms import Detections
-from ghm_jax.parallel import Device, choose_devices, replicate
+from ghm_jax.parallel import Device, choose_devices, gather_rows, replicate
 from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
 from ghm_jax.progress import Progress, Silent
@@ -182,13 +182,15 @@ def detect(
     """
     detector = make_detector(config, len(dataset.class_names), devices)
     results, seen = [], []
-    for batch in validation_batches(dataset, config):
+    batches = validation_batches(dataset, config, jax.process_index(), jax.process_count())
+    for batch in batches:
         found = detector(variables, batch)
         for i in np.flatnonzero(batch["valid"]):
             seen.append(int(batch["image_id"][i]))
             of_image = Detections(*(part[i] for part in found))
             results += coco_results(seen[-1], of_image, dataset.category_ids)
         progress.update("evaluate", len(seen), len(dataset), {})
+    results, seen = gather_rows(results), gather_rows(seen)
     if len(seen) != len(dataset) or len(set(seen)) != len(seen):
         raise AssertionError(f"{len(set(seen))} of {len(dataset)} images were evaluated once")
     return results

@@ -10,7 +10,7 @@ import numpy as np
 from ghm_jax.checkpoint import Checkpoints
 from ghm_jax.config import Config, ConfigError
 from ghm_jax.nms import Detections
-from ghm_jax.parallel import Device, merge_batch, parallelize, split_batch
+from ghm_jax.parallel import Device, merge_batch, num_local, parallelize, split_batch
 from ghm_jax.rundir import RunDirectory
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import Batch, TrainState, init_state, make_model, predict_step
@@ -50,7 +50,7 @@ def make_detector(
     step = _parallel_predict_step(config, num_classes, tuple(devices))
 
     def run(variables: dict[str, Any], batch: Batch) -> Detections:
-        found = merge_batch(step(variables, split_batch(batch, len(devices))))
+        found = merge_batch(step(variables, split_batch(batch, num_local(list(devices)))))
         scale = np.tile(batch["scale"], 2)[:, None, :]  # [B, 1, 4], from original to padded pixels
         return found._replace(boxes=found.boxes / scale)
 

@@ -4,12 +4,15 @@ A step is written for one replica, with explicit collectives over `REPLICA`. The
 comes out un-stacked and replicated; batches are split along their first axis.
 """
 
+import functools
+import json
 import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 REPLICA = "replica"
 
@@ -57,21 +60,89 @@ def parallelize(
 
     # check_vma=False: with True, JAX itself sums gradients of replicated values over the replicas,
     # and the psum in the step would make them too large without any error.
+    mesh = jax.sharding.Mesh(np.asarray(devices), (REPLICA,))
     sharded = jax.shard_map(
         body,
-        mesh=jax.sharding.Mesh(np.asarray(devices), (REPLICA,)),
+        mesh=mesh,
         in_specs=(spec(), spec(REPLICA)),
         out_specs=spec(REPLICA) if split_output else spec(),
         check_vma=False,
     )
-    return jax.jit(sharded, donate_argnums=donated)
+    compiled = jax.jit(sharded, donate_argnums=donated)
+    if jax.process_count() == 1:
+        return compiled
+    split = jax.sharding.NamedSharding(mesh, spec(REPLICA))
+
+    def on_all_processes(state: Any, batch: Any) -> Any:
+        place = functools.partial(jax.make_array_from_process_local_data, split)
+        return compiled(state, jax.tree.map(place, batch))
+
+    return on_all_processes
 
 
 def replicate(tree: Any, devices: list[Device]) -> Any:
     """The same arrays on every device, as a state that both wrappers take without a copy."""
     mesh = jax.sharding.Mesh(np.asarray(devices), (REPLICA,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(tree, everywhere)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def place(x: Any) -> jax.Array:
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
+
+    return jax.tree.map(place, tree)
+
+
+def start_processes(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a job into one; call it before JAX is used.
+
+    Args:
+        coordinator: HOST:PORT of process 0; each process then has all devices of its host. None, as
+            the others: `jax.distributed` finds them all on TPU pods (one process a host), under
+            SLURM and under Open MPI 4 (one process a GPU).
+        num_processes: of the job.
+        process_id: of this one, from 0.
+
+    Raises:
+        ValueError, RuntimeError: nothing was found, or the others did not answer.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs only
+    # What SLURM and Open MPI tell would leave a process one GPU, whatever was asked for here.
+    detection = None if coordinator is None else "deactivate"
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, cluster_detection_method=detection
+    )
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def gather_rows(rows: list[Any]) -> list[Any]:
+    """Rows of all processes, in their order, in each of them. Rows are what JSON can hold."""
+    if jax.process_count() == 1:
+        return rows
+    data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    parts = multihost_utils.process_allgather(padded)
+    return [
+        row
+        for part, size in zip(parts, sizes, strict=True)
+        for row in json.loads(np.asarray(part)[: int(size)].tobytes())
+    ]
+
+
+def num_local(devices: list[Device]) -> int:
+    """How many of the devices are this process's."""
+    return sum(device.process_index == jax.process_index() for device in devices)
 
 
 class ProgramCount:
@@ -106,14 +177,22 @@ def split_batch(batch: dict[str, np.ndarray], replicas: int) -> dict[str, np.nda
 
 
 def merge_batch(tree: Any) -> Any:
-    """[replicas, b, ...] -> NumPy [replicas * b, ...] for every array of a split output."""
-    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+    """[replicas, b, ...] -> NumPy [replicas * b, ...] for every array of a split output; of several
+    processes, each gets the replicas that are its own."""
+
+    def local(x: Any) -> np.ndarray:
+        if jax.process_count() == 1:
+            return np.asarray(x)
+        shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+    return jax.tree.map(lambda x: local(x).reshape(-1, *x.shape[2:]), tree)
 
 
 def choose_devices(count: int) -> list[Device]:
-    """The first `count` devices, or all for 0."""
+    """The first `count` devices, or all for 0. A job of several processes uses all it has."""
     devices = jax.devices()
-    return devices[: count or len(devices)]
+    return devices[: count or len(devices)] if jax.process_count() == 1 else devices
 
 
 def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:

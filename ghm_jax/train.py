@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
-from ghm_jax.config import Config
+from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
 from ghm_jax.data.notes import ReplacementLog, input_notes
@@ -19,7 +19,9 @@ from ghm_jax.parallel import (
     REPLICA,
     Device,
     ProgramCount,
+    any_process,
     choose_devices,
+    num_local,
     parallelize,
     replicate,
     split_batch,
@@ -58,7 +60,8 @@ def train(
         CheckpointFailed: the last state could not be written; the run can be resumed from the one
             before.
     """
-    progress = progress or Silent()
+    first, processes = jax.process_index() == 0, jax.process_count()
+    progress = progress if progress and first else Silent()
 
     # Everything that a person can get wrong, before any compute.
     devices = choose_devices(config.run.devices)
@@ -77,9 +80,7 @@ def train(
         blank = jax.eval_shape(initialize)
         like = {"params": blank.params, "batch_stats": blank.batch_stats}
         pretrained = load_backbone(config.model, like)
-    if restart and Path(run_dir).exists():
-        progress.say(f"moved the old run to {set_aside(Path(run_dir))}")
-    run = claim_run(run_dir, config)
+    run = claim(config, run_dir, restart, progress)
 
     # The step of one replica, on all devices.
     step = functools.partial(
@@ -93,6 +94,8 @@ def train(
     state = jax.jit(initialize, compiler_options=options)(pretrained)
     # As the step returns it: from another placement it would be compiled a second time.
     state = replicate(state, devices)
+    # Of several processes each has a state of its own, all the same; Orbax wants one for all.
+    shared = functools.partial(replicate, devices=devices) if processes > 1 else lambda tree: tree
 
     with (
         stop_on_signal(progress) as stopping,
@@ -120,12 +123,16 @@ def train(
         done, retry = start, None
         log = TrainingLog(run, config, start, progress)
         replacements = ReplacementLog(progress.say)
-        batches = train_batches(dataset, config, start)
+        batches = train_batches(dataset, config, start, jax.process_index(), processes)
         try:
-            while done < total and not stopping.is_set():
+            while done < total:
+                # All processes must stop at the same step; to ask them costs a wait.
+                asks = processes == 1 or done % config.run.log_every == 0
+                if asks and any_process(stopping.is_set()):
+                    break
                 batch = next(batches)
                 replacements.record(batch)
-                state, metrics = step(state, split_batch(batch, len(devices)))
+                state, metrics = step(state, split_batch(batch, num_local(devices)))
                 done += 1
                 log.record(done, metrics)
                 ap = None
@@ -138,7 +145,7 @@ def train(
                     checkpoints.check()
                     if done % config.run.checkpoint_every == 0 or ap is not None or done == retry:
                         log.flush()  # so that a logged step is checked before its state is saved
-                        checkpoints.save(done, state, ap)
+                        checkpoints.save(done, shared(state), ap)
                 except CheckpointFailed as failed:
                     retry = done + config.run.log_every
                     progress.say(
@@ -146,7 +153,7 @@ def train(
                         f"try is at step {retry}"
                     )
             log.flush()
-            save_last(checkpoints, done, state, progress)
+            save_last(checkpoints, done, shared(state), progress)
         finally:
             batches.close()
             log.close()
@@ -156,6 +163,21 @@ def train(
             f"stopped at step {done} of {total}, checkpoint written", stopping.number
         )
     return state
+
+
+def claim(config: Config, run_dir: str | Path, restart: bool, progress: Progress) -> RunDirectory:
+    """The run's directory. Of several processes the first one makes it, and all wait for that."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            if restart and Path(run_dir).exists():
+                progress.say(f"moved the old run to {set_aside(Path(run_dir))}")
+            claim_run(run_dir, config)
+        except ConfigError as error:
+            problem = error
+    if any_process(problem is not None):
+        raise problem or ConfigError(f"{run_dir}: process 0 cannot use it, and says why")
+    return RunDirectory(Path(run_dir))
 
 
 def restore(checkpoints: Checkpoints, like: TrainState, progress: Progress) -> TrainState:

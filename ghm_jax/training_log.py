@@ -30,6 +30,7 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
 
 class TrainingLog:
     """Writes metrics to `metrics.jsonl` and TensorBoard, and checks that they are finite.
+    Of several processes the first one writes.
 
     Metrics of a step are fetched from the devices one step later, so that the devices never wait.
     """
@@ -37,10 +38,12 @@ class TrainingLog:
     def __init__(self, run: RunDirectory, config: Config, start: int, progress: Progress) -> None:
         self._config, self._run, self._progress = config, run, progress
         self._rate = learning_rate(config.optimizer)
+        self._writes = jax.process_index() == 0
         history = read_history(run.history) if run.history.is_file() else []
         history = [record for record in history if record["step"] <= start]
-        rewrite(run.history, history)
-        if run.evaluations.is_file():
+        if self._writes:
+            rewrite(run.history, history)
+        if self._writes and run.evaluations.is_file():
             scores = read_history(run.evaluations)
             rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
         self._board = Board(run.tensorboard, start)
@@ -105,6 +108,8 @@ class TrainingLog:
 
     def _write(self, path: Path, record: dict[str, Any], group: str = "train") -> None:
         """A line of a file and the same for TensorBoard. A full disk does not end the training."""
+        if not self._writes:
+            return
         try:
             append_line(path, record)
             self._board.add(group, record)
@@ -124,15 +129,15 @@ class Board:
     thread, which dies of a full disk, and the training then waits for it for ever."""
 
     def __init__(self, directory: Path, start: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._prefix, self._start = directory / "events", start
+        self._directory, self._start = directory, start
         self._writer: EventsWriter | None = None
 
     def add(self, group: str, record: Mapping[str, Any]) -> None:
         """Numbers as scalars of a group, {"counts": ...} as histograms over [0, 1]."""
         step = record["step"]
         if self._writer is None:
-            self._writer = EventsWriter(str(self._prefix))
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._directory / "events"))
             # What lies in other files from this step on has been trained anew.
             status = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
             self._write(_EVENTS.Event(step=self._start + 1, session_log=status))

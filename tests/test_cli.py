@@ -97,6 +97,8 @@ def fails(capsys, *args):
         ("bench train --backbones resnet81", ["resnet81", "did you mean resnet18"]),
         ("bench train --parts speed", ["parts", "networks"]),
         ("bench train --devices 0", ["--devices", "positive"]),
+        ("train tiny.py --distributed.process-id 1", ["--distributed.coordinator", "0 to N - 1"]),
+        ("train tiny.py --distributed.proces-id 1", ["distributed.proces_id", "no such setting"]),
         ("describe", ["usage: ghm-jax describe EXPERIMENT"]),
         ("describe nosuch.py", ["nosuch.py", "no such experiment"]),
         ("describe tiny.py --data.dir gone", ["--classes", "squares", "gone", "--data.dir"]),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -28,9 +29,13 @@ def parse(kind: type[Any], args: list[str], program: str, default: Any = None) -
     settings = flatten(Config())
     for arg in args:
         key = arg.partition("=")[0][2:].replace("-", "_")
-        own = {f.name for f in dataclasses.fields(kind)}
+        own = set(_own_options(kind))
         lacks_section = key not in own and any(k.endswith(f".{key}") for k in settings)
-        if arg.startswith("--") and key not in settings and ("." in key or lacks_section):
+        if (
+            arg.startswith("--")
+            and key not in settings
+            and (("." in key and key not in own) or lacks_section)
+        ):
             raise ConfigError(unknown_key(key))
     said = io.StringIO()
     try:
@@ -40,6 +45,15 @@ def parse(kind: type[Any], args: list[str], program: str, default: Any = None) -
         if not exit_.code:
             raise
         raise ConfigError(_first_sentence(said.getvalue())) from None
+
+
+def _own_options(kind: type[Any]) -> Iterator[str]:
+    """Options of a command that are no settings, with their section where they have one."""
+    for option in dataclasses.fields(kind):
+        yield option.name
+        section = option.default_factory
+        if dataclasses.is_dataclass(section) and section is not Config:
+            yield from (f"{option.name}.{inner.name}" for inner in dataclasses.fields(section))
 
 
 def _first_sentence(boxed: str) -> str:

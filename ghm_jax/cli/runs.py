@@ -14,6 +14,20 @@ from ghm_jax.rundir import RunDirectory, experiment_name, load_experiment, load_
 
 
 @dataclass
+class Distributed:
+    """A job of several processes; all give the same command but for the process id."""
+
+    detect: bool = False
+    """Find the other processes by what TPU pods, SLURM and Open MPI 4 tell."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, where nothing can be detected."""
+    num_processes: int = 0
+    """Processes of the job, with a coordinator."""
+    process_id: int = -1
+    """Which one this is, from 0, with a coordinator."""
+
+
+@dataclass
 class Train:
     """Trains a detector, or goes on with a run that was stopped."""
 
@@ -23,6 +37,7 @@ class Train:
     """Where the run goes (runs/ and the experiment's name)."""
     restart: bool = False
     """Move an existing run aside and start anew."""
+    distributed: Distributed = field(default_factory=Distributed)
     config: AllSettings = field(default_factory=Config)
 
 
@@ -38,7 +53,8 @@ def train_command(args: list[str]) -> None:
     arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
     config = arguments.config
     run_dir = arguments.run_dir or f"runs/{experiment_name(arguments.experiment)}"
-    start_devices(config, use_cpu_cores)
+    joined = join_processes(arguments.distributed)
+    start_devices(config, use_cpu_cores if not joined else lambda sizes: None)
     try:
         train(config, run_dir, restart=arguments.restart, progress=Bar())
     except (TrainingDiverged, CheckpointFailed) as error:
@@ -48,6 +64,32 @@ def train_command(args: list[str]) -> None:
         print(f"ghm-jax: {error}; go on with: {again}", file=sys.stderr)
         sys.exit(0 if error.preempted else 130)
     print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
+
+
+def join_processes(how: Distributed) -> bool:
+    """Starts `jax.distributed` where that was asked for; whether it was."""
+    from ghm_jax.parallel import start_processes
+
+    explicit = (how.coordinator, how.num_processes, how.process_id)
+    if not how.detect and explicit == ("", 0, -1):
+        return False
+    if not how.detect and not (how.coordinator and 0 <= how.process_id < how.num_processes):
+        raise ConfigError(
+            "--distributed: a job needs --distributed.coordinator HOST:PORT, .num-processes N and "
+            f".process-id 0 to N - 1, got {explicit}; or --distributed.detect"
+        )
+    try:
+        if how.detect:
+            start_processes()
+        else:
+            start_processes(*explicit)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--distributed: {reason}; give --distributed.coordinator, .num-processes and "
+            ".process-id of a process 0 that can be reached"
+        ) from None
+    return True
 
 
 @dataclass
