@@ -1,42 +1,167 @@
-"""A run's detector as one file for other programs."""
+"""A run's detector as a file for other programs: its weights, or all of it as one program."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.export
+import numpy as np
 import safetensors.numpy
 
-from ghm_jax.config import ConfigError
-from ghm_jax.inference import restore_variables
+from ghm_jax.config import Config, ConfigError
+from ghm_jax.inference import category_ids_of_run, restore_variables
 from ghm_jax.models.pretrained import export_detector
 from ghm_jax.parallel import choose_devices
-from ghm_jax.rundir import load_run
+from ghm_jax.progress import Progress, Silent
+from ghm_jax.rundir import RunDirectory, load_run, write_text
+from ghm_jax.step import make_model, predict_step
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""What a program can be written for, all of them at once."""
+
+_INPUTS = {
+    "images": "uint8[batch, height, width, 3], RGB, scaled as below, each in the top left corner; "
+    "pixels beyond its image_size are not looked at",
+    "image_size": "int32[batch, 2], height and width of each image inside its padding",
+}
+_OUTPUTS = {
+    "boxes": "float32[batch, detections, 4], x0, y0, x1, y1 in pixels of the input",
+    "scores": "float32[batch, detections], falling",
+    "labels": "int32[batch, detections], places in classes and category_ids; -1 in unused rows",
+    "valid": "bool[batch, detections], false in unused rows",
+}
 
 
-def export(run_dir: str | Path, out: str | Path) -> Path:
+def export(
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    platforms: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
     """Writes the newest checkpoint of a run; the suffix of `out` says as what.
 
     .safetensors: the weights in torchvision's names, with the class names (a JSON list) in the
     metadata `classes`. `ghm-jax import` reads them as well.
 
+    .stablehlo: the detector from uint8 images to detections, with its weights and the suppression,
+    as `jax.export` serializes it. `jax.export.deserialize(bytearray(data)).call(images,
+    image_size)` gives a dict of boxes, scores, labels and valid without this package. What a caller
+    must know lies beside it as JSON: inputs, outputs, scaling, class names and category ids.
+
     Args:
         run_dir: of a run that has a checkpoint.
         out: the file; an old one is replaced when the new one is whole.
+        batch_size: .stablehlo: images a call (1).
+        image_size: .stablehlo: (height, width) of the images, multiples of 32 (the run's first
+            bucket).
+        platforms: .stablehlo: where it can run, of `PLATFORMS` (all of them).
+        progress: who hears about it.
+
+    Returns:
+        The files.
 
     Raises:
-        ConfigError: no run, no checkpoint, an unknown suffix, or a network that torchvision lacks.
+        ConfigError: no run, no checkpoint, an unknown suffix, a network that torchvision lacks
+            (.safetensors), or a shape that cannot be (.stablehlo).
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out: {out} does not end in .safetensors")
+    shape = {"--batch-size": batch_size, "--size": image_size, "--platforms": platforms}
+    given = [name for name, value in shape.items() if value is not None]
+    if out.suffix not in (".safetensors", ".stablehlo"):
+        raise ConfigError(f"--out: {out} does not end in .safetensors or .stablehlo")
+    if out.suffix == ".safetensors" and given:
+        raise ConfigError(f"{given[0]}: {out} holds weights only; leave it out, or use .stablehlo")
     if not out.parent.is_dir():
         raise ConfigError(f"--out: no directory {out.parent}; create it first")
     run, config = load_run(run_dir)
+    files, notes = [out], None
+    if out.suffix == ".safetensors":
+        data = _weights(run, config)
+    else:
+        files.append(out.with_name(out.name + ".json"))
+        data, notes = _program(
+            run,
+            config,
+            batch_size=1 if batch_size is None else batch_size,
+            image_size=image_size or config.data.buckets[0],
+            platforms=PLATFORMS if platforms is None else tuple(dict.fromkeys(platforms)),
+            progress=progress or Silent(),
+        )
+    scratch = out.with_name(out.name + ".part")
+    try:
+        scratch.write_bytes(data)
+        if notes:
+            write_text(files[1], json.dumps(notes, indent=2) + "\n")
+        scratch.replace(out)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from error
+    return files
+
+
+def _weights(run: RunDirectory, config: Config) -> bytes:
     variables, _ = restore_variables(run, config, choose_devices(1)[0])
     try:
         tensors = export_detector(variables)
     except ValueError as error:
-        raise ConfigError(f"{run.path}: cannot be exported: {error}") from error
-    scratch = out.with_name(out.name + ".part")
-    safetensors.numpy.save_file(tensors, scratch, {"classes": json.dumps(config.data.classes)})
-    scratch.replace(out)
-    return out
+        raise ConfigError(
+            f"{run.path}: cannot be exported as .safetensors: {error}; use .stablehlo"
+        ) from error
+    return safetensors.numpy.save(tensors, {"classes": json.dumps(config.data.classes)})
+
+
+def _program(
+    run: RunDirectory,
+    config: Config,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    platforms: tuple[str, ...],
+    progress: Progress,
+) -> tuple[bytes, dict[str, Any]]:
+    """The serialized program, and what a caller must know."""
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size: must be positive, got {batch_size}")
+    if any(side < 32 or side % 32 for side in image_size):
+        raise ConfigError(f"--size: {image_size} is not a height and width in multiples of 32")
+    if not platforms or not set(platforms) <= set(PLATFORMS):
+        raise ConfigError(f"--platforms: choose from {', '.join(PLATFORMS)}, got {platforms}")
+    variables, step = restore_variables(run, config, choose_devices(1)[0])
+    model = make_model(config, len(config.data.classes))
+
+    # The weights are constants of the program: one file that cannot be paired with a wrong one.
+    def detect(images: jax.Array, image_size: jax.Array) -> dict[str, jax.Array]:
+        batch = {"images": images, "image_size": image_size}
+        found = predict_step(variables, batch, config=config, model=model)
+        return {**found._asdict(), "valid": found.labels >= 0}
+
+    program = jax.export.export(jax.jit(detect), platforms=platforms)(
+        jax.ShapeDtypeStruct((batch_size, *image_size, 3), np.uint8),
+        jax.ShapeDtypeStruct((batch_size, 2), np.int32),
+    )
+    notes = {
+        "inputs": _INPUTS,
+        "outputs": _OUTPUTS,
+        "batch": batch_size,
+        "height": image_size[0],
+        "width": image_size[1],
+        "detections": config.predict.max_detections,
+        "scaling": {
+            "short_side": config.data.short_side,
+            "long_side": config.data.long_side,
+            "rule": "the short side has short_side pixels, unless the long side would have more "
+            "than long_side; bilinear",
+        },
+        "score_threshold": config.predict.score_threshold,
+        "classes": config.data.classes,
+        "category_ids": category_ids_of_run(config.data, progress),
+        "platforms": program.platforms,
+        "step": step,
+        "jax": jax.__version__,
+    }
+    return bytes(program.serialize()), notes

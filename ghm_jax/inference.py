@@ -2,15 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from ghm_jax.checkpoint import Checkpoints
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.data.dataset import data_set_names, open_dataset
+from ghm_jax.data.schema import category_ids_of
 from ghm_jax.nms import Detections
 from ghm_jax.parallel import Device, merge_batch, num_local, parallelize, split_batch
+from ghm_jax.progress import Progress
 from ghm_jax.rundir import RunDirectory
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import Batch, TrainState, init_state, make_model, predict_step
@@ -65,6 +69,26 @@ def _parallel_predict_step(
     model = make_model(config, num_classes)
     step = functools.partial(predict_step, config=config, model=model)
     return parallelize(step, list(devices), config.run.wrapper, split_output=True)
+
+
+def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:
+    """Category id of each label: those of the run's data set where it is at hand, since a run keeps
+    the names only.
+
+    Args:
+        data: of the run's config.
+        progress: is told when the ids are made of the names.
+    """
+    # Asked for by name, because opening the embedded data set would build it.
+    if data.name in data_set_names(Path(data.dir)):
+        dataset = open_dataset(data, data.train_split)
+        if dataset.class_names == data.classes:
+            return dataset.category_ids
+    progress.say(
+        f"category ids are by class names (COCO's, or else from 1): no {data.name!r} with "
+        f"the classes of the run in {data.dir}"
+    )
+    return category_ids_of(data.classes)
 
 
 def coco_results(

@@ -12,12 +12,15 @@ import numpy as np
 
 from ghm_jax.config import Config, ConfigError, Data
 from ghm_jax.data.batching import Example, collate, filler_example
-from ghm_jax.data.dataset import data_set_names, open_dataset
 from ghm_jax.data.order import Groups, group_images, reading_order
 from ghm_jax.data.placement import choose_placement
-from ghm_jax.data.schema import category_ids_of
 from ghm_jax.data.transforms import decode_image, encoded_size
-from ghm_jax.inference import coco_results, make_detector, restore_variables
+from ghm_jax.inference import (
+    category_ids_of_run,
+    coco_results,
+    make_detector,
+    restore_variables,
+)
 from ghm_jax.nms import Detections
 from ghm_jax.parallel import choose_devices, replicate
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
@@ -86,7 +89,7 @@ def predict(
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from error
 
-    category_ids = _category_ids(config.data, progress)
+    category_ids = category_ids_of_run(config.data, progress)
     detector = make_detector(config, len(config.data.classes), devices)
     ids, names = _image_ids(files), _output_names(files)
     groups = _group(sizes, config.data)
@@ -201,20 +204,6 @@ def _group(sizes: dict[int, tuple[int, int]], data: Data) -> Groups:
     return group_images(
         by_number, np.array(list(sizes)), dataclasses.replace(data, buckets=buckets)
     )
-
-
-def _category_ids(data: Data, progress: Progress) -> tuple[int, ...]:
-    """Those of the run's data set where it is at hand: a run keeps the names only."""
-    # Asked for by name, because opening the embedded data set would build it.
-    if data.name in data_set_names(Path(data.dir)):
-        dataset = open_dataset(data, data.train_split)
-        if dataset.class_names == data.classes:
-            return dataset.category_ids
-    progress.say(
-        f"category ids are by class names (COCO's, or else from 1): no {data.name!r} with "
-        f"the classes of the run in {data.dir}"
-    )
-    return category_ids_of(data.classes)
 
 
 def _example(image: np.ndarray, data: Data) -> Example:

@@ -322,7 +322,7 @@ def test_an_imported_detector_is_a_run_that_can_be_evaluated(imported, tmp_path)
 def test_an_exported_detector_holds_what_was_imported(imported, tmp_path):
     run, path = imported
     theirs = safetensors.numpy.load_file(path)
-    out = export(run.path, tmp_path / "out.safetensors")
+    (out,) = export(run.path, tmp_path / "out.safetensors")
     ours = load_tensors(out)
     assert len(ours) == len(theirs) - 1  # without the loss's buffer
     for here, there in (

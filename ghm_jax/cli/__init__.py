@@ -5,7 +5,8 @@
     ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--annotations instances.json]
     ghm-jax predict runs/quickstart IMAGE_OR_FOLDER... --out DIR [--threshold 0.3] [--batch-size N]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
-    ghm-jax export runs/quickstart --out FILE.safetensors
+    ghm-jax export runs/quickstart --out FILE.stablehlo [--size HEIGHT WIDTH] [--batch-size N]
+    ghm-jax export RUN --out FILE.safetensors
     ghm-jax stats runs/quickstart [--out DIR] [--split train] [--images 500]
     ghm-jax doctor [RUN or EXPERIMENT] [--data.dir data]
     ghm-jax describe experiments/coco_r50_ghm.py [--size HEIGHT WIDTH] [--classes N]

@@ -183,17 +183,27 @@ class Export:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Directory of the run."""
     out: str
-    """File to write; .safetensors: weights in torchvision's names."""
+    """File to write; .safetensors: weights in torchvision's names; .stablehlo: the detector as a
+    program that needs JAX only, with a JSON file that says how to call it."""
+    batch_size: int | None = None
+    """.stablehlo: images a call (1)."""
+    size: tuple[int, int] | None = None
+    """.stablehlo: height and width of the images, multiples of 32 (the run's first bucket)."""
+    platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] | None = None
+    """.stablehlo: where it can run (everywhere)."""
 
 
 def export_command(args: list[str]) -> None:
     """`ghm-jax export`."""
     directory = positional(args, "ghm-jax export RUN --out FILE")
-    arguments = parse(Export, args, "ghm-jax export", Export(directory or "", tyro.MISSING))
+    a = parse(Export, args, "ghm-jax export", Export(directory or "", tyro.MISSING))
 
     from ghm_jax.export import export
+    from ghm_jax.progress import Bar
 
-    print(f"{export(arguments.run, arguments.out)}: written")
+    shape = {"batch_size": a.batch_size, "image_size": a.size, "platforms": a.platforms}
+    for path in export(a.run, a.out, progress=Bar(), **shape):
+        print(f"{path}: written")
 
 
 @dataclass
