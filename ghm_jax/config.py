@@ -237,6 +237,9 @@ class Run:
     eval_every: int = 0
     """Steps between two evaluations on the validation split while training; 0: none.
     Each is saved as a checkpoint, and a line of evaluations.jsonl."""
+    peak_teraflops: float = 0.0
+    """Peak of one device for the MFU, in 10^12 operations a second; 0: what its maker publishes for
+    bfloat16. Without either a run gives no MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,7 +399,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
             "predict.nms_sigma",
         ),
         *("loss.box_weight", "optimizer.weight_decay", "optimizer.warmup_steps", "run.workers"),
-        *("run.devices", "run.keep_best", "run.eval_every"),
+        *("run.devices", "run.keep_best", "run.eval_every", "run.peak_teraflops"),
     ):
         value = flatten(c)[key]
         yield value >= 0, f"{key}: must not be negative, got {value}"

@@ -1,7 +1,7 @@
 """What a detector costs: parameters, multiply-adds, anchors. Nothing is computed or compiled."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,58 @@ def describe(config: Config, num_classes: int, image_size: tuple[int, int]) -> D
         examples=anchors * num_classes,
         parameter_bytes=sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params)),
     )
+
+
+def training_operations(config: Config, num_classes: int, image_size: tuple[int, int]) -> int:
+    """Operations of the convolutions in a training step, for one image: two a multiply-add.
+
+    Forwards, and backwards for weights and inputs, about three times the forward pass. Frozen
+    stages of the backbone have no backward pass; what `model.remat` computes a second time does not
+    count, nor do losses and optimizer.
+
+    Args:
+        config: uses model and anchors.
+        num_classes: classes of the data set.
+        image_size: (height, width) of the padded image in pixels.
+    """
+    model = make_model(config, num_classes).clone(remat=False)
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def forward_and_backward(variables: Any, image: jax.Array) -> Any:
+        fixed = {name: part for name, part in variables.items() if name != "params"}
+        outputs, derivative = jax.linearize(
+            lambda params: model.apply({"params": params, **fixed}, image), variables["params"]
+        )
+        # Its transpose, which is the backward pass, has the same products the other way round.
+        return outputs, derivative(variables["params"])
+
+    traced = jax.jit(forward_and_backward).trace(variables, image)
+    return 2 * _multiply_adds(traced.jaxpr.jaxpr)
+
+
+def ideal_seconds(
+    config: Config,
+    num_classes: int,
+    image_sizes: Iterable[tuple[int, int]],
+    device_kinds: Sequence[str],
+) -> dict[tuple[int, int], float]:
+    """Seconds that training on one image takes at the peak of all devices, by the image's size.
+
+    Over the seconds that it does take this is the MFU, the share of the peak that the model uses.
+    The peak is `run.peak_teraflops`, or the one that is published for bfloat16. Where neither is
+    known, and for float32 without the setting, the result is empty.
+    """
+    if config.run.peak_teraflops:
+        peaks = [1e12 * config.run.peak_teraflops] * len(device_kinds)
+    else:
+        known = [peak_flops(kind) for kind in device_kinds]
+        peaks = [peak for peak in known if peak is not None]
+        if config.model.dtype != "bfloat16" or len(peaks) < len(known):
+            return {}
+    return {
+        size: training_operations(config, num_classes, size) / sum(peaks) for size in image_sizes
+    }
 
 
 def _backbone(model: RetinaNet, image: jax.Array) -> Any:

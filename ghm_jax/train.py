@@ -13,6 +13,7 @@ from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
 from ghm_jax.data.notes import ReplacementLog, input_notes
+from ghm_jax.describe import ideal_seconds
 from ghm_jax.evaluate import detect
 from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.parallel import (
@@ -70,6 +71,7 @@ def train(
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, classes=dataset.class_names)
     )
+    groups = training_groups(dataset, config.data)
     notes = input_notes(dataset, config)
     validation = Validation(config, devices) if config.run.eval_every else None
     optimizer = make_optimizer(config)
@@ -86,8 +88,7 @@ def train(
     step = functools.partial(
         train_step, config=config, model=model, optimizer=optimizer, axis_name=REPLICA
     )
-    num_programs = len(training_groups(dataset, config.data))
-    step = ProgramCount(step, num_programs, progress.say)
+    step = ProgramCount(step, len(groups), progress.say)
     step = parallelize(step, devices, config.run.wrapper, donate=True)
     # XLA's CPU compiler is slow on random initializers, which run once: it need not optimize them.
     options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
@@ -121,16 +122,20 @@ def train(
         progress.say("compiling the training step, half a minute or so ...")
 
         done, retry = start, None
-        log = TrainingLog(run, config, start, progress)
+        kinds = [device.device_kind for device in devices]
+        ideal = ideal_seconds(config, len(dataset.class_names), groups, kinds)
+        log = TrainingLog(run, config, start, progress, ideal)
         replacements = ReplacementLog(progress.say)
-        batches = train_batches(dataset, config, start, jax.process_index(), processes)
+        batches = train_batches(
+            dataset, config, start, jax.process_index(), processes, groups=groups
+        )
         try:
             while done < total:
                 # All processes must stop at the same step; to ask them costs a wait.
                 asks = processes == 1 or done % config.run.log_every == 0
                 if asks and any_process(stopping.is_set()):
                     break
-                batch = next(batches)
+                batch = log.next_batch(batches)
                 replacements.record(batch)
                 state, metrics = step(state, split_batch(batch, num_local(devices)))
                 done += 1

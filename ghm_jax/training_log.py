@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
 from ghm_jax.config import Config
+from ghm_jax.data.batching import Batch
 from ghm_jax.plots.report import read_history
 from ghm_jax.progress import Progress
 from ghm_jax.rundir import RunDirectory, write_text
@@ -33,9 +34,24 @@ class TrainingLog:
     Of several processes the first one writes.
 
     Metrics of a step are fetched from the devices one step later, so that the devices never wait.
+
+    Args:
+        run: where to.
+        config: resolved.
+        start: steps that are done; what was written of later ones is taken back.
+        progress: who hears about it.
+        ideal_seconds: of an image at the peak of the devices, by (height, width), for the MFU; see
+            `ghm_jax.describe.ideal_seconds`.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, start: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        start: int,
+        progress: Progress,
+        ideal_seconds: Mapping[tuple[int, int], float] | None = None,
+    ) -> None:
         self._config, self._run, self._progress = config, run, progress
         self._rate = learning_rate(config.optimizer)
         self._writes = jax.process_index() == 0
@@ -49,16 +65,34 @@ class TrainingLog:
         self._board = Board(run.tensorboard, start)
         self._complained = False
         self._seconds = history[-1]["seconds"] if history else 0.0
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, float] | None = None
         self._since = time.perf_counter()
         self._last_step = start
+        self._ideal_seconds = ideal_seconds or {}
+        self._ideal = self._waited = 0.0  # seconds since the last record
+        self._latest: Any = None  # an array of the last step (type checkers do not know `is_ready`)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. The time until it comes is a wait for data if the devices are idle then.
+
+        The loop runs ahead of the devices: while they have a step to do, waiting costs nothing.
+        """
+        start = time.perf_counter()
+        batch = next(batches)
+        if self._latest is None or self._latest.is_ready():
+            self._waited += time.perf_counter() - start
+        size = batch["images"].shape[1:3]
+        self._ideal += self._config.optimizer.batch_size * self._ideal_seconds.get(size, 0.0)
+        return batch
 
     def record(self, done: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of a step; those of an earlier one may be written now."""
         self.flush()
+        self._latest = metrics["loss"]
         optimizer, run = self._config.optimizer, self._config.run
         if done % run.log_every == 0 or done in (1, optimizer.steps):
-            self._pending = (done, metrics)
+            self._pending = (done, metrics, self._ideal)
+            self._ideal = 0.0
 
     def flush(self) -> None:
         """Writes what is pending.
@@ -68,7 +102,7 @@ class TrainingLog:
         """
         if self._pending is None:
             return
-        done, metrics = self._pending
+        done, metrics, ideal = self._pending
         self._pending = None
         values = jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(metrics))
         now = time.perf_counter()
@@ -79,9 +113,12 @@ class TrainingLog:
             **values,
             "learning_rate": np.asarray(self._rate(done - 1)).item(),
             "images_per_second": images / (now - self._since),
+            "data_wait": self._waited / (now - self._since),
             "seconds": self._seconds,
         }
-        self._since, self._last_step = now, done
+        if self._ideal_seconds:
+            record["mfu"] = ideal / (now - self._since)
+        self._since, self._last_step, self._waited = now, done, 0.0
         if values["num_nonfinite"] or not np.isfinite(values["loss"]):
             raise TrainingDiverged(
                 f"the loss is not finite at step {done} ({values['num_nonfinite']:.0f} values); "
@@ -92,19 +129,14 @@ class TrainingLog:
             "train",
             done,
             self._config.optimizer.steps,
-            {
-                "class": f"{values['loss_class']:.3f}",
-                "box": f"{values['loss_box']:.4f}",
-                "cross-entropy": f"{values['cross_entropy']:.5f}",
-                "images/s": f"{record['images_per_second']:.0f}",
-            },
+            progress_fields(record),
         )
 
     def evaluated(self, done: int, figures: Mapping[str, float]) -> None:
         """Writes the COCO figures of a step; what they took is not training time."""
         self._write(self._run.evaluations, {"step": done, **figures}, "validation")
         self._progress.say(f"step {done}: AP {100 * figures['AP']:.1f} on the validation split")
-        self._since = time.perf_counter()
+        self._since, self._waited = time.perf_counter(), 0.0
 
     def _write(self, path: Path, record: dict[str, Any], group: str = "train") -> None:
         """A line of a file and the same for TensorBoard. A full disk does not end the training."""
@@ -122,6 +154,20 @@ class TrainingLog:
     def close(self) -> None:
         """Closes the files."""
         self._board.close()
+
+
+def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a person sees of a record, the most wanted first."""
+    fields = {
+        "class": f"{record['loss_class']:.3g}",
+        "box": f"{record['loss_box']:.3g}",
+        "lr": f"{record['learning_rate']:.3g}",
+        "img/s": f"{record['images_per_second']:.3g}",
+        "data": f"{record['data_wait']:.0%}",
+    }
+    if "mfu" in record:
+        fields["MFU"] = f"{record['mfu']:.0%}"
+    return fields | {"CE": f"{record['cross_entropy']:.3g}"}
 
 
 class Board:

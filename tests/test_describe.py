@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from ghm_jax.config import Anchors, Model
-from ghm_jax.describe import PARTS, describe, table
+from ghm_jax.describe import PARTS, describe, ideal_seconds, table, training_operations
 from ghm_jax.rundir import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -76,6 +76,38 @@ def test_a_network_small_enough_to_count_by_hand():
         assert part.multiply_adds == multiply_adds, name
     assert found.total.parameters == sum(parameters for parameters, _ in expected.values())
     assert found.anchors == 2 * cells
+
+
+@pytest.mark.parametrize(
+    ("frozen_stages", "without_gradient"),
+    # Convolutions to the first one that is trained: none, the stem, all of stage 1.
+    [(0, []), (1, [conv(32, 7, 3, 4), conv(16, 3, 4, 4), conv(16, 3, 4, 4)])],
+)
+def test_training_is_the_forward_pass_and_products_for_all_gradients(
+    frozen_stages, without_gradient
+):
+    config = tiny_config()
+    model = dataclasses.replace(config.model, frozen_stages=frozen_stages, remat=True)
+    config = dataclasses.replace(config, model=model)
+    forward = describe(config, 3, (64, 64)).total.multiply_adds
+    # The images need no gradient; nor do features that come from frozen stages.
+    inputs = [conv(32, 7, 3, 4)] if not frozen_stages else [conv(8, 3, 4, 8), conv(8, 1, 4, 8)]
+    products = 3 * forward - sum(n for _, n in inputs) - 2 * sum(n for _, n in without_gradient)
+    assert training_operations(config, 3, (64, 64)) == 2 * products
+
+
+def test_seconds_at_the_peak_need_a_peak():
+    config = tiny_config()
+    sizes = [(64, 64), (64, 96)]
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    for settings, kind in ((config, "NVIDIA H100"), (half, "cpu"), (config, "cpu")):
+        assert ideal_seconds(settings, 3, sizes, [kind] * 2) == {}
+    told = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_teraflops=1.5))
+    for settings, kind, peak in ((half, "NVIDIA H100", 989e12), (told, "cpu", 1.5e12)):
+        found = ideal_seconds(settings, 3, sizes, [kind] * 2)
+        for size in sizes:
+            seconds = training_operations(config, 3, size) / (2 * peak)
+            assert found[size] == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("frozen_stages", [0, 1, 4])

@@ -59,6 +59,8 @@ def test_every_step_is_logged_with_the_rate_and_the_histograms(finished_run):
         assert len(record["ghm_c"]["counts"]) == len(record["ghm_c"]["weights"]) == 10
         assert len(record["ghm_r"]["counts"]) == 5
         assert record["num_nonfinite"] == 0
+        assert 0 <= record["data_wait"] <= 1
+        assert "mfu" not in record  # a CPU's peak is not published
 
 
 def test_the_step_is_compiled_once(finished_run):
@@ -102,7 +104,7 @@ def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset
     assert listener.steps == [6]
     assert_same(resumed, whole)
 
-    timeless = {"seconds", "images_per_second"}
+    timeless = {"seconds", "images_per_second", "data_wait"}
     for a, b in zip(records(run), records(whole_run), strict=True):
         assert {k: v for k, v in a.items() if k not in timeless} == {
             k: v for k, v in b.items() if k not in timeless

@@ -58,6 +58,8 @@ def train_batches(
     start_step: int,
     process_index: int = 0,
     process_count: int = 1,
+    *,
+    groups: Groups | None = None,
 ) -> Batches:
     """Batches of the steps `start_step`, `start_step` + 1, ... without end.
 
@@ -70,6 +72,7 @@ def train_batches(
         start_step: first step.
         process_index: this host, ...
         process_count: ... of this many; each gets its contiguous share of the global batch.
+        groups: what `training_groups` gives, where it is known.
 
     Returns:
         See `batching.collate`; all hosts get images of the same height and width.
@@ -79,7 +82,7 @@ def train_batches(
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
-    groups = training_groups(dataset, config.data)
+    groups = groups or training_groups(dataset, config.data)
     build = functools.partial(
         _train_batch, dataset=dataset, groups=groups, config=config, share=share
     )

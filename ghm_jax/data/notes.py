@@ -6,16 +6,10 @@ import numpy as np
 
 from ghm_jax.config import Config
 from ghm_jax.data.dataset import Dataset
-from ghm_jax.data.loader import training_groups
 
 
 def input_notes(dataset: Dataset, config: Config) -> list[str]:
-    """One line for each kind of thing in a data set that training leaves out, with its count.
-
-    Raises:
-        ConfigError: it cannot be trained on, see `training_groups`.
-    """
-    training_groups(dataset, config.data)
+    """One line for each kind of thing in a data set that training leaves out, with its count."""
     data, index = config.data, dataset.index
     readable = index.sizes[:, 0] > 0
     empty = readable & (index.objects == 0)
