@@ -175,6 +175,10 @@ class Optimizer:
     """SGD with momentum, or AdamW."""
     batch_size: int = 16
     """Images a step, over all devices."""
+    accumulate: int = 1
+    """Parts in which each device computes its images of a step, one after the other: less memory,
+    the network runs forward twice, and losses and histograms are still those of the whole batch
+    (batch normalization, if there is any, is over one part)."""
     steps: int = 87_960
     """Steps of the whole run; 12 epochs of COCO at 16 images."""
     learning_rate: float = 0.01
@@ -193,6 +197,9 @@ class Optimizer:
     """After warm-up: divide by 10 at each of `drops`, or a cosine down to zero."""
     drops: tuple[int, ...] = (58_640, 80_630)
     """Steps at which the rate is divided by 10 (epochs 8 and 11 of 12)."""
+    ema: float = 0.0
+    """Share of the old value in a moving average of the parameters (0.9998 is usual), which is then
+    what is evaluated and exported; 0: none. It starts with less, so that it follows at first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +244,9 @@ class Run:
     eval_every: int = 0
     """Steps between two evaluations on the validation split while training; 0: none.
     Each is saved as a checkpoint, and a line of evaluations.jsonl."""
+    max_skipped: int = 20
+    """An update whose loss or gradient is not finite is left out; after this many in a row, seen at
+    a line of the log, the run stops."""
     peak_teraflops: float = 0.0
     """Peak of one device for the MFU, in 10^12 operations a second; 0: what its maker publishes for
     bfloat16. Without either a run gives no MFU."""
@@ -320,6 +330,15 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
             f"use a multiple of {num_devices}, for example {nearest}",
         )
 
+    parts, size = c.optimizer.accumulate, c.optimizer.batch_size
+    yield parts > 0, f"optimizer.accumulate: must be positive, got {parts}"
+    yield (
+        size % (num_devices * parts) == 0,
+        f"optimizer.accumulate: {size // num_devices} images of a device cannot be split into "
+        f"{parts} parts; use a divisor, or an optimizer.batch_size that is a multiple of "
+        f"{num_devices * parts}",
+    )
+
     yield bool(c.data.buckets), "data.buckets: needs at least one (height, width)"
     for bucket in c.data.buckets:
         yield (
@@ -363,7 +382,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     )
     yield c.anchors.scale > 0, f"anchors.scale: must be positive, got {c.anchors.scale}"
 
-    for key in ("loss.momentum", "loss.box_momentum", "optimizer.momentum"):
+    for key in ("loss.momentum", "loss.box_momentum", "optimizer.momentum", "optimizer.ema"):
         value = flatten(c)[key]
         yield 0 <= value < 1, f"{key}: must be in [0, 1), got {value}"
     for key in (
@@ -384,7 +403,7 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
         ),
         *("loss.bins", "loss.box_bins", "loss.mu", "optimizer.steps", "optimizer.learning_rate"),
         *("optimizer.clip_norm", "predict.candidates", "predict.max_detections"),
-        *("run.log_every", "run.checkpoint_every", "run.keep"),
+        *("run.log_every", "run.checkpoint_every", "run.keep", "run.max_skipped"),
     ):
         value = flatten(c)[key]
         yield value > 0, f"{key}: must be positive, got {value}"

@@ -72,7 +72,7 @@ def evaluate(
     dataset, truth = _open(config, split, run.path)
 
     state = restore_state(run, config, devices[0])
-    variables, step = {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+    variables, step = state.variables, int(state.step)
     progress.say(f"{run.path}: evaluating step {step} on {len(dataset)} images of {dataset.name}")
     variables = replicate(variables, devices)
     detections = detect(config, dataset, variables, devices, progress)

@@ -25,7 +25,7 @@ def restore_variables(
 ) -> tuple[dict[str, Any], int]:
     """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
     state = restore_state(run, config, device)
-    return {"params": state.params, "batch_stats": state.batch_stats}, int(state.step)
+    return state.variables, int(state.step)
 
 
 def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:

@@ -151,7 +151,7 @@ def measure_gradients(
     wanted = min(max(images // size, 1), -(-len(dataset) // size))
     step = functools.partial(_measure, config=config, num_classes=len(dataset.class_names))
     step = parallelize(step, devices, config.run.wrapper)
-    carried = {"params": state.params, "batch_stats": state.batch_stats, "ghm": state.ghm}
+    carried = {**state.variables, "ghm": state.ghm}
     carried = replicate(carried, devices)
     in_training = dataclasses.replace(
         config, predict=dataclasses.replace(config.predict, batch_size=size)

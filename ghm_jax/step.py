@@ -1,7 +1,7 @@
 """What one replica does in a step of training or prediction: pure functions of arrays."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,15 @@ _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
 
+class Skipped(NamedTuple):
+    """Updates that were left out because the loss or the gradient was not finite."""
+
+    total: jax.Array
+    """i32[]. Since the first step."""
+    in_a_row: jax.Array
+    """i32[]. Up to this step; 0 when it was finite."""
+
+
 class TrainState(NamedTuple):
     """All that training changes; one pytree, and what a checkpoint holds."""
 
@@ -32,6 +41,15 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: optax.OptState
     ghm: GHMStates
+    ema_params: Any
+    """Moving average of `params` to predict with; None without `optimizer.ema`."""
+    skipped: Skipped
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What to predict with, and what is evaluated and exported."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "batch_stats": self.batch_stats}
 
 
 def make_model(config: Config, num_classes: int, axis_name: str | None = None) -> RetinaNet:
@@ -76,12 +94,16 @@ def init_state(
     variables = {"batch_stats": {}, **model.init(jax.random.key(config.seed), images)}
     for kind, parts in (pretrained or {}).items():
         variables[kind] = {**variables[kind], **parts}
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
+        opt_state=optimizer.init(params),
         ghm=init_ghm_states(config),
+        # A copy: a buffer that is in the state twice cannot be given away twice.
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
+        skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )
 
 
@@ -96,45 +118,69 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step of one replica; state and metrics come out the same on all of `axis_name`.
 
+    A step whose loss, gradient or network outputs are not finite changes nothing but the counts
+    of steps and of skipped updates.
+
     Args:
         state: the same on all replicas.
-        batch: images u8[b, H, W, 3], boxes f32[b, M, 4], labels i32[b, M], image_size i32[b, 2]:
-            this replica's part.
+        batch: images u8[b, H, W, 3], boxes f32[b, M, 4], labels i32[b, M], image_size i32[b, 2],
+            image_id i32[b]: this replica's part.
         config, model, optimizer: what to do, not traced.
         axis_name: replica axis; None: a single device.
 
     Returns:
         The next state and metrics over the whole batch, f32[]: loss, loss_class, loss_box,
         cross_entropy and box_error (unweighted means per example), num_positive (anchors an
-        image), num_nonfinite, grad_norm; and for a GHM loss a dict ghm_c or ghm_r with `counts`
-        and `weights` f32[bins].
+        image), num_nonfinite, grad_norm; i32[]: skipped, skipped_in_a_row; nonfinite_images i32[B]:
+        the ids of images for which the network's outputs were not finite, -1 for the others; and
+        for a GHM loss a dict ghm_c or ghm_r with `counts` and `weights` f32[bins].
     """
+    targets = make_targets(batch, config)
 
-    def total_loss(params: Any) -> tuple[jax.Array, Any]:
-        (logits, deltas), batch_stats = _apply(model, params, state.batch_stats, batch, train=True)
-        targets = make_targets(batch, config)
+    def total_loss(outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         parts, ghm, stats = detection_loss(
-            logits,
-            deltas,
+            *outputs,
             targets,
             state.ghm,
             config=config,
             level_sizes=level_sizes(_padded_size(batch), model.anchors_per_cell),
             axis_name=axis_name,
         )
-        num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
-        return parts.total, (parts, stats, num_positive, batch_stats, ghm)
+        return parts.total, (parts, ghm, stats)
 
-    gradient_of = jax.value_and_grad(total_loss, has_aux=True)
-    (_, (parts, stats, num_positive, batch_stats, ghm)), grads = gradient_of(state.params)
+    outputs, batch_stats, pull_back = _run(model, state, batch, config.optimizer.accumulate)
+    gradient, (parts, ghm, stats) = jax.grad(total_loss, has_aux=True)(outputs)
+    grads = pull_back(gradient)
+    num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
+    logits, deltas = outputs
+    finite_images = jnp.isfinite(logits).all(axis=(1, 2)) & jnp.isfinite(deltas).all(axis=(1, 2))
+    nonfinite_images = jnp.where(finite_images, -1, batch["image_id"])
     if axis_name is not None:
         # Sums, not means: the losses already divide by the count of the whole batch.
         grads, parts = jax.lax.psum((grads, parts), axis_name)
         num_positive = jax.lax.pmean(num_positive, axis_name)
+        nonfinite_images = jax.lax.all_gather(nonfinite_images, axis_name, tiled=True)
+    grad_norm = optax.tree.norm(grads)
+    stats_class, stats_box = stats
+    num_nonfinite = stats_class.num_nonfinite + stats_box.num_nonfinite
+
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        done = state.step.astype(jnp.float32)
+        decay = jnp.minimum(config.optimizer.ema, (1 + done) / (10 + done))  # the start fades fast
+        ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+    # Decided here and not by the host, which would have to wait for each step.
+    finite = jnp.isfinite(parts.total) & jnp.isfinite(grad_norm) & (num_nonfinite == 0)
+    skipped = Skipped(
+        total=state.skipped.total + ~finite,
+        in_a_row=jnp.where(finite, 0, state.skipped.in_a_row + 1),
+    )
+    changed = TrainState(state.step, params, batch_stats, opt_state, ghm, ema_params, state.skipped)
+    next_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+    next_state = next_state._replace(step=state.step + 1, skipped=skipped)
 
-    stats_class, stats_box = stats
     metrics = {
         "loss": parts.total,
         "loss_class": parts.classification,
@@ -142,13 +188,68 @@ def train_step(
         "cross_entropy": stats_class.plain_loss,
         "box_error": stats_box.plain_loss,
         "num_positive": num_positive,
-        "num_nonfinite": stats_class.num_nonfinite + stats_box.num_nonfinite,
-        "grad_norm": optax.tree.norm(grads),
+        "num_nonfinite": num_nonfinite,
+        "grad_norm": grad_norm,
+        "skipped": skipped.total,
+        "skipped_in_a_row": skipped.in_a_row,
+        "nonfinite_images": nonfinite_images,
     }
     for name, part in (("ghm_c", stats_class), ("ghm_r", stats_box)):
         if part.counts is not None:
             metrics[name] = {"counts": part.counts, "weights": part.weights}
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ghm), metrics
+    return next_state, metrics
+
+
+def _run(
+    model: RetinaNet, state: TrainState, batch: Batch, parts: int
+) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[[Any], Any]]:
+    """The network on a batch, for training.
+
+    In several parts, one after the other, so that the activations of one part only are held at a
+    time. The loss then sees the outputs of the whole batch, whose histograms, counts and sorting
+    are exactly those of one part; for the gradients the network runs a second time.
+
+    Args:
+        model, state, batch: as for `train_step`.
+        parts: must divide b.
+
+    Returns:
+        Logits f32[b, A, K] and deltas f32[b, A, 4], the next batch statistics, and a function from
+        the gradient with respect to the outputs to that with respect to the parameters.
+    """
+
+    def network(params: Any, batch_stats: Any, part: Batch) -> tuple[Any, Any]:
+        return _apply(model, params, batch_stats, part, train=True)
+
+    if parts == 1:
+        outputs, pull_back, batch_stats = jax.vjp(
+            lambda params: network(params, state.batch_stats, batch), state.params, has_aux=True
+        )
+        return outputs, batch_stats, lambda gradient: pull_back(gradient)[0]
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    def forward(batch_stats: Any, part: Batch) -> tuple[Any, Any]:
+        outputs, batch_stats = network(state.params, batch_stats, part)
+        return batch_stats, outputs
+
+    def backward(total: Any, of_part: tuple[Batch, Any]) -> tuple[Any, None]:
+        part, gradient = of_part
+        _, pull_back, _ = jax.vjp(
+            lambda params: network(params, state.batch_stats, part), state.params, has_aux=True
+        )
+        return jax.tree.map(jnp.add, total, pull_back(gradient)[0]), None
+
+    inputs = {name: split(batch[name]) for name in ("images", "image_size")}
+    batch_stats, outputs = jax.lax.scan(forward, state.batch_stats, inputs)
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+    def gradient(of_outputs: Any) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        return jax.lax.scan(backward, zeros, (inputs, jax.tree.map(split, of_outputs)))[0]
+
+    return outputs, batch_stats, gradient
 
 
 def predict_step(

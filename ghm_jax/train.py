@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -32,7 +31,7 @@ from ghm_jax.rundir import RunDirectory, claim_run, set_aside
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.scoring import load_ground_truth, score
 from ghm_jax.step import TrainState, init_state, make_model, train_step
-from ghm_jax.training_log import TrainingLog
+from ghm_jax.training_log import TrainingDiverged, TrainingLog
 from ghm_jax.weights import load_backbone
 
 
@@ -56,7 +55,7 @@ def train(
 
     Raises:
         ConfigError: something that was asked for cannot work; nothing has been computed.
-        TrainingDiverged: a loss was not finite.
+        TrainingDiverged: too many updates in a row were not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; the run can be resumed.
         CheckpointFailed: the last state could not be written; the run can be resumed from the one
             before.
@@ -159,6 +158,10 @@ def train(
                     )
             log.flush()
             save_last(checkpoints, done, shared(state), progress)
+        except TrainingDiverged as diverged:
+            newest = checkpoints.latest
+            kept = "there is no checkpoint" if newest is None else f"checkpoint {newest} is kept"
+            raise TrainingDiverged(f"{diverged} ({kept})") from None
         finally:
             batches.close()
             log.close()
@@ -238,6 +241,5 @@ class Validation:
 
     def score(self, state: TrainState, progress: Progress) -> dict[str, float]:
         """The twelve COCO figures of `ghm_jax.evaluate.METRICS`."""
-        variables: dict[str, Any] = {"params": state.params, "batch_stats": state.batch_stats}
-        detections = detect(self._config, self._dataset, variables, self._devices, progress)
+        detections = detect(self._config, self._dataset, state.variables, self._devices, progress)
         return score(self._truth, detections)[0]

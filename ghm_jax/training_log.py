@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ _EVENTS: Any = event_pb2  # generated: type checkers see nothing in it
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
-    """A loss or a logit was not finite. The message is one line with the remedy."""
+    """Too many updates in a row were not finite. The message is one line with the remedy."""
 
 
 class TrainingLog:
-    """Writes metrics to `metrics.jsonl` and TensorBoard, and checks that they are finite.
+    """Writes metrics to `metrics.jsonl` and TensorBoard, and says what was not finite.
     Of several processes the first one writes.
 
     Metrics of a step are fetched from the devices one step later, so that the devices never wait.
@@ -64,6 +64,7 @@ class TrainingLog:
             rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
         self._board = Board(run.tensorboard, start)
         self._complained = False
+        self._skipped = 0
         self._seconds = history[-1]["seconds"] if history else 0.0
         self._pending: tuple[int, Any, float] | None = None
         self._since = time.perf_counter()
@@ -95,16 +96,17 @@ class TrainingLog:
             self._ideal = 0.0
 
     def flush(self) -> None:
-        """Writes what is pending.
+        """Writes what is pending. A step that was skipped is said instead.
 
         Raises:
-            TrainingDiverged: it is not finite.
+            TrainingDiverged: `run.max_skipped` updates in a row, or more, were skipped.
         """
         if self._pending is None:
             return
         done, metrics, ideal = self._pending
         self._pending = None
         values = jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(metrics))
+        images_at_fault = [number for number in values.pop("nonfinite_images") if number >= 0]
         now = time.perf_counter()
         images = (done - self._last_step) * self._config.optimizer.batch_size
         self._seconds += now - self._since
@@ -119,17 +121,29 @@ class TrainingLog:
         if self._ideal_seconds:
             record["mfu"] = ideal / (now - self._since)
         self._since, self._last_step, self._waited = now, done, 0.0
-        if values["num_nonfinite"] or not np.isfinite(values["loss"]):
-            raise TrainingDiverged(
-                f"the loss is not finite at step {done} ({values['num_nonfinite']:.0f} values); "
-                "lower --optimizer.learning-rate or --optimizer.clip-norm, and --restart"
-            )
+        if values["skipped"] > self._skipped:
+            self._skipped = values["skipped"]
+            self._say_skipped(done, values, images_at_fault)
+        if values["skipped_in_a_row"]:
+            return
         self._write(self._run.history, record)
         self._progress.update(
             "train",
             done,
             self._config.optimizer.steps,
             progress_fields(record),
+        )
+
+    def _say_skipped(self, done: int, values: dict[str, Any], images: list[int]) -> None:
+        in_a_row, total = values["skipped_in_a_row"], values["skipped"]
+        line = f"step {done}: {total} update{'s' * (total > 1)} left out so far"
+        if in_a_row:
+            line += f", {in_a_row} in a row up to here: {what_is_wrong(values, images)}"
+        if in_a_row < self._config.run.max_skipped:
+            self._progress.say(f"warning: {line}")
+            return
+        raise TrainingDiverged(
+            f"{line}; lower --optimizer.learning-rate or --optimizer.clip-norm, and --restart"
         )
 
     def evaluated(self, done: int, figures: Mapping[str, float]) -> None:
@@ -168,6 +182,31 @@ def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
     if "mfu" in record:
         fields["MFU"] = f"{record['mfu']:.0%}"
     return fields | {"CE": f"{record['cross_entropy']:.3g}"}
+
+
+def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
+    """Which part of a step was not finite, in which bin and images.
+
+    Args:
+        values: metrics of `train_step`, as numbers and lists.
+        images: ids of the images for which the network's outputs were not finite.
+    """
+    bad = [name for name in ("loss_class", "loss_box") if not np.isfinite(values[name])]
+    if images or values["num_nonfinite"]:
+        what = "the network's outputs are not finite"
+    elif bad:
+        what = f"{' and '.join(bad)} not finite"
+    else:
+        what = "the gradient is not finite, the loss is"
+    if images:
+        what += f" for image{'s' * (len(images) > 1)} {', '.join(map(str, images[:5]))}"
+        what += f" and {len(images) - 5} more" * (len(images) > 5)
+    for name in ("ghm_c", "ghm_r"):
+        weights = np.asarray(values.get(name, {}).get("weights", [0.0]))
+        heaviest = int(np.argmax(np.where(np.isfinite(weights), weights, np.inf)))
+        if not weights[heaviest] < 100:  # common weights are below 10
+            what += f", {name} weighs bin {heaviest} of {len(weights)} by {weights[heaviest]:.3g}"
+    return what
 
 
 class Board:

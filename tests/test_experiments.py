@@ -64,6 +64,7 @@ def trace(config: Config, num_classes: int = 80):
         "boxes": jax.ShapeDtypeStruct((size, config.data.max_boxes, 4), jnp.float32),
         "labels": jax.ShapeDtypeStruct((size, config.data.max_boxes), jnp.int32),
         "image_size": jax.ShapeDtypeStruct((size, 2), jnp.int32),
+        "image_id": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
     step = functools.partial(train_step, config=config, model=model, optimizer=optimizer)
     return state, jax.eval_shape(step, state, batch)

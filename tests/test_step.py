@@ -24,6 +24,7 @@ from ghm_jax.detection_loss import GHMStates
 from ghm_jax.parallel import REPLICA, parallelize, split_batch
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import (
+    Skipped,
     TrainState,
     init_state,
     make_model,
@@ -40,7 +41,7 @@ CONFIG = tiny_config(
 NUM_ANCHORS, NUM_CLASSES = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1, 2
 SCALARS = {
     *("loss", "loss_class", "loss_box", "cross_entropy", "box_error"),
-    *("num_positive", "num_nonfinite", "grad_norm"),
+    *("num_positive", "num_nonfinite", "grad_norm", "skipped", "skipped_in_a_row"),
 }
 
 
@@ -74,7 +75,8 @@ def table_state(seed=0, optimizer=None):
     }
     ghm = GHMStates(losses.init_ghm_state(10), losses.init_ghm_state(5))
     optimizer = optimizer or optax.sgd(0.0)
-    return TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params), ghm)
+    step, skipped = jnp.zeros((), jnp.int32), Skipped(*jnp.zeros((2,), jnp.int32))
+    return TrainState(step, params, {}, optimizer.init(params), ghm, None, skipped)
 
 
 def table_step(config, optimizer=None):
@@ -170,7 +172,8 @@ def test_losses_are_those_of_the_formulas(loss):
         [metrics[key] for key in expected], list(expected.values()), rtol=2e-5
     )
     with_histogram = {"ghm_c": loss.classification == "ghm_c", "ghm_r": loss.box == "ghm_r"}
-    assert metrics.keys() == SCALARS | {name for name, has in with_histogram.items() if has}
+    histograms = {name for name, has in with_histogram.items() if has}
+    assert metrics.keys() == SCALARS | {"nonfinite_images"} | histograms
     assert all(metrics[key].shape == () for key in SCALARS)
     if with_histogram["ghm_c"]:
         assert metrics["ghm_c"]["counts"].sum() == masks[-1].sum()
@@ -433,12 +436,126 @@ def test_a_batch_without_any_box_is_background_to_learn_from(classification):
 
 @pytest.mark.parametrize("classification", ["ghm_c", "focal"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_counted(classification, value):
-    config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, bins=10))
-    state = table_state()
-    state.params["logits"][3, 1] = value
-    _, metrics = table_step(config)(state, batches(1)[0])
-    assert metrics["num_nonfinite"] == 8  # once in every image
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(classification, value):
+    config = dataclasses.replace(
+        CONFIG,
+        loss=Loss(classification=classification, bins=10),
+        optimizer=dataclasses.replace(CONFIG.optimizer, ema=0.9),
+    )
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    step = table_step(config, optimizer)
+    good, bad, last = batches(3)
+    start = table_state(0, optimizer)
+    start = start._replace(ema_params=jax.tree.map(jnp.asarray, start.params))
+    before, metrics = step(start, good)
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (0, 0)
+
+    broken = before._replace(
+        params={**before.params, "logits": before.params["logits"].at[3, 1].set(value)}
+    )
+    state = broken
+    for count in (1, 2):
+        state, metrics = step(state, bad)
+        assert metrics["num_nonfinite"] == 8  # once in every image
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (count, count)
+        assert sorted(metrics["nonfinite_images"].tolist()) == bad["image_id"].tolist()
+    assert int(state.step) == int(before.step) + 2
+    without_counts = {"step": 0, "skipped": 0}
+    for x, y in zip(
+        jax.tree.leaves(state._replace(**without_counts)),
+        jax.tree.leaves(broken._replace(**without_counts)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+    state, metrics = step(state._replace(params=before.params), last)
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (2, 0)
+    assert (metrics["nonfinite_images"] == -1).all()
+    assert (state.params["logits"] != before.params["logits"]).any()
+
+
+def test_the_image_at_fault_is_named_on_any_number_of_replicas():
+    batch = batches(1)[0]
+    step = functools.partial(
+        train_step, config=CONFIG, model=Fragile(), optimizer=optax.sgd(0.1), axis_name=REPLICA
+    )
+    batch["images"][5] = 255
+    before = table_state(0, optax.sgd(0.1))
+    state, metrics = on_replicas(step, 4)(before, batch)
+    assert metrics["nonfinite_images"].tolist() == [*[-1] * 5, batch["image_id"][5], -1, -1]
+    np.testing.assert_array_equal(state.params["logits"], before.params["logits"])
+
+
+class Fragile(Table):
+    """Its outputs for a white image are not finite."""
+
+    @staticmethod
+    def apply(variables, images, *, train, mutable):
+        (logits, deltas), changed = Table.apply(variables, images, train=train, mutable=mutable)
+        white = images.mean(axis=(1, 2, 3))[:, None, None] > 2
+        return (logits, jnp.where(white, jnp.nan, deltas)), changed
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Loss(bins=10, box_bins=5, ghm_scope="level", preset="reference"),
+        Loss(bins=10, density="exact"),
+        Loss(classification="ohem", box="smooth_l1"),
+    ],
+    ids=["levels", "exact", "ohem"],
+)
+def test_parts_of_a_batch_make_the_step_of_the_whole(loss):
+    """For every loss, as it sees the whole batch; the parts differ in their numbers of boxes."""
+    config, optimizer = dataclasses.replace(CONFIG, loss=loss), optax.sgd(10.0, momentum=0.9)
+    expected = run(table_state(0, optimizer), table_step(config, optimizer))
+    parts = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, accumulate=4)
+    )
+    found = run(table_state(0, optimizer), table_step(parts, optimizer))
+    assert_close(found, expected)
+    step = functools.partial(
+        train_step,
+        config=dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, accumulate=2)
+        ),
+        model=Table(),
+        optimizer=optimizer,
+        axis_name=REPLICA,
+    )
+    assert_close(run(table_state(0, optimizer), on_replicas(step, 2)), expected)
+
+
+def test_parts_of_a_batch_make_the_step_of_a_whole_network(one_device):
+    start, _, *expected = one_device("group")
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, norm="group"),
+        optimizer=dataclasses.replace(CONFIG.optimizer, accumulate=2),
+    )
+    step = functools.partial(
+        train_step,
+        config=config,
+        model=make_model(config, NUM_CLASSES),
+        optimizer=make_optimizer(config),
+    )
+    assert_close(run(start, jax.jit(step)), tuple(expected))
+
+
+def test_the_moving_average_of_the_parameters_is_what_is_predicted_with():
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema=0.4))
+    optimizer = optax.sgd(10.0)
+    state = table_state(0, optimizer)
+    assert state.variables["params"] is state.params
+    state = state._replace(ema_params=jax.tree.map(jnp.asarray, state.params))
+    average = np.asarray(state.params["logits"], np.float64)
+    step = table_step(config, optimizer)
+    for i, batch in enumerate(batches(6)):
+        state, _ = step(state, batch)
+        decay = min(0.4, (1 + i) / (10 + i))
+        average = decay * average + (1 - decay) * np.asarray(state.params["logits"], np.float64)
+    np.testing.assert_allclose(state.variables["params"]["logits"], average, rtol=1e-5)
+    assert np.abs(average - state.params["logits"]).max() > 0.01
 
 
 def test_the_old_state_is_given_away():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import signal
@@ -17,9 +18,9 @@ from ghm_jax.config import ConfigError, from_dict
 from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.rundir import RunDirectory
 from ghm_jax.scoring import METRICS
-from ghm_jax.step import init_state
+from ghm_jax.step import init_state, train_step
 from ghm_jax.train import save_last, train
-from ghm_jax.training_log import TrainingDiverged
+from ghm_jax.training_log import TrainingDiverged, what_is_wrong
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -239,19 +240,77 @@ def test_another_config_is_refused_and_restart_moves_the_old_run_aside(
     assert [record["step"] for record in records(run)] == [1, 2]
 
 
-def test_a_run_that_diverges_says_so_in_one_line(dataset_dir, tmp_path, monkeypatch):
+def test_a_run_that_diverges_says_what_is_wrong_in_one_line(dataset_dir, tmp_path, monkeypatch):
     def broken_state(*args):
         state = init_state(*args)
         return state._replace(params=jax.tree.map(lambda p: p + jnp.nan, state.params))
 
     config = tiny_config(dataset_dir)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_every=1))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, max_skipped=3))
     monkeypatch.setattr("ghm_jax.train.init_state", broken_state)
-    with pytest.raises(TrainingDiverged, match=r"step 1 .*learning-rate.*--restart") as diverged:
-        train(config, tmp_path / "run")
-    assert "\n" not in str(diverged.value)
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        assert checkpoints.latest is None  # a state that is not finite is not worth keeping
+    listener = Listener()
+    with pytest.raises(TrainingDiverged) as diverged:
+        train(config, tmp_path / "run", progress=listener)
+    assert re.fullmatch(
+        r"step 3: 3 updates left out so far, 3 in a row up to here: the network's outputs are not "
+        r"finite for images \d+(, \d+){3}; lower --optimizer.learning-rate .* and --restart "
+        r"\(there is no checkpoint\)",
+        str(diverged.value),
+    )
+    warnings = [line for line in listener.lines if line.startswith("warning: step")]
+    assert [line.split(",")[0] for line in warnings] == [
+        "warning: step 1: 1 update left out so far",
+        "warning: step 2: 2 updates left out so far",
+    ]
+
+
+def test_a_batch_that_is_not_finite_costs_one_update(dataset_dir, tmp_path, monkeypatch):
+    def fragile_step(state, batch, **how):
+        """As if the network failed on the batch of step 2."""
+        poison = jnp.where(state.step == 2, jnp.nan, 0.0)
+        poisoned = state._replace(params=jax.tree.map(lambda p: p + poison, state.params))
+        after, metrics = train_step(poisoned, batch, **how)
+        return after._replace(
+            params=jax.tree.map(
+                lambda new, old: jnp.where(state.step == 2, old, new), after.params, state.params
+            )
+        ), metrics
+
+    monkeypatch.setattr("ghm_jax.train.train_step", fragile_step)
+    listener = Listener()
+    state = train(tiny_config(dataset_dir), tmp_path / "run", progress=listener)
+    assert int(state.step) == 6
+    assert state.skipped == (1, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    (warning,) = (line for line in listener.lines if line.startswith("warning: step"))
+    assert warning.startswith("warning: step 3: 1 update left out so far, 1 in a row up to here")
+    written = records(RunDirectory(tmp_path / "run"))
+    assert [record["step"] for record in written] == [1, 2, 4, 5, 6]
+    assert [record["skipped"] for record in written] == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "said"),
+    [
+        ({"loss_box": np.inf}, [], "loss_box not finite"),
+        ({"loss_class": np.nan, "loss_box": np.nan}, [], "loss_class and loss_box not finite"),
+        ({"grad_norm": np.inf}, [], "the gradient is not finite, the loss is"),
+        ({"num_nonfinite": 4}, [7], "the network's outputs are not finite for image 7"),
+        (
+            {"num_nonfinite": 4},
+            list(range(1, 9)),
+            "the network's outputs are not finite for images 1, 2, 3, 4, 5 and 3 more",
+        ),
+        (
+            {"grad_norm": np.inf, "ghm_c": {"weights": [0.5, 1.0, 31234.0]}},
+            [],
+            "the gradient is not finite, the loss is, ghm_c weighs bin 2 of 3 by 3.12e+04",
+        ),
+    ],
+)
+def test_the_part_the_bin_and_the_images_at_fault_are_named(changes, images, said):
+    values = {"loss_class": 1.0, "loss_box": 0.1, "grad_norm": 2.0, "num_nonfinite": 0}
+    assert what_is_wrong({**values, **changes}, images) == said
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def tiny_batch(rng: np.random.Generator, size: int = 8) -> dict[str, np.ndarray]
         "boxes": np.zeros((size, 4, 4), np.float32),
         "labels": np.full((size, 4), -1, np.int32),
         "image_size": np.full((size, 2), SIDE, np.int32),
+        "image_id": 100 + np.arange(size, dtype=np.int32),
     }
     for i in range(size):
         image, boxes, categories = draw_image(rng, SIDE, SIDE, 0 if i == 1 else 1 + i % 3)

@@ -217,6 +217,7 @@ def random_batch(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
         "boxes": boxes,
         "labels": labels,
         "image_size": np.full((images, 2), case.image_size, np.int32),
+        "image_id": np.arange(images, dtype=np.int32),
     }
 
 
@@ -227,7 +228,7 @@ def _split(case: Case, repeats: int, step: float) -> dict[str, float]:
     state = _first_state(config, model, optimizer)
     host_batch = random_batch(case)
     batch = jax.device_put(host_batch)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables
     sizes = level_sizes(case.image_size, model.anchors_per_cell)
 
     @jax.jit
