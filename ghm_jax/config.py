@@ -247,6 +247,9 @@ class Run:
     max_skipped: int = 20
     """An update whose loss or gradient is not finite is left out; after this many in a row, seen at
     a line of the log, the run stops."""
+    wandb: bool = False
+    """Send what TensorBoard gets to Weights & Biases too (pip install "ghm-jax[wandb]"); its own
+    environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, say where."""
     peak_teraflops: float = 0.0
     """Peak of one device for the MFU, in 10^12 operations a second; 0: what its maker publishes for
     bfloat16. Without either a run gives no MFU."""

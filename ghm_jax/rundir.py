@@ -5,7 +5,8 @@ runs/NAME/
     checkpoints/     Orbax checkpoints by step
     metrics.jsonl    one record of training a line
     evaluations.jsonl  the COCO figures of one evaluation during training a line
-    tensorboard/     the same for TensorBoard
+    tensorboard/     the same for TensorBoard, with pictures of the evaluations
+    wandb/, wandb_id  what Weights & Biases keeps, if it is used
     metrics.json     the COCO figures of the last evaluation
     detections.json  its detections in COCO results form
     errors.json      what is wrong with them
@@ -51,6 +52,10 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id"
 
     @property
     def metrics(self) -> Path:

@@ -6,14 +6,16 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from ghm_jax.boards import check_boards
 from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
 from ghm_jax.data.notes import ReplacementLog, input_notes
 from ghm_jax.describe import ideal_seconds
-from ghm_jax.evaluate import detect
+from ghm_jax.evaluate import detect, make_samples
 from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.parallel import (
     REPLICA,
@@ -26,6 +28,7 @@ from ghm_jax.parallel import (
     replicate,
     split_batch,
 )
+from ghm_jax.plots.drawing import sample_grid
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, claim_run, set_aside
 from ghm_jax.schedule import make_optimizer
@@ -33,6 +36,8 @@ from ghm_jax.scoring import load_ground_truth, score
 from ghm_jax.step import TrainState, init_state, make_model, train_step
 from ghm_jax.training_log import TrainingDiverged, TrainingLog
 from ghm_jax.weights import load_backbone
+
+_PICTURES = 4  # of validation images, at each evaluation while training
 
 
 def train(
@@ -66,6 +71,7 @@ def train(
     # Everything that a person can get wrong, before any compute.
     devices = choose_devices(config.run.devices)
     config.check(len(devices))
+    check_boards(config)
     dataset = open_dataset(config.data, config.data.train_split)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, classes=dataset.class_names)
@@ -142,8 +148,8 @@ def train(
                 ap = None
                 if validation and (done % config.run.eval_every == 0 or done == total):
                     log.flush()
-                    figures = validation.score(state, progress)
-                    log.evaluated(done, figures)
+                    figures, pictures = validation.score(state, progress)
+                    log.evaluated(done, figures, pictures)
                     ap = figures["AP"]
                 try:
                     checkpoints.check()
@@ -239,7 +245,16 @@ class Validation:
         self._dataset: Dataset = open_dataset(config.data, config.data.validation_split)
         self._truth = load_ground_truth(config, self._dataset)
 
-    def score(self, state: TrainState, progress: Progress) -> dict[str, float]:
-        """The twelve COCO figures of `ghm_jax.evaluate.METRICS`."""
-        detections = detect(self._config, self._dataset, state.variables, self._devices, progress)
-        return score(self._truth, detections)[0]
+    def score(
+        self, state: TrainState, progress: Progress
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The twelve COCO figures of `ghm_jax.evaluate.METRICS`, and pictures of the first images
+        with their boxes and detections, uint8[H, W, 3] by name."""
+        dataset = self._dataset
+        detections = detect(self._config, dataset, state.variables, self._devices, progress)
+        samples = make_samples(dataset, self._truth, detections, _PICTURES)
+        pictures = {
+            f"image_{sample.image_id}": sample_grid([sample], dataset.class_names)
+            for sample in samples
+        }
+        return score(self._truth, detections)[0], pictures

@@ -1,6 +1,5 @@
 """What a run writes down while it trains."""
 
-import contextlib
 import errno
 import json
 import os
@@ -11,10 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
+from ghm_jax.boards import Board, TensorBoard, WeightsAndBiases
 from ghm_jax.config import Config
 from ghm_jax.data.batching import Batch
 from ghm_jax.plots.report import read_history
@@ -22,15 +19,13 @@ from ghm_jax.progress import Progress
 from ghm_jax.rundir import RunDirectory, write_text
 from ghm_jax.schedule import learning_rate
 
-_EVENTS: Any = event_pb2  # generated: type checkers see nothing in it
-
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
     """Too many updates in a row were not finite. The message is one line with the remedy."""
 
 
 class TrainingLog:
-    """Writes metrics to `metrics.jsonl` and TensorBoard, and says what was not finite.
+    """Writes metrics to `metrics.jsonl` and the boards, and says what was not finite.
     Of several processes the first one writes.
 
     Metrics of a step are fetched from the devices one step later, so that the devices never wait.
@@ -62,7 +57,11 @@ class TrainingLog:
         if self._writes and run.evaluations.is_file():
             scores = read_history(run.evaluations)
             rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
-        self._board = Board(run.tensorboard, start)
+        self._boards: list[Board] = []
+        if self._writes:
+            self._boards.append(TensorBoard(run.tensorboard, start))
+        if self._writes and config.run.wandb:
+            self._boards.append(WeightsAndBiases(run, config))
         self._complained = False
         self._skipped = 0
         self._seconds = history[-1]["seconds"] if history else 0.0
@@ -146,28 +145,45 @@ class TrainingLog:
             f"{line}; lower --optimizer.learning-rate or --optimizer.clip-norm, and --restart"
         )
 
-    def evaluated(self, done: int, figures: Mapping[str, float]) -> None:
-        """Writes the COCO figures of a step; what they took is not training time."""
-        self._write(self._run.evaluations, {"step": done, **figures}, "validation")
+    def evaluated(
+        self, done: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray]
+    ) -> None:
+        """Writes the COCO figures of a step; what they took is not training time.
+
+        Args:
+            done: steps.
+            figures: of `ghm_jax.evaluate.METRICS`.
+            pictures: uint8[H, W, 3] by name, of validation images.
+        """
+        self._write(self._run.evaluations, {"step": done, **figures}, "validation", pictures)
         self._progress.say(f"step {done}: AP {100 * figures['AP']:.1f} on the validation split")
         self._since, self._waited = time.perf_counter(), 0.0
 
-    def _write(self, path: Path, record: dict[str, Any], group: str = "train") -> None:
-        """A line of a file and the same for TensorBoard. A full disk does not end the training."""
+    def _write(
+        self,
+        path: Path,
+        record: dict[str, Any],
+        group: str = "train",
+        pictures: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """A line of a file and the same for the boards. A full disk does not end the training."""
         if not self._writes:
             return
         try:
             append_line(path, record)
-            self._board.add(group, record)
+            for board in self._boards:
+                board.add(group, record, pictures or {})
             self._complained = False
         except OSError as error:
             if not self._complained:
-                self._progress.say(f"{path}: not written ({error.strerror}); training goes on")
+                what = error.filename or path
+                self._progress.say(f"{what}: not written ({error.strerror}); training goes on")
             self._complained = True
 
     def close(self) -> None:
         """Closes the files."""
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
@@ -207,59 +223,6 @@ def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
         if not weights[heaviest] < 100:  # common weights are below 10
             what += f", {name} weighs bin {heaviest} of {len(weights)} by {weights[heaviest]:.3g}"
     return what
-
-
-class Board:
-    """Event files of TensorBoard, written at once: tensorboardX's own SummaryWriter writes in a
-    thread, which dies of a full disk, and the training then waits for it for ever."""
-
-    def __init__(self, directory: Path, start: int) -> None:
-        self._directory, self._start = directory, start
-        self._writer: EventsWriter | None = None
-
-    def add(self, group: str, record: Mapping[str, Any]) -> None:
-        """Numbers as scalars of a group, {"counts": ...} as histograms over [0, 1]."""
-        step = record["step"]
-        if self._writer is None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._writer = EventsWriter(str(self._directory / "events"))
-            # What lies in other files from this step on has been trained anew.
-            status = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
-            self._write(_EVENTS.Event(step=self._start + 1, session_log=status))
-        for key, value in record.items():
-            if isinstance(value, Mapping):
-                new = _histogram(f"{key}/gradient_norm", value["counts"])
-                self._write(_EVENTS.Event(step=step, summary=new))
-            elif key != "step":
-                new = summary.scalar(f"{group}/{key}", value)
-                self._write(_EVENTS.Event(step=step, summary=new))
-        self._writer.flush()
-
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()
-        if self._writer is not None:
-            self._writer.write_event(event)
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-
-
-def _histogram(tag: str, counts: list[float]) -> Any:
-    edges = (np.arange(len(counts)) + 1) / len(counts)
-    centers = edges - 0.5 / len(counts)
-    return summary.histogram_raw(
-        tag,
-        min=0.0,
-        max=1.0,
-        num=sum(counts),
-        sum=float(np.dot(counts, centers)),
-        sum_squares=float(np.dot(counts, centers**2)),
-        bucket_limits=edges.tolist(),
-        bucket_counts=counts,
-    )
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -54,6 +54,7 @@ for part in (
     "evaluate",
     "export",
     "interrupt",
+    "boards",
     "training_log",
     "train",
     "bench",

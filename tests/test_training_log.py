@@ -14,6 +14,7 @@ from ghm_jax.training_log import TrainingLog
 METRICS = {
     **dict.fromkeys(("loss", "loss_class", "loss_box", "cross_entropy", "box_error"), 0.5),
     **{"num_positive": 9.0, "num_nonfinite": 0.0, "grad_norm": 1.0},
+    **{"skipped": 0, "skipped_in_a_row": 0, "nonfinite_images": np.array([-1])},
     "ghm_c": {"counts": np.arange(10.0), "weights": np.ones(10)},
 }
 
@@ -78,7 +79,7 @@ def test_an_evaluation_is_no_training_time(run, monkeypatch):
         log.record(done, METRICS | {"loss": Loss(True)})
         log.flush()
         clock.now += 100.0
-        log.evaluated(done, {"AP": 0.25})
+        log.evaluated(done, {"AP": 0.25}, {})
     log.close()
     assert [record["seconds"] for record in records(run)] == [1.0, 2.0]
     assert [record["data_wait"] for record in records(run)] == [1.0, 1.0]
