@@ -38,6 +38,7 @@ floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in 
 docs: setup  ## the documentation's site, into site/
 	@$(BIN)/python .ci/config_page.py
 	@$(BIN)/python -m zensical build --clean --strict
+	@$(BIN)/python .ci/formulas.py site
 
 check: lint types test floor  ## what CI runs
 

@@ -273,3 +273,14 @@ def test_overrides_reach_the_run_and_the_installed_command_trains(place):
     assert (place / "out" / "checkpoints" / "2").is_dir()
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

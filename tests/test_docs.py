@@ -26,6 +26,11 @@ def settings_page() -> str:
     return runpy.run_path(str(ROOT / ".ci/config_page.py"))["page"]()
 
 
+def with_mathml(html: str) -> str:
+    pytest.importorskip("latex2mathml", reason="it is in the extra dev")
+    return runpy.run_path(str(ROOT / ".ci/formulas.py"))["with_mathml"](html)
+
+
 def page(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -100,6 +105,22 @@ def test_the_menu_has_every_page():
     assert sorted(named) == sorted([*(path.name for path in PAGES), "config.md"])
 
 
+def test_formulas_become_mathml_and_the_rest_stays():
+    inline, block = r"\(p &lt; \sigma(x)\)", r"\[\frac{1}{N}\]"
+    page = f'<p><span class="arithmatex">{inline}</span> and <code>\\(x\\)</code></p>'
+    page += f'<div class="arithmatex">{block}</div>'
+    made = with_mathml(page)
+    assert re.sub("<math.*?</math>", "F", made) == (
+        r'<p><span class="arithmatex">F</span> and <code>\(x\)</code></p>'
+        '<div class="arithmatex">F</div>'
+    )
+    first, second = re.findall("<math.*?</math>", made)
+    assert "<mi>&#x003C3;</mi>" in first  # sigma
+    assert "<mo>&#x0003C;</mo>" in first  # less than
+    assert 'display="block"' in second
+    assert "<mfrac>" in second
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("zensical", reason="the site's builder is in the extra dev")
@@ -114,3 +135,9 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site/api/index.html").read_text()
     assert "density floor in examples of the whole batch" in api  # a docstring came through
+
+    for path in (tmp_path / "site").rglob("*.html"):
+        html = path.read_text()
+        loaded = re.findall(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"?(\w+:[^\s\">]*)", html)
+        assert not [url for url in loaded if not url.startswith("data:")], path
+        assert html.count('class="arithmatex"') == with_mathml(html).count("<math "), path

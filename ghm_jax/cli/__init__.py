@@ -53,7 +53,20 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, with 1 after a one-line error, or with 130 when stopped."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except (ConfigError, FileNotFoundError, PermissionError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("\nghm-jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough, as `head` in `ghm-jax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes into it
+        sys.exit(141)
+
+
+def _run(args: list[str]) -> None:
     # JAX on a machine without accelerators explains at length why it found none.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     command = next((n for n in (3, 2, 1) if " ".join(args[:n]) in _COMMANDS), 0)
@@ -64,10 +77,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             fail(f"unknown command {wanted!r}; choose from {', '.join(_COMMANDS)}")
         print(__doc__)
         return
-    try:
-        _COMMANDS[" ".join(args[:command])](args[command:])
-    except (ConfigError, FileNotFoundError, PermissionError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("\nghm-jax: interrupted", file=sys.stderr)
-        sys.exit(130)
+    _COMMANDS[" ".join(args[:command])](args[command:])
