@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ghm_jax.config import ConfigError
+from ghm_jax.processes import all_or_none, is_first
 from ghm_jax.step import TrainState
 
 
@@ -110,7 +111,7 @@ class Checkpoints:
 
     def remove_fragments(self) -> None:
         """Removes what saves left that were cut off. Not while another process saves."""
-        if jax.process_index() == 0:
+        if is_first():
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -159,8 +160,9 @@ class Checkpoints:
         new, number = path.with_name(f"{step}.damaged"), 2
         while new.exists():
             new, number = path.with_name(f"{step}.damaged{number}"), number + 1
-        if jax.process_index() == 0:
-            path.rename(new)
+        with all_or_none():  # the others must not look before it is gone
+            if is_first():
+                path.rename(new)
         self._manager.reload()
         return new
 

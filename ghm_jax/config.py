@@ -18,6 +18,10 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message is one line: the key, what it is, the remedy."""
 
 
+class StoppedElsewhere(ConfigError):  # noqa: N818 (it is what happened)
+    """Another process of the job cannot go on. The message is what it says, which is enough."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Which images, and how they become arrays of a fixed shape."""

@@ -16,9 +16,10 @@ from ghm_jax.data.transforms import decode_image
 from ghm_jax.errors import error_analysis
 from ghm_jax.inference import coco_results, make_detector, restore_state
 from ghm_jax.nms import Detections
-from ghm_jax.parallel import Device, choose_devices, gather_rows, replicate
+from ghm_jax.parallel import Device, choose_devices, replicate
 from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
+from ghm_jax.processes import gather_rows
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, load_experiment, load_run, write_text
 from ghm_jax.scoring import (

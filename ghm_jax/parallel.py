@@ -5,14 +5,12 @@ comes out un-stacked and replicated; batches are split along their first axis.
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 REPLICA = "replica"
 
@@ -40,7 +38,8 @@ def parallelize(
         donate: the memory of `state` may be re-used for the output.
 
     Returns:
-        A function of a state and a batch as `split_batch` gives it, [replicas, B / replicas, ...].
+        A function of a state and a batch as `split_batch` gives it, [replicas, B / replicas, ...],
+        where a process gives and gets the replicas on its own devices.
     """
     donated = (0,) if donate else ()
     if wrapper == "pmap":
@@ -81,63 +80,22 @@ def parallelize(
 
 
 def replicate(tree: Any, devices: list[Device]) -> Any:
-    """The same arrays on every device, as a state that both wrappers take without a copy."""
+    """The same arrays on every device, as a state that both wrappers take without a copy.
+
+    Of several processes each gives the same arrays, its own or those of a step.
+    """
     mesh = jax.sharding.Mesh(np.asarray(devices), (REPLICA,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, everywhere)
 
     def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == everywhere:
+            return x
         value = np.asarray(x)
         return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
 
     return jax.tree.map(place, tree)
-
-
-def start_processes(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Joins the processes of a job into one; call it before JAX is used.
-
-    Args:
-        coordinator: HOST:PORT of process 0; each process then has all devices of its host. None, as
-            the others: `jax.distributed` finds them all on TPU pods (one process a host), under
-            SLURM and under Open MPI 4 (one process a GPU).
-        num_processes: of the job.
-        process_id: of this one, from 0.
-
-    Raises:
-        ValueError, RuntimeError: nothing was found, or the others did not answer.
-    """
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs only
-    # What SLURM and Open MPI tell would leave a process one GPU, whatever was asked for here.
-    detection = None if coordinator is None else "deactivate"
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, cluster_detection_method=detection
-    )
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them must ask."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
-def gather_rows(rows: list[Any]) -> list[Any]:
-    """Rows of all processes, in their order, in each of them. Rows are what JSON can hold."""
-    if jax.process_count() == 1:
-        return rows
-    data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(data.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    parts = multihost_utils.process_allgather(padded)
-    return [
-        row
-        for part, size in zip(parts, sizes, strict=True)
-        for row in json.loads(np.asarray(part)[: int(size)].tobytes())
-    ]
 
 
 def num_local(devices: list[Device]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ghm_jax.boards import check_boards
 from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
 from ghm_jax.data.notes import ReplacementLog, input_notes
@@ -21,7 +21,6 @@ from ghm_jax.parallel import (
     REPLICA,
     Device,
     ProgramCount,
-    any_process,
     choose_devices,
     num_local,
     parallelize,
@@ -29,6 +28,7 @@ from ghm_jax.parallel import (
     split_batch,
 )
 from ghm_jax.plots.drawing import sample_grid
+from ghm_jax.processes import all_or_none, computed_once, is_first, largest
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, claim_run, set_aside
 from ghm_jax.schedule import make_optimizer
@@ -65,29 +65,34 @@ def train(
         CheckpointFailed: the last state could not be written; the run can be resumed from the one
             before.
     """
-    first, processes = jax.process_index() == 0, jax.process_count()
-    progress = progress if progress and first else Silent()
+    run, processes = RunDirectory(Path(run_dir)), jax.process_count()
+    progress = progress if progress and is_first() else Silent()
 
     # Everything that a person can get wrong, before any compute.
-    devices = choose_devices(config.run.devices)
-    config.check(len(devices))
-    check_boards(config)
-    dataset = open_dataset(config.data, config.data.train_split)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, classes=dataset.class_names)
-    )
-    groups = training_groups(dataset, config.data)
-    notes = input_notes(dataset, config)
-    validation = Validation(config, devices) if config.run.eval_every else None
-    optimizer = make_optimizer(config)
-    model = make_model(config, len(dataset.class_names), REPLICA)
-    initialize = functools.partial(init_state, config, model, optimizer)
-    pretrained = None
-    if config.model.weights and (restart or not RunDirectory(Path(run_dir)).has_checkpoint):
-        blank = jax.eval_shape(initialize)
-        like = {"params": blank.params, "batch_stats": blank.batch_stats}
-        pretrained = load_backbone(config.model, like)
-    run = claim(config, run_dir, restart, progress)
+    with all_or_none():
+        devices = choose_devices(config.run.devices)
+        config.check(len(devices))
+        check_boards(config)
+        dataset = open_dataset(config.data, config.data.train_split)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, classes=dataset.class_names)
+        )
+        groups = training_groups(dataset, config.data)
+        notes = input_notes(dataset, config)
+        validation = Validation(config, devices) if config.run.eval_every else None
+        optimizer = make_optimizer(config)
+        model = make_model(config, len(dataset.class_names), REPLICA)
+        initialize = functools.partial(init_state, config, model, optimizer)
+        pretrained = None
+        if config.model.weights and (restart or not run.has_checkpoint):
+            blank = jax.eval_shape(initialize)
+            like = {"params": blank.params, "batch_stats": blank.batch_stats}
+            pretrained = load_backbone(config.model, like)
+    with all_or_none():
+        if is_first():
+            if restart and run.path.exists():
+                progress.say(f"moved the old run to {set_aside(run.path)}")
+            claim_run(run_dir, config)
 
     # The step of one replica, on all devices.
     step = functools.partial(
@@ -100,8 +105,8 @@ def train(
     state = jax.jit(initialize, compiler_options=options)(pretrained)
     # As the step returns it: from another placement it would be compiled a second time.
     state = replicate(state, devices)
-    # Of several processes each has a state of its own, all the same; Orbax wants one for all.
-    shared = functools.partial(replicate, devices=devices) if processes > 1 else lambda tree: tree
+    # pmap of several processes gives each a state of its own, all the same; Orbax wants one.
+    shared = functools.partial(replicate, devices=devices)
 
     with (
         stop_on_signal(progress) as stopping,
@@ -126,7 +131,7 @@ def train(
             progress.say(note)
         progress.say("compiling the training step, half a minute or so ...")
 
-        done, retry = start, None
+        done, retry, signal_number = start, None, 0
         kinds = [device.device_kind for device in devices]
         ideal = ideal_seconds(config, len(dataset.class_names), groups, kinds)
         log = TrainingLog(run, config, start, progress, ideal)
@@ -137,8 +142,9 @@ def train(
         try:
             while done < total:
                 # All processes must stop at the same step; to ask them costs a wait.
-                asks = processes == 1 or done % config.run.log_every == 0
-                if asks and any_process(stopping.is_set()):
+                if processes == 1 or done % config.run.log_every == 0:
+                    signal_number = largest(stopping.number)
+                if signal_number:
                     break
                 batch = log.next_batch(batches)
                 replacements.record(batch)
@@ -174,24 +180,9 @@ def train(
             progress.close()
     if done < total:
         raise TrainingInterrupted(
-            f"stopped at step {done} of {total}, checkpoint written", stopping.number
+            f"stopped at step {done} of {total}, checkpoint written", signal_number
         )
     return state
-
-
-def claim(config: Config, run_dir: str | Path, restart: bool, progress: Progress) -> RunDirectory:
-    """The run's directory. Of several processes the first one makes it, and all wait for that."""
-    problem = None
-    if jax.process_index() == 0:
-        try:
-            if restart and Path(run_dir).exists():
-                progress.say(f"moved the old run to {set_aside(Path(run_dir))}")
-            claim_run(run_dir, config)
-        except ConfigError as error:
-            problem = error
-    if any_process(problem is not None):
-        raise problem or ConfigError(f"{run_dir}: process 0 cannot use it, and says why")
-    return RunDirectory(Path(run_dir))
 
 
 def restore(checkpoints: Checkpoints, like: TrainState, progress: Progress) -> TrainState:
@@ -257,4 +248,4 @@ class Validation:
             f"image_{sample.image_id}": sample_grid([sample], dataset.class_names)
             for sample in samples
         }
-        return score(self._truth, detections)[0], pictures
+        return computed_once(lambda: score(self._truth, detections)[0]), pictures

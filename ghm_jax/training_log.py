@@ -15,6 +15,7 @@ from ghm_jax.boards import Board, TensorBoard, WeightsAndBiases
 from ghm_jax.config import Config
 from ghm_jax.data.batching import Batch
 from ghm_jax.plots.report import read_history
+from ghm_jax.processes import is_first
 from ghm_jax.progress import Progress
 from ghm_jax.rundir import RunDirectory, write_text
 from ghm_jax.schedule import learning_rate
@@ -49,7 +50,7 @@ class TrainingLog:
     ) -> None:
         self._config, self._run, self._progress = config, run, progress
         self._rate = learning_rate(config.optimizer)
-        self._writes = jax.process_index() == 0
+        self._writes = is_first()
         history = read_history(run.history) if run.history.is_file() else []
         history = [record for record in history if record["step"] <= start]
         if self._writes:

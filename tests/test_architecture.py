@@ -34,10 +34,11 @@ MAY_IMPORT = {
     "progress": set(),
     "data": {"progress", "config"},
     "parallel": set(),
+    "processes": {"config"},
     "schedule": {"models", "config"},
     "detection_loss": {"losses", "matching", "config"},
     "step": {"detection_loss", "losses", "models", "schedule", "config", *PURE},
-    "checkpoint": {"step", "config"},
+    "checkpoint": {"step", "processes", "config"},
     "rundir": {"config"},
     "plots": {"losses"},  # draws them by their own gradients
 }

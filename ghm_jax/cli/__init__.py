@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 try:
     from ghm_jax.cli import bench, data, doctor, predict, runs, stats
     from ghm_jax.cli.arguments import fail
-    from ghm_jax.config import ConfigError
+    from ghm_jax.config import ConfigError, StoppedElsewhere
 except ModuleNotFoundError as missing:
     sys.exit(
         f"ghm-jax: {missing}; the detector needs more than the losses: "
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+    except StoppedElsewhere:
+        fail(None)
     except (ConfigError, FileNotFoundError, PermissionError) as error:
         fail(str(error))
     except KeyboardInterrupt:

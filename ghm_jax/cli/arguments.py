@@ -69,7 +69,8 @@ def _first_sentence(boxed: str) -> str:
     return f"{' '.join(lines) or boxed.strip()} (--help lists all settings)"
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(f"ghm-jax: {message}", file=sys.stderr)
+def fail(message: str | None) -> NoReturn:
+    """Ends the program with one line on stderr; None: another process of the job says it."""
+    if message is not None:
+        print(f"ghm-jax: {message}", file=sys.stderr)
     sys.exit(1)

@@ -1,5 +1,6 @@
 """Commands that make a run or work on one."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,22 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
+from ghm_jax.cli.job import Distributed, join_processes
 from ghm_jax.config import Config, ConfigError, Data
 from ghm_jax.rundir import RunDirectory, experiment_name, load_experiment, load_run
-
-
-@dataclass
-class Distributed:
-    """A job of several processes; all give the same command but for the process id."""
-
-    detect: bool = False
-    """Find the other processes by what TPU pods, SLURM and Open MPI 4 tell."""
-    coordinator: str = ""
-    """HOST:PORT of process 0, where nothing can be detected."""
-    num_processes: int = 0
-    """Processes of the job, with a coordinator."""
-    process_id: int = -1
-    """Which one this is, from 0, with a coordinator."""
 
 
 @dataclass
@@ -44,52 +32,36 @@ class Train:
 def train_command(args: list[str]) -> None:
     """`ghm-jax train`."""
     from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.processes import all_or_none, is_first
     from ghm_jax.progress import Bar
     from ghm_jax.train import CheckpointFailed, TrainingInterrupted, train
     from ghm_jax.training_log import TrainingDiverged
 
-    experiment = positional(args, "ghm-jax train EXPERIMENT")
-    default = load_experiment(experiment) if experiment else Config()
-    arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
-    config = arguments.config
-    run_dir = arguments.run_dir or f"runs/{experiment_name(arguments.experiment)}"
-    joined = join_processes(arguments.distributed)
-    start_devices(config, use_cpu_cores if not joined else lambda sizes: None)
+    job = join_processes(args)
+    with all_or_none() if job else contextlib.nullcontext():
+        experiment = positional(args, "ghm-jax train EXPERIMENT")
+        default = load_experiment(experiment) if experiment else Config()
+        arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
+        config = arguments.config
+        run_dir = arguments.run_dir or f"runs/{experiment_name(arguments.experiment)}"
+        if job:  # JAX knows its devices by now
+            config.check()
+        else:
+            start_devices(config, use_cpu_cores)
     try:
         train(config, run_dir, restart=arguments.restart, progress=Bar())
-    except (TrainingDiverged, CheckpointFailed) as error:
+    except TrainingDiverged as error:
+        fail(str(error) if is_first() else None)
+    except CheckpointFailed as error:
         fail(str(error))
     except TrainingInterrupted as error:
-        again = " ".join(["ghm-jax train", *(a for a in args if a != "--restart")])
-        print(f"ghm-jax: {error}; go on with: {again}", file=sys.stderr)
+        if is_first():
+            again = " ".join(["ghm-jax train", *(a for a in args if a != "--restart")])
+            again = "the same commands" if job else again
+            print(f"ghm-jax: {error}; go on with: {again}", file=sys.stderr)
         sys.exit(0 if error.preempted else 130)
-    print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
-
-
-def join_processes(how: Distributed) -> bool:
-    """Starts `jax.distributed` where that was asked for; whether it was."""
-    from ghm_jax.parallel import start_processes
-
-    explicit = (how.coordinator, how.num_processes, how.process_id)
-    if not how.detect and explicit == ("", 0, -1):
-        return False
-    if not how.detect and not (how.coordinator and 0 <= how.process_id < how.num_processes):
-        raise ConfigError(
-            "--distributed: a job needs --distributed.coordinator HOST:PORT, .num-processes N and "
-            f".process-id 0 to N - 1, got {explicit}; or --distributed.detect"
-        )
-    try:
-        if how.detect:
-            start_processes()
-        else:
-            start_processes(*explicit)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--distributed: {reason}; give --distributed.coordinator, .num-processes and "
-            ".process-id of a process 0 that can be reached"
-        ) from None
-    return True
+    if is_first():
+        print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
 
 
 @dataclass
