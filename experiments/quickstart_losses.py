@@ -1,6 +1,8 @@
 """The quickstart with three classification losses and several seeds; GHM-R for the boxes in all.
 
     python experiments/quickstart_losses.py [--losses focal ...] [--seeds 0 1 2] [--devices 1]
+    python experiments/quickstart_losses.py --losses focal cross_entropy floored --devices 1
+        --runs runs/calibration --result experiments/results/calibration.json
 
 focal: focal loss (0.25, 2). published: GHM-C without the floor, which is the published weighting
 with one histogram for all levels. floored: the quickstart itself. Nine runs of a
@@ -11,6 +13,10 @@ By name, what the defaults of the losses were chosen from: published_levels is t
 as it stands, a call for each pyramid level; printed divides by all bins, as in the paper, with the
 floor; uncorrected lets the average start at zero, with the floor; softened has strength 0.75 in
 place of a floor.
+
+The second command asks whose scores are to be trusted: expected calibration error, the mean
+distance between score and precision (a detection is right from IoU 0.5 on) in ten bins of score,
+over all detections above the threshold of 0.05, and over those that score 0.3 or more.
 """
 
 import dataclasses
@@ -20,7 +26,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
@@ -34,6 +42,7 @@ from ghm_jax.train import train
 
 LOSSES = {
     "focal": {"classification": "focal"},
+    "cross_entropy": {"classification": "cross_entropy"},
     "published": {"min_count": 0.0},
     "floored": {},
     "published_levels": {"preset": "reference", "ghm_scope": "level"},
@@ -41,7 +50,8 @@ LOSSES = {
     "uncorrected": {"bias_correction": False},
     "softened": {"min_count": 0.0, "strength": 0.75},
 }
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "AR100")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR100")
+FIGURES = (*METRICS, "ECE", "ECE_03", "overconfidence", "detections")
 RESULT = Path(__file__).parent / "results" / "quickstart_losses.json"
 
 
@@ -60,6 +70,7 @@ def main(
     losses: tuple[str, ...] = ("focal", "published", "floored"),
     devices: int = 0,
     runs: str = "runs/quickstart_losses",
+    result: Path = RESULT,
 ) -> None:
     """Trains and scores what is not finished yet, and writes the table.
 
@@ -68,6 +79,7 @@ def main(
         losses: names of `LOSSES`.
         devices: for each run; 0: all.
         runs: where the runs go.
+        result: JSON file for the table.
     """
     base = load_experiment(Path(__file__).parent / "quickstart.py")
     use_cpu_cores((base.optimizer.batch_size, base.predict.batch_size))
@@ -77,16 +89,38 @@ def main(
             if not (run_dir / "metrics.json").is_file():
                 train(variant(base, name, seed, devices), run_dir, progress=Bar())
                 evaluate(run_dir)
-    write_result(Path(runs), base.optimizer.steps)
+    write_result(Path(runs), result, base.optimizer.steps)
 
 
-def write_result(runs: Path, steps: int) -> None:
+def calibration(run_dir: Path) -> dict[str, Any]:
+    """What the scores of a run are worth, with the bins that say it."""
+    bins = json.loads((run_dir / "errors.json").read_text())["calibration"]["bins"]
+
+    def mean(distance: Callable[[float], float], bins: list[dict[str, float]]) -> float:
+        total = sum(part["count"] for part in bins)
+        return (
+            sum(part["count"] * distance(part["score"] - part["precision"]) for part in bins)
+            / total
+        )
+
+    confident = [part for part in bins if part["score_from"] > 0.25]
+    return {
+        "ECE": mean(abs, bins),
+        "ECE_03": mean(abs, confident),
+        "overconfidence": mean(float, confident),  # score minus precision, from 0.3 on
+        "detections": sum(part["count"] for part in bins),
+        "bins": bins,
+    }
+
+
+def write_result(runs: Path, result: Path, steps: int) -> None:
     """Gathers the figures of all finished runs."""
     rows = []
     for path in sorted(runs.glob("*/metrics.json")):
         name, seed = path.parent.name.rsplit("-", 1)
         figures = json.loads(path.read_text())
-        rows.append({"loss": name, "seed": int(seed), **{key: figures[key] for key in FIGURES}})
+        figures = {key: figures[key] for key in METRICS} | calibration(path.parent)
+        rows.append({"loss": name, "seed": int(seed), **figures})
     summary = {}
     for name in LOSSES:
         of_loss = [row for row in rows if row["loss"] == name]
@@ -109,7 +143,7 @@ def write_result(runs: Path, steps: int) -> None:
         "summary": summary,
         "runs": rows,
     }
-    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    result.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

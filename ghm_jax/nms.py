@@ -113,11 +113,12 @@ def select_detections(
         max_detections: D.
     """
     num_classes = logits.shape[-1]
+    highest = _highest(logits)
     logit, pair, start = [], [], 0
     for size in level_sizes:
-        best = _best_pairs(logits[start : start + size], candidates)
+        best = _best_pairs(logits, highest[start : start + size], start, candidates)
         logit.append(best[0])
-        pair.append(best[1] + start * num_classes)
+        pair.append(best[1])
         start += size
     score, pair = jax.nn.sigmoid(jnp.concatenate(logit)), jnp.concatenate(pair)  # [N]
     anchor, label = pair // num_classes, pair % num_classes
@@ -140,16 +141,35 @@ def select_detections(
     )
 
 
-def _best_pairs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The highest logits of a level f32[A, K] and their places in the raveled array, [count].
+def _highest(logits: jax.Array) -> jax.Array:
+    """The highest logit of each anchor, [A]; one that is not a number counts for nothing.
+
+    Not `max` of cleaned logits: fused with anything before it, XLA's reduction on CPU takes 20
+    times as long, 70 ms for the 16 million logits of an image of 800 x 1344 and 80 classes.
+    """
+    logits = jax.lax.optimization_barrier(logits)
+    lowest = jnp.array(-jnp.inf, logits.dtype)
+    return jax.lax.reduce(logits, lowest, lambda a, b: jnp.where(b > a, b, a), (1,))
+
+
+def _best_pairs(
+    logits: jax.Array, highest: jax.Array, start: int, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The highest logits of a level and their places in the raveled logits f32[A, K], [count].
 
     Equal ones in the order of their places. `count` pairs lie on at most `count` anchors, those
-    with the highest maxima: sorting these instead of all pairs takes a tenth of the time.
+    with the highest maxima: these are sorted, and not all pairs of the level.
+
+    Args:
+        logits: of all levels.
+        highest: of each anchor of the level.
+        start: the level's first anchor.
+        count: pairs; fewer if the level has no more.
     """
-    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
-    num_anchors, num_classes = logits.shape
-    _, anchor = jax.lax.top_k(logits.max(axis=1), min(count, num_anchors))
-    anchor = jnp.sort(anchor)  # so that equal pairs stay in their order
+    num_classes = logits.shape[1]
+    _, anchor = jax.lax.top_k(highest, min(count, highest.size))
+    anchor = start + jnp.sort(anchor)  # sorted, so that equal pairs stay in their order
     few = logits[anchor].ravel()
+    few = jnp.where(jnp.isnan(few), -jnp.inf, few)
     best, place = jax.lax.top_k(few, min(count, few.size))
     return best, anchor[place // num_classes] * num_classes + place % num_classes

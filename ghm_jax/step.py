@@ -261,11 +261,29 @@ def predict_step(
         variables: `params` and `batch_stats`.
         batch: images u8[b, H, W, 3] and image_size i32[b, 2] of one replica.
     """
-    (logits, deltas), _ = _apply(
-        model, variables["params"], variables["batch_stats"], batch, train=False
-    )
+    outputs = network_outputs(variables, batch, model=model)
+    return choose_detections(outputs, batch, config=config)
+
+
+def network_outputs(
+    variables: dict[str, Any], batch: Batch, *, model: RetinaNet
+) -> tuple[jax.Array, jax.Array]:
+    """Logits f32[b, A, K] and deltas f32[b, A, 4], as the network is in prediction.
+
+    Args:
+        variables: `params` and `batch_stats`.
+        batch: as for `predict_step`.
+    """
+    outputs, _ = _apply(model, variables["params"], variables["batch_stats"], batch, train=False)
+    return outputs
+
+
+def choose_detections(
+    outputs: tuple[jax.Array, jax.Array], batch: Batch, *, config: Config
+) -> Detections:
+    """Detections [b, D] of the network's outputs; `batch` as for `predict_step`."""
     size = _padded_size(batch)
-    per_cell = model.anchors_per_cell
+    per_cell = config.anchors.octaves * len(config.anchors.ratios)
     select = functools.partial(
         select_detections,
         anchors=_anchors(config, size),
@@ -278,7 +296,7 @@ def predict_step(
         agnostic=config.predict.nms_classes == "all",
     )
     return jax.vmap(lambda scores, moves, image_size: select(scores, moves, image_size=image_size))(
-        logits, deltas, batch["image_size"]
+        *outputs, batch["image_size"]
     )
 
 
@@ -294,10 +312,7 @@ def loss_inputs(
     Returns:
         Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4].
     """
-    (logits, deltas), _ = _apply(
-        model, variables["params"], variables["batch_stats"], batch, train=False
-    )
-    return logits, deltas, make_targets(batch, config)
+    return *network_outputs(variables, batch, model=model), make_targets(batch, config)
 
 
 def make_targets(batch: Batch, config: Config) -> Targets:

@@ -13,7 +13,7 @@
     ghm-jax data prepare coco/2017 --source DIR --out data
     ghm-jax data prepare folder --name mine --out data --train IMAGES JSON --validation IMAGES JSON
     ghm-jax data inspect EXPERIMENT [--out DIR] [--batches 20] [--data.dir data ...]
-    ghm-jax bench losses|data|train [--out FILE.json]
+    ghm-jax bench losses|data|train|inference [--out FILE.json]
 
 `ghm-jax train EXPERIMENT --help` lists every setting.
 """
@@ -48,6 +48,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench losses": bench.losses_command,
     "bench data": bench.data_command,
     "bench train": bench.train_command,
+    "bench inference": bench.inference_command,
 }
 
 

@@ -177,6 +177,74 @@ def train_command(args: list[str]) -> None:
         _write_result(Path(a.out), "train", args, tables, "jax", "jaxlib", "flax")
 
 
+@dataclass
+class BenchInference:
+    """Times inference, from images to detections: all of it, the network, and the suppression, with
+    few scores above the threshold and with all of them; torchvision's RetinaNet where installed."""
+
+    backbone: str = "resnet50"
+    """Of the network."""
+    size: tuple[int, int] = (800, 1344)
+    """Height and width of the images."""
+    batch_size: int | None = None
+    """Images a call (8; on CPU 2)."""
+    channels: int = 256
+    """Of pyramid and heads."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the activations (bfloat16; on CPU float32)."""
+    repeats: int = 5
+    """Timed calls of each."""
+    out: str = ""
+    """JSON file to write the rows into."""
+
+
+def inference_command(args: list[str]) -> None:
+    """`ghm-jax bench inference`."""
+    a = parse(BenchInference, args, "ghm-jax bench inference")
+    if min(a.repeats, 1 if a.batch_size is None else a.batch_size) < 1:
+        raise ConfigError("--repeats, --batch-size: must be positive")
+    from ghm_jax.parallel import choose_devices, use_cpu_cores
+
+    use_cpu_cores((a.batch_size or 2,))
+    devices = choose_devices(0)
+    cpu = devices[0].platform == "cpu"
+
+    from ghm_jax.bench.inference import Case, measure_inference
+
+    case = Case(
+        backbone=a.backbone,
+        image_size=a.size,
+        batch_size=a.batch_size or (2 if cpu else 8),
+        channels=a.channels,
+        dtype=a.dtype or ("float32" if cpu else "bfloat16"),
+    )
+    case.config.check(len(devices))
+    print(
+        f"{case.backbone}, {case.batch_size} images of {a.size[0]} x {a.size[1]} a call, "
+        f"{case.dtype}, on {len(devices)} x {devices[0].device_kind}; medians"
+    )
+    rows = measure_inference(case, devices, a.repeats)
+    print(
+        f"{'':<32}{'scores':<8}{'candidates':>11}{'found':>7}{'ms':>9}{'images/s':>10}"
+        f"{'network':>9}{'selection':>11}{'share':>8}"
+    )
+    for row in rows:
+        parts = f"{'-':>9}{'-':>11}{'-':>8}"
+        if row.share is not None:
+            parts = f"{row.network:>9.0f}{row.selection:>11.1f}{row.share:>8.1%}"
+        print(
+            f"{row.detector:<32}{row.scores:<8}{row.candidates:>11}{row.detections:>7.0f}"
+            f"{row.milliseconds:>9.0f}{row.images_per_second:>10.2f}{parts}"
+        )
+    if a.out:
+        tables = {
+            "case": dataclasses.asdict(case) | {"devices": len(devices)},
+            "rows": [dataclasses.asdict(row) | {"share": row.share} for row in rows],
+        }
+        packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
+        _write_result(Path(a.out), "inference", args, tables, *packages)
+
+
 def _versions(*packages: str) -> dict[str, str]:
     """Of those that are installed."""
     found = {}

@@ -1,0 +1,54 @@
+"""The inference benchmark measures what it says; how fast it was is no test."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ghm_jax.bench.inference import Case, Row, _last_layer, measure_inference
+from ghm_jax.cli import main
+
+TINY = Case(backbone="resnet10", image_size=(64, 96), batch_size=2, dtype="float32", channels=8)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_few_scores_pass_the_threshold_or_all_of_them():
+    peaked, flat = measure_inference(TINY, jax.devices()[:2], repeats=2)
+    assert (peaked.scores, flat.scores) == ("peaked", "flat")
+    pairs = 9 * 80 * (8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1)
+    assert flat.candidates == pairs
+    assert peaked.candidates == 300
+    assert flat.detections == 100  # as many as there may be
+    for row in (peaked, flat):
+        assert 0 < row.fastest <= row.milliseconds
+        assert row.images_per_second * row.milliseconds == pytest.approx(2000)
+        assert row.share == pytest.approx(row.selection / (row.network + row.selection))
+
+
+def test_the_last_layer_is_set_for_so_many_scores_above_the_threshold(rng):
+    fresh = rng.normal(0, 1e-4, (2, 5000))
+    factor, biases = _last_layer(fresh, 0.05)
+    for kind, count in (("peaked", 600), ("flat", 10_000)):
+        scores = 1 / (1 + np.exp(-(fresh * factor + biases[kind])))
+        assert np.sum(scores > 0.05) == pytest.approx(count, abs=15)
+    assert np.std(fresh * factor) == pytest.approx(1)
+
+
+def test_a_detector_that_is_timed_as_a_whole_has_no_share():
+    assert Row("torchvision", "flat", 1, 1.0, 1.0, 1.0, 1.0, None, None).share is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_inference_bench_prints_its_table_and_writes_it(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    settings = "--backbone resnet10 --size 64 96 --batch-size 8 --channels 8 --repeats 1"
+    main(["bench", "inference", *settings.split(), "--out", str(out)])
+    printed, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert record["command"].startswith(f"ghm-jax bench inference {settings}")
+    assert record["case"]["devices"] == 8
+    assert [row["scores"] for row in record["rows"]] == ["peaked", "flat"]
+    assert "8 images of 64 x 96 a call, float32, on 8 x cpu" in printed
+    assert f"{record['rows'][1]['share']:.1%}" in printed
