@@ -1,8 +1,8 @@
 """The quickstart with three classification losses and several seeds; GHM-R for the boxes in all.
 
     python experiments/quickstart_losses.py [--losses focal ...] [--seeds 0 1 2] [--devices 1]
-    python experiments/quickstart_losses.py --losses focal cross_entropy floored --devices 1
-        --runs runs/calibration --result experiments/results/calibration.json
+    python experiments/quickstart_losses.py --losses focal cross_entropy floored --steps 800
+        --devices 1 --runs runs/calibration --result experiments/results/calibration.json
 
 focal: focal loss (0.25, 2). published: GHM-C without the floor, which is the published weighting
 with one histogram for all levels. floored: the quickstart itself. Nine runs of a
@@ -71,6 +71,7 @@ def main(
     devices: int = 0,
     runs: str = "runs/quickstart_losses",
     result: Path = RESULT,
+    steps: int = 0,
 ) -> None:
     """Trains and scores what is not finished yet, and writes the table.
 
@@ -80,8 +81,11 @@ def main(
         devices: for each run; 0: all.
         runs: where the runs go.
         result: JSON file for the table.
+        steps: of each run; 0: the quickstart's.
     """
     base = load_experiment(Path(__file__).parent / "quickstart.py")
+    optimizer = dataclasses.replace(base.optimizer, steps=steps or base.optimizer.steps)
+    base = dataclasses.replace(base, optimizer=optimizer)
     use_cpu_cores((base.optimizer.batch_size, base.predict.batch_size))
     for seed in seeds:
         for name in losses:

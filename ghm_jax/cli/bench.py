@@ -208,13 +208,15 @@ def inference_command(args: list[str]) -> None:
     use_cpu_cores((a.batch_size or 2,))
     devices = choose_devices(0)
     cpu = devices[0].platform == "cpu"
+    batch_size = a.batch_size or (2 if cpu else 8)
+    devices = devices[: max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)]
 
     from ghm_jax.bench.inference import Case, measure_inference
 
     case = Case(
         backbone=a.backbone,
         image_size=a.size,
-        batch_size=a.batch_size or (2 if cpu else 8),
+        batch_size=batch_size,
         channels=a.channels,
         dtype=a.dtype or ("float32" if cpu else "bfloat16"),
     )
