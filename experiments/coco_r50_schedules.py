@@ -4,7 +4,9 @@
 
 1x, 2x and 3x are 12, 24 and 36 epochs in activations of bfloat16, which is the default.
 `large_batch` is 1x with 256 images a step for a pod or many GPUs: the rate grows as the batch does
-(Goyal et al., 2017), and so does the share of the run that warms up, here an epoch.
+(Goyal et al., 2017), and so does the share of the run that warms up, here an epoch. `one_device` is
+1x on a device that holds two images at a time, with losses and histograms of all 16. `ema` is 1x
+that evaluates a moving average of the weights.
 
 `published` is mmdetection's AP of RetinaNet-R50 with focal loss on val2017 for the same schedule,
 the 3x with several image scales, which are not here: for GHM there are no published figures beyond
@@ -40,6 +42,8 @@ configs = {
     "3x": schedule((28, 34), 36),
     "float32": replace(base, model=replace(base.model, dtype="float32")),
     "large_batch": replace(large, optimizer=replace(large.optimizer, warmup_steps=458)),
+    "one_device": replace(base, optimizer=replace(base.optimizer, accumulate=8)),
+    "ema": replace(base, optimizer=replace(base.optimizer, ema=0.9998)),
 }
 
 published = {"1x": {"AP": 36.5}, "2x": {"AP": 37.4}, "3x": {"AP": 39.5}}

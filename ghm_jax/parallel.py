@@ -6,7 +6,9 @@ comes out un-stacked and replicated; batches are split along their first axis.
 
 import functools
 import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -168,3 +170,15 @@ def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the backend is running: its devices are what they are
         return
+
+
+def keep_programs(directory: Path) -> None:
+    """Lets JAX keep compiled programs there, so that the next run of the same step starts at once.
+
+    No effect when the user chose a directory for JAX (JAX_COMPILATION_CACHE_DIR). Programs for a
+    CPU are kept by host: they use what its CPU has, and the directory may be shared.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        if jax.default_backend() == "cpu":
+            directory = directory / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -14,6 +14,7 @@ runs/NAME/
 """
 
 import json
+import os
 import runpy
 import time
 from dataclasses import dataclass
@@ -182,3 +183,8 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def cache_directory(kind: str) -> Path:
+    """Where to keep what can be made again: under $GHM_JAX_CACHE, or ~/.cache/ghm_jax."""
+    return Path(os.environ.get("GHM_JAX_CACHE") or Path.home() / ".cache/ghm_jax") / kind

@@ -3,14 +3,18 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax.boards import check_boards
 from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.config import Config
+from ghm_jax.data.batching import collate, filler_example
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
 from ghm_jax.data.notes import ReplacementLog, input_notes
@@ -129,7 +133,7 @@ def train(
         )
         for note in notes:
             progress.say(note)
-        progress.say("compiling the training step, half a minute or so ...")
+        compile_step(step, state, config, tuple(groups), num_local(devices), progress)
 
         done, retry, signal_number = start, None, 0
         kinds = [device.device_kind for device in devices]
@@ -183,6 +187,32 @@ def train(
             f"stopped at step {done} of {total}, checkpoint written", signal_number
         )
     return state
+
+
+def compile_step(
+    step: Callable[[Any, Any], Any],
+    state: TrainState,
+    config: Config,
+    buckets: tuple[tuple[int, int], ...],
+    replicas: int,
+    progress: Progress,
+) -> None:
+    """Compiles the step for each bucket, by doing one with images that are all padding.
+
+    Training then never stops for it, and what the memory cannot hold shows now. `step` may take
+    the memory of the state that it is given: it gets a copy.
+    """
+    size = config.optimizer.batch_size // jax.process_count()
+    for number, bucket in enumerate(buckets, 1):
+        progress.say(
+            f"compiling the training step for images of {bucket[0]}x{bucket[1]} pixels"
+            f"{f' ({number} of {len(buckets)})' * (len(buckets) > 1)}, half a minute or so ..."
+        )
+        start = time.perf_counter()
+        padding = collate([filler_example()] * size, bucket, config.data.max_boxes)
+        copy = jax.tree.map(jnp.copy, state)
+        jax.block_until_ready(step(copy, split_batch(padding, replicas)))
+        progress.say(f"... ready after {time.perf_counter() - start:.0f} s")
 
 
 def restore(checkpoints: Checkpoints, like: TrainState, progress: Progress) -> TrainState:

@@ -6,7 +6,6 @@ What their tensors mean is `ghm_jax.models.pretrained`'s. A source is the path o
 
 import functools
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from ghm_jax.config import Config, ConfigError, Data, Model
 from ghm_jax.data.dataset import data_set_names, open_dataset
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.models.pretrained import class_rows_of, import_backbone, import_detector
-from ghm_jax.rundir import RunDirectory, claim_run
+from ghm_jax.rundir import RunDirectory, cache_directory, claim_run
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import init_state, make_model
 
@@ -150,7 +149,7 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
     path = locate(model.weights)
     like = {kind: {"backbone": tree["backbone"]} for kind, tree in like.items()}
     architecture = f"{model.backbone}-{model.width}-{model.stem_kernel}"
-    entry = _cache() / f"{architecture}-{_sha256(path)}"
+    entry = cache_directory("weights") / f"{architecture}-{_sha256(path)}"
     if entry.is_dir():
         try:
             return restore_tree(entry, like)
@@ -212,10 +211,6 @@ def _class_names(data: Data) -> tuple[str, ...]:
     if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(Path(data.dir)):
         return tuple(COCO_CATEGORIES)
     return open_dataset(data, data.validation_split).class_names
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("GHM_JAX_CACHE") or Path.home() / ".cache/ghm_jax") / "weights"
 
 
 def _sha256(path: Path) -> str:

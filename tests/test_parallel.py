@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from ghm_jax.parallel import (
     REPLICA,
     choose_devices,
+    keep_programs,
     merge_batch,
     parallelize,
     split_batch,
@@ -125,3 +127,14 @@ def test_a_count_that_the_user_set_is_left_alone(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(jax.config, "update", lambda *args: pytest.fail(f"updated {args}"))
     use_cpu_cores((8,))
+
+
+def test_programs_are_kept_where_the_package_says_unless_the_user_chose(tmp_path, monkeypatch):
+    chosen = {}
+    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    keep_programs(tmp_path)
+    assert chosen == {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    keep_programs(tmp_path)
+    assert chosen == {"jax_compilation_cache_dir": str(tmp_path / platform.node())}

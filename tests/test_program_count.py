@@ -6,10 +6,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import tiny_config
+from tiny import Listener, tiny_config
 
 from ghm_jax.data import open_dataset, train_batches
 from ghm_jax.parallel import ProgramCount, choose_devices, parallelize, replicate, split_batch
+from ghm_jax.train import compile_step
 
 BUCKETS = ((64, 96), (96, 64))
 
@@ -58,3 +59,24 @@ def test_a_shape_too_many_is_said_with_the_shape(batches):
     (line,) = said
     assert "warning: compiling program 2 of the step, 1 were expected" in line
     assert f"images {[1, *batch['images'].shape[1:]]}" in line
+
+
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
+def test_every_program_is_ready_before_the_first_step(batches, dataset_dir, wrapper):
+    data = dataclasses.replace(tiny_config(dataset_dir).data, long_side=96, buckets=BUCKETS)
+    listener, devices = Listener(), choose_devices(2)
+    counted = ProgramCount(add_up, len(BUCKETS), listener.say)
+    step = parallelize(counted, devices, wrapper, donate=True)
+    state = replicate(jnp.zeros(()), devices)
+    compile_step(step, state, tiny_config(dataset_dir, data=data), BUCKETS, 2, listener)
+    assert counted.count == 2
+    assert state == 0
+    assert [line.split(",")[0] for line in listener.lines[::2]] == [
+        "compiling the training step for images of 64x96 pixels (1 of 2)",
+        "compiling the training step for images of 96x64 pixels (2 of 2)",
+    ]
+    shapes = set()
+    for batch in itertools.islice(batches, 30):
+        shapes.add(batch["images"].shape)
+        state = step(state, split_batch(batch, 2))
+    assert len(shapes) == counted.count == 2

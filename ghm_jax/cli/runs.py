@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ import tyro
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
 from ghm_jax.cli.job import Distributed, join_processes
 from ghm_jax.config import Config, ConfigError, Data
-from ghm_jax.rundir import RunDirectory, experiment_name, load_experiment, load_run
+from ghm_jax.rundir import RunDirectory, cache_directory, experiment_name, load_experiment, load_run
 
 
 @dataclass
@@ -31,7 +30,6 @@ class Train:
 
 def train_command(args: list[str]) -> None:
     """`ghm-jax train`."""
-    from ghm_jax.parallel import use_cpu_cores
     from ghm_jax.processes import all_or_none, is_first
     from ghm_jax.progress import Bar
     from ghm_jax.train import CheckpointFailed, TrainingInterrupted, train
@@ -44,10 +42,7 @@ def train_command(args: list[str]) -> None:
         arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
         config = arguments.config
         run_dir = arguments.run_dir or f"runs/{experiment_name(arguments.experiment)}"
-        if job:  # JAX knows its devices by now
-            config.check()
-        else:
-            start_devices(config, use_cpu_cores)
+        start_devices(config, joined=job)
     try:
         train(config, run_dir, restart=arguments.restart, progress=Bar())
     except TrainingDiverged as error:
@@ -83,14 +78,13 @@ class Evaluate:
 
 def evaluate_command(args: list[str]) -> None:
     """`ghm-jax evaluate`."""
-    from ghm_jax.parallel import use_cpu_cores
     from ghm_jax.progress import Bar
 
     directory = positional(args, "ghm-jax evaluate RUN")
     a = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
     if not a.detections:
         _, config = load_run(a.run)
-        start_devices(config, use_cpu_cores)
+        start_devices(config)
 
     from ghm_jax.evaluate import evaluate, evaluate_file
 
@@ -226,10 +220,20 @@ def _num_classes(data: Data) -> int:
     return len(open_dataset(data, data.train_split).class_names)
 
 
-def start_devices(config: Config, use_cpu_cores: Callable[[tuple[int, ...]], None]) -> None:
-    """Checks what needs no devices, then lets JAX find them: an error comes in no time."""
+def start_devices(config: Config, *, joined: bool = False) -> None:
+    """Checks what needs no devices, then lets JAX find them: an error comes in no time.
+
+    Args:
+        config: of the run.
+        joined: whether this is one of several processes, whose devices are given.
+    """
     config.check()
-    use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))
+
+    from ghm_jax.parallel import keep_programs, use_cpu_cores
+
+    if not joined:
+        use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))
+    keep_programs(cache_directory("programs"))
 
 
 def _percent(fraction: float) -> str:

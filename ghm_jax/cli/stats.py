@@ -27,7 +27,6 @@ class Stats:
 
 def stats_command(args: list[str]) -> None:
     """`ghm-jax stats`."""
-    from ghm_jax.parallel import use_cpu_cores
     from ghm_jax.progress import Bar
 
     directory = positional(args, "ghm-jax stats RUN")
@@ -35,7 +34,7 @@ def stats_command(args: list[str]) -> None:
     if a.images < 1:
         raise ConfigError(f"--images: must be positive, got {a.images}")
     _, config = load_run(a.run)
-    start_devices(config, use_cpu_cores)
+    start_devices(config)
 
     from ghm_jax.plots.panel import LOSS_NAMES
     from ghm_jax.stats import write_stats
