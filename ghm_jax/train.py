@@ -13,7 +13,7 @@ import numpy as np
 
 from ghm_jax.boards import check_boards
 from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
-from ghm_jax.config import Config
+from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.batching import collate, filler_example
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
@@ -33,6 +33,7 @@ from ghm_jax.parallel import (
 )
 from ghm_jax.plots.drawing import sample_grid
 from ghm_jax.processes import all_or_none, computed_once, is_first, largest
+from ghm_jax.profiling import Profiler
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, claim_run, set_aside
 from ghm_jax.schedule import make_optimizer
@@ -49,6 +50,7 @@ def train(
     run_dir: str | Path,
     *,
     restart: bool = False,
+    profile: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> TrainState:
     """Trains a detector, or goes on with a run that was stopped.
@@ -57,6 +59,7 @@ def train(
         config: what to do.
         run_dir: where checkpoints, logs and the resolved config go; see `ghm_jax.rundir`.
         restart: move an existing run aside and start anew.
+        profile: first and last step of which a JAX profile is written, beside TensorBoard's files.
         progress: who hears about it.
 
     Returns:
@@ -77,6 +80,11 @@ def train(
         devices = choose_devices(config.run.devices)
         config.check(len(devices))
         check_boards(config)
+        if profile and not 1 <= profile[0] <= profile[1] <= config.optimizer.steps:
+            raise ConfigError(
+                f"--profile: {profile[0]}:{profile[1]} are not steps of this run, which has "
+                f"{config.optimizer.steps}; give the first and the last one, such as 10:12"
+            )
         dataset = open_dataset(config.data, config.data.train_split)
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, classes=dataset.class_names)
@@ -139,6 +147,7 @@ def train(
         kinds = [device.device_kind for device in devices]
         ideal = ideal_seconds(config, len(dataset.class_names), groups, kinds)
         log = TrainingLog(run, config, start, progress, ideal)
+        profiler = Profiler(run.tensorboard, profile if is_first() else None, progress.say)
         replacements = ReplacementLog(progress.say)
         batches = train_batches(
             dataset, config, start, jax.process_index(), processes, groups=groups
@@ -150,10 +159,12 @@ def train(
                     signal_number = largest(stopping.number)
                 if signal_number:
                     break
+                profiler.before(done + 1)
                 batch = log.next_batch(batches)
                 replacements.record(batch)
                 state, metrics = step(state, split_batch(batch, num_local(devices)))
                 done += 1
+                profiler.after(done, metrics)
                 log.record(done, metrics)
                 ap = None
                 if validation and (done % config.run.eval_every == 0 or done == total):
@@ -179,6 +190,7 @@ def train(
             kept = "there is no checkpoint" if newest is None else f"checkpoint {newest} is kept"
             raise TrainingDiverged(f"{diverged} ({kept})") from None
         finally:
+            profiler.close()
             batches.close()
             log.close()
             progress.close()

@@ -56,6 +56,7 @@ for part in (
     "export",
     "interrupt",
     "boards",
+    "profiling",
     "training_log",
     "train",
     "bench",

@@ -24,6 +24,8 @@ class Train:
     """Where the run goes (runs/ and the experiment's name)."""
     restart: bool = False
     """Move an existing run aside and start anew."""
+    profile: Annotated[str, tyro.conf.arg(metavar="N:M")] = ""
+    """Write a JAX profile of steps N to M into the run's directory."""
     distributed: Distributed = field(default_factory=Distributed)
     config: AllSettings = field(default_factory=Config)
 
@@ -42,9 +44,10 @@ def train_command(args: list[str]) -> None:
         arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
         config = arguments.config
         run_dir = arguments.run_dir or f"runs/{experiment_name(arguments.experiment)}"
+        profile = steps_to_profile(arguments.profile)
         start_devices(config, joined=job)
     try:
-        train(config, run_dir, restart=arguments.restart, progress=Bar())
+        train(config, run_dir, restart=arguments.restart, profile=profile, progress=Bar())
     except TrainingDiverged as error:
         fail(str(error) if is_first() else None)
     except CheckpointFailed as error:
@@ -57,6 +60,16 @@ def train_command(args: list[str]) -> None:
         sys.exit(0 if error.preempted else 130)
     if is_first():
         print(f"{run_dir}: done; score it with: ghm-jax evaluate {run_dir}")
+
+
+def steps_to_profile(text: str) -> tuple[int, int] | None:
+    """The first and the last step of `N:M`; None of nothing."""
+    if not text:
+        return None
+    first, separator, last = text.partition(":")
+    if not (separator and first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--profile: {text!r} is not N:M; give two steps, such as 10:12")
+    return int(first), int(last)
 
 
 @dataclass

@@ -1,0 +1,57 @@
+"""A profile of some steps of a run, as JAX writes it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Profiler:
+    """Profiles the steps `first` to `last`, both included, when they come.
+
+    The profile begins and ends when the devices are done, so that it holds these steps in whole and
+    no others; that costs the waits of two steps. A run that resumes between them profiles the rest.
+    """
+
+    def __init__(
+        self, directory: Path, steps: tuple[int, int] | None, say: Callable[[str], None]
+    ) -> None:
+        """`directory` gets `plugins/profile/`, as TensorBoard wants it; no `steps`: no profile."""
+        self._directory, self._steps, self._say = directory, steps, say
+        self._running = False
+        self._latest: Any = ()
+        self._annotation: Any = None
+
+    def before(self, step: int) -> None:
+        """Step number `step` is about to begin with reading its batch."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if not self._running and first <= step <= last:
+            jax.block_until_ready(self._latest)
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        if self._running:
+            self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            self._annotation.__enter__()
+
+    def after(self, step: int, outputs: Any) -> None:
+        """Step number `step` has been given to the devices, which will put out `outputs`."""
+        self._latest = outputs
+        if self._running:
+            self._annotation.__exit__(None, None, None)
+            if self._steps is not None and step >= self._steps[1]:
+                self.close()
+
+    def close(self) -> None:
+        """Writes the profile, of what there was of the steps if they have not all come."""
+        if not self._running:
+            return
+        self._running = False
+        try:
+            jax.block_until_ready(self._latest)
+            jax.profiler.stop_trace()
+            self._say(f"profile written to {self._directory / 'plugins/profile'}")
+        except Exception as error:  # a full disk, say: the training is worth more
+            self._say(f"the profile was not written ({error}); training goes on")
