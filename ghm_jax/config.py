@@ -331,8 +331,9 @@ def _rules(c: Config, num_devices: int) -> Iterator[tuple[bool, str]]:
     for key in ("optimizer.batch_size", "predict.batch_size"):
         size = flatten(c)[key]
         nearest = max(1, size // num_devices) * num_devices
+        yield size > 0, f"{key}: must be positive, got {size}"
         yield (
-            size > 0 and size % num_devices == 0,
+            size % num_devices == 0,
             f"{key}: {size} images cannot be split over {num_devices} devices; "
             f"use a multiple of {num_devices}, for example {nearest}",
         )

@@ -80,6 +80,14 @@ def test_all_images_are_seen_equally_often_whatever_their_group(batch_size):
     assert np.abs(times - 130 * batch_size / 13).max() <= 2
 
 
+@pytest.mark.parametrize("buckets", [BUCKETS[:2], BUCKETS[2:]])
+def test_a_step_may_have_one_image(buckets):
+    batches = train_batches(shapes(), config(buckets, batch_size=1), 0)
+    seen = [int(batch["image_id"][0]) for batch in take(26, batches)]
+    assert len({*seen[:13]}) > 10  # of 13, in the order of two groups
+    assert {*seen} == {*range(13)}
+
+
 def test_each_group_is_shuffled_anew_when_it_has_been_seen():
     batches = take(60, train_batches(shapes(), config(), 0))
     ids = np.concatenate([b["image_id"] for b in batches if b["images"].shape[1] == 64])

@@ -24,6 +24,10 @@ Groups = Mapping[Bucket, np.ndarray]
 """{bucket: i64[n], positions of its images in the data set, ascending}"""
 
 
+_ENDLESS = 2**52
+"""Images. Grain gives endless orders a length as well, which overflows in batches of 1."""
+
+
 class Draw(NamedTuple):
     """The images of one step."""
 
@@ -63,7 +67,7 @@ def training_order(groups: Groups, seed: int, batch_size: int) -> grain.MapDatas
         grain.MapDataset.range(len(group))
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(_ENDLESS // len(group))
         .batch(batch_size, batch_fn=functools.partial(_draw, bucket, group))
         for bucket, group in groups.items()
     ]
