@@ -21,7 +21,7 @@ from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
 from ghm_jax.processes import gather_rows
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import RunDirectory, load_experiment, load_run, write_text
+from ghm_jax.rundir import RunDirectory, load_experiment, load_run, unused_directory, write_text
 from ghm_jax.scoring import (
     METRICS,
     Evaluator,
@@ -32,6 +32,7 @@ from ghm_jax.scoring import (
 )
 from ghm_jax.stats import measure_gradients
 
+_SAMPLES = 12  # validation images drawn in the report
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` looks at more
 
 
@@ -107,32 +108,37 @@ def evaluate(
 def evaluate_file(
     source: str | Path,
     detections: str | Path,
+    out: str | Path | None = None,
     *,
     split: str | None = None,
     annotations: str | None = None,
     evaluator: Evaluator = "hotcoco",
 ) -> dict[str, Any]:
-    """Scores detections that lie in a file, of whatever detector; nothing is written.
+    """Scores detections that lie in a file, of whatever detector.
 
     Args:
-        source: a run or an experiment file: says which data.
+        source: a run or an experiment (FILE or FILE:ROW): says which data.
         detections: JSON in COCO results form.
+        out: a new or empty directory for `metrics.json`, `errors.json` and `report.html`, as of a
+            run but for what needs the network; None: nothing is written.
         split, annotations, evaluator: as of `evaluate`.
 
     Returns:
         As `evaluate`, with `detections`, the file, in the place of `step`.
 
     Raises:
-        ConfigError: no such file, run, experiment or data, or detections of another data set.
+        ConfigError: no such file, run, experiment or data, detections of another data set, or `out`
+            is in use.
     """
-    is_file = Path(source).is_file()
-    config = load_experiment(source) if is_file else load_run(source)[1]
+    config = load_run(source)[1] if Path(source).is_dir() else load_experiment(source)
+    place = None if out is None else RunDirectory(unused_directory(out))
     config, split = _choose_data(config, split, annotations)
     dataset, truth = _open(config, split, source)
     if "annotations" not in truth:
         raise ConfigError(f"data.annotations: {config.data.annotations} has no annotations")
-    metrics, per_class = score(truth, load_results(detections, truth), evaluator)
-    return {
+    rows = load_results(detections, truth)
+    metrics, per_class = score(truth, rows, evaluator)
+    result = {
         **metrics,
         "per_class": per_class,
         "detections": str(detections),
@@ -141,6 +147,40 @@ def evaluate_file(
         "ground_truth": config.data.annotations or f"tfds:{dataset.name}",
         "evaluator": evaluator,
     }
+    if place is not None:
+        errors = error_analysis(truth, rows)
+        page = _file_report(config, dataset, result, truth, rows, errors)
+        try:
+            place.path.mkdir(parents=True, exist_ok=True)
+            write_text(place.metrics, json.dumps(result, indent=2) + "\n")
+            write_text(place.errors, json.dumps(errors, indent=2) + "\n")
+            write_text(place.report, page)
+        except OSError as error:
+            raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from error
+    return result
+
+
+def _file_report(
+    config: Config,
+    dataset: Dataset,
+    result: dict[str, Any],
+    truth: dict[str, Any],
+    detections: list[dict[str, Any]],
+    errors: dict[str, Any],
+) -> str:
+    """`report.html` of detections alone: of the config only the data is theirs for certain."""
+    data = flatten(config)
+    return render_report(
+        title=Path(result["detections"]).name,
+        config={key: value for key, value in data.items() if key.startswith("data.")},
+        history=[],
+        figures_of_merit={key: result[key] for key in METRICS},
+        per_class=result["per_class"],
+        samples=make_samples(dataset, truth, detections, _SAMPLES),
+        class_names=dataset.class_names,
+        facts={"detections": str(len(detections)), **_facts(dataset, result)},
+        errors=errors,
+    )
 
 
 def submission_name(annotations: str, name: str) -> str:
@@ -204,7 +244,7 @@ def report(
     result: dict[str, Any],
     truth: dict[str, Any],
     detections: list[dict[str, Any]],
-    num_samples: int = 12,
+    num_samples: int = _SAMPLES,
     errors: dict[str, Any] | None = None,
     stats: dict[str, Any] | None = None,
 ) -> str:
@@ -215,8 +255,7 @@ def report(
     facts = {
         "steps": str(result["step"]),
         "training": f"{minutes:.1f} minutes on {len(devices)} x {devices[0].device_kind}",
-        "evaluated on": f"{result['images']} images, {dataset.name} {result['split']}",
-        "versions": f"ghm-jax {metadata.version('ghm-jax')}, jax {jax.__version__}",
+        **_facts(dataset, result),
     }
     return render_report(
         title=run.path.name,
@@ -230,6 +269,13 @@ def report(
         errors=errors,
         stats=stats,
     )
+
+
+def _facts(dataset: Dataset, result: dict[str, Any]) -> dict[str, str]:
+    return {
+        "evaluated on": f"{result['images']} images, {dataset.name} {result['split']}",
+        "versions": f"ghm-jax {metadata.version('ghm-jax')}, jax {jax.__version__}",
+    }
 
 
 def make_samples(

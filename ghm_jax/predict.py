@@ -1,5 +1,6 @@
 """Detections on image files: drawn on them, as JSON, and on one contact sheet."""
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -25,11 +26,12 @@ from ghm_jax.nms import Detections
 from ghm_jax.parallel import choose_devices, replicate
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import load_run, write_text
+from ghm_jax.rundir import load_run, unused_directory
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHEET_IMAGES = 24
 """Images on the contact sheet at most: the first ones."""
+_SHEET_SIDE = 480  # long side of an image there, in pixels
 _SHORTEST, _LONGEST = 480, 1600  # long side of a drawn image, in pixels
 
 
@@ -68,15 +70,15 @@ def predict(
         progress: who hears about it.
 
     Raises:
-        ConfigError: no run, no checkpoint, no image that can be read, or `out` is in use.
+        ConfigError: no run, no checkpoint, no image that can be read, or `out` is in use or cannot
+            be written to.
     """
     progress = progress or Silent()
     run, config = load_run(run_dir)
-    files, out = find_images(sources), Path(out)
+    files = find_images(sources)
     if not 0 <= threshold <= 1 or batch_size < 0:
         raise ConfigError("--threshold: must be in [0, 1], and --batch-size not negative")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out: {out} is not empty; choose a new directory")
+    out = unused_directory(out)
     settings = dataclasses.replace(config.predict, score_threshold=threshold)
     config = dataclasses.replace(config, predict=settings)
     devices = choose_devices(config.run.devices)
@@ -110,9 +112,11 @@ def predict(
             of_image = Detections(*(part[i] for part in found))
             of_file = coco_results(ids[number], of_image, category_ids)
             rows[number] = [{**row, "file_name": str(files[number])} for row in of_file]
-            drawn = _draw(image, of_image, config)
+            drawn = _draw(image, of_image, config, _drawing_scale(image))
             _write_image(out / names[number], drawn)
-            sheet[number] = drawn, f"{files[number].name}: {len(of_file)}"
+            # Drawn anew: names of classes on a large image would be too small to read.
+            small = _draw(image, of_image, config, _SHEET_SIDE / max(image.shape[:2]))
+            sheet[number] = small, f"{files[number].name}: {len(of_file)}"
             if len(sheet) > SHEET_IMAGES:
                 del sheet[max(sheet)]
         done += len(numbers)
@@ -121,8 +125,9 @@ def predict(
     if not sheet:
         raise _none_readable(unreadable)
     in_order = [row for number in sorted(rows) for row in rows[number]]
-    write_text(out / "predictions.json", json.dumps(in_order))
-    _write_image(out / "contact_sheet.jpg", contact_sheet([sheet[n] for n in sorted(sheet)]))
+    _write(out / "predictions.json", json.dumps(in_order).encode())
+    small = [sheet[number] for number in sorted(sheet)]
+    _write_image(out / "contact_sheet.jpg", contact_sheet(small, side=_SHEET_SIDE))
     skipped = tuple(unreadable[number] for number in sorted(unreadable))
     return Prediction(len(rows), len(in_order), skipped)
 
@@ -179,8 +184,8 @@ def _read_sizes(
     sizes, unreadable = {}, {}
     for number, path in enumerate(files):
         try:
-            sizes[number] = encoded_size(path.read_bytes())
-        except (OSError, ValueError) as error:
+            sizes[number] = encoded_size(path)
+        except ValueError as error:
             unreadable[number] = f"{path}: {error}"
         progress.update("read sizes", number + 1, len(files), {})
     return sizes, unreadable
@@ -218,13 +223,27 @@ def _example(image: np.ndarray, data: Data) -> Example:
     }
 
 
-def _draw(image: np.ndarray, found: Detections, config: Config) -> np.ndarray:
-    used = np.asarray(found.labels) >= 0
+def _drawing_scale(image: np.ndarray) -> float:
+    """Neither so small that names cover everything, nor larger than anyone looks at."""
     side = max(image.shape[:2])
-    scale = max(1, _SHORTEST // side) if side < _LONGEST else _LONGEST / side
+    return max(1, _SHORTEST // side) if side < _LONGEST else _LONGEST / side
+
+
+def _draw(image: np.ndarray, found: Detections, config: Config, scale: float) -> np.ndarray:
+    used = np.asarray(found.labels) >= 0
     boxes, scores, labels = (np.asarray(part)[used] for part in found)
     return draw_boxes(image, boxes, labels, config.data.classes, scores, scale=scale)
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:
-    path.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
+    _write(path, cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of a file or nothing of it."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise ConfigError(f"--out: {path} cannot be written ({error.strerror})") from error

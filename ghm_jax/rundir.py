@@ -169,6 +169,18 @@ def claim_run(path: str | Path, config: Config) -> RunDirectory:
     return run
 
 
+def unused_directory(path: str | Path) -> Path:
+    """A directory for output that does not exist or is empty, so that nothing is written over.
+
+    Raises:
+        ConfigError: it is in use.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"--out: {path} is not empty; choose a new directory")
+    return path
+
+
 def set_aside(path: Path) -> Path:
     """Renames an old run, so that nothing is lost; returns its new path."""
     stem = f"{path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -111,10 +111,30 @@ def test_a_results_file_is_scored_like_the_run_that_wrote_it(evaluated_run, tmp_
     assert {key: again[key] for key in same} == {key: result[key] for key in same}
     experiment = tmp_path / "tiny.py"
     config = load_run(run.path)[1]
-    experiment.write_text(f"from ghm_jax.config import *\nconfig = {config!r}")
-    assert evaluate_file(experiment, run.detections, evaluator="pycocotools")["AP"] == (
+    experiment.write_text(f"from ghm_jax.config import *\nconfigs = {{'row': {config!r}}}")
+    row = f"{experiment}:row"
+    assert evaluate_file(row, run.detections, evaluator="pycocotools")["AP"] == (
         pytest.approx(result["AP"], abs=1e-6)
     )
+
+
+def test_the_errors_of_a_results_file_are_those_of_the_run_that_wrote_it(evaluated_run, tmp_path):
+    run, _, _ = evaluated_run
+    before = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    out = RunDirectory(tmp_path / "new" / "found")
+    result = evaluate_file(run.path, run.detections, out.path)
+    assert sorted(path.name for path in out.path.iterdir()) == [
+        *("errors.json", "metrics.json", "report.html"),
+    ]
+    assert json.loads(out.errors.read_text()) == json.loads(run.errors.read_text())
+    assert json.loads(out.metrics.read_text()) == result
+    page = out.report.read_text()
+    assert "<title>detections.json</title>" in page
+    assert "data.short_side" in page
+    assert "loss.bins" not in page  # whose losses these were, nobody knows
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(ConfigError, match=r"^--out: .*found is not empty"):
+        evaluate_file(run.path, run.detections, out.path)
 
 
 def test_a_test_set_gives_the_file_that_the_server_wants(

@@ -1,13 +1,16 @@
 """Predictions on files: what is written, what is skipped, and that nothing is written over."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from tiny import CATEGORIES, SIDE, Listener, draw_image
 
+from ghm_jax import predict as predict_module
 from ghm_jax.config import ConfigError
 from ghm_jax.predict import find_images, predict
 
@@ -36,7 +39,7 @@ def test_every_readable_image_is_drawn_and_listed(finished_run, rng, tmp_path):
     )
     assert done.images == 4
     assert len(done.unreadable) == 1
-    assert "10.png" in done.unreadable[0]
+    assert done.unreadable[0] == f"{folder / '10.png'}: is no image of a known kind"
     assert listener.steps == [1, 2, 3, 4, 5, 2, 4]  # headers, then images
     names = {"7.png", "12.jpg", "9.jpg", "11.png", "contact_sheet.jpg", "predictions.json"}
     assert {path.name for path in out.iterdir()} == names
@@ -65,6 +68,39 @@ def test_files_that_are_no_images_at_all_are_one_line_and_leave_nothing(finished
     with pytest.raises(ConfigError, match=r"none of 1 files .*a\.png"):
         predict(finished_run[0].path, [str(tmp_path / "a.png")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(finished_run, rng, tmp_path, monkeypatch):
+    folder, write = write_images(tmp_path / "in", rng, ["1.png", "2.png"]), Path.write_bytes
+
+    def fills_up(path, content):
+        write(path, content[:9])
+        if path.name != "1.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fills_up)
+    with pytest.raises(
+        ConfigError, match=r"^--out: .*2.png cannot be written \(No space left on d"
+    ):
+        predict(finished_run[0].path, [str(folder)], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
+
+
+def test_names_on_the_sheet_of_a_large_image_are_as_large_as_on_a_small_one(
+    finished_run, rng, tmp_path, monkeypatch
+):
+    widths, draw = [], predict_module.draw_boxes
+
+    def spy(*args, **settings):
+        drawn = draw(*args, **settings)
+        widths.append(drawn.shape[1])
+        return drawn
+
+    monkeypatch.setattr(predict_module, "draw_boxes", spy)
+    folder = write_images(tmp_path / "in", rng, ["1.jpg"], size=(1500, 2000))
+    predict(finished_run[0].path, [str(folder)], tmp_path / "out", threshold=0)
+    assert widths == [1600, 480]  # text has one size in pixels; none of it is shrunk
+    assert cv2.imread(str(tmp_path / "out" / "contact_sheet.jpg")).shape[1] == 480
 
 
 def test_sources_are_files_folders_and_patterns_each_file_once(rng, tmp_path):

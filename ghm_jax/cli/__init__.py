@@ -2,7 +2,7 @@
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
-    ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--annotations instances.json]
+    ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--out DIR] [--annotations FILE.json]
     ghm-jax predict runs/quickstart IMAGE_OR_FOLDER... --out DIR [--threshold 0.3] [--batch-size N]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
     ghm-jax export runs/quickstart --out FILE.stablehlo [--size HEIGHT WIDTH] [--batch-size N]

@@ -77,14 +77,16 @@ class Evaluate:
     """Scores the newest checkpoint of a run: metrics.json, detections.json, report.html."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Directory of the run (with --detections also an experiment file)."""
+    """Directory of the run (with --detections also an experiment)."""
     split: str = ""
     """Split to evaluate on (the run's validation split)."""
     annotations: str = ""
     """Official COCO file of that split (the run's). One without annotations, such as
     image_info_test-dev2017.json, gives a results file for COCO's server instead of figures."""
     detections: str = ""
-    """Score these detections (COCO results JSON) instead of the run's; nothing is written."""
+    """Score these detections (COCO results JSON) instead of the run's, and write nothing ..."""
+    out: str = ""
+    """... unless it is into this new directory: metrics.json, errors.json, report.html."""
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """hotcoco, or pycocotools (slower, the same figures)."""
 
@@ -95,6 +97,8 @@ def evaluate_command(args: list[str]) -> None:
 
     directory = positional(args, "ghm-jax evaluate RUN")
     a = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
+    if a.out and not a.detections:
+        raise ConfigError("--out: is for --detections; what a run finds goes into its directory")
     if not a.detections:
         _, config = load_run(a.run)
         start_devices(config)
@@ -103,7 +107,10 @@ def evaluate_command(args: list[str]) -> None:
 
     data = {"split": a.split or None, "annotations": a.annotations or None}
     if a.detections:
-        _print_figures(evaluate_file(a.run, a.detections, evaluator=a.evaluator, **data))
+        out = a.out or None
+        _print_figures(evaluate_file(a.run, a.detections, out, evaluator=a.evaluator, **data))
+        if out:
+            print(f"report: {RunDirectory(Path(out)).report}")
         return
     result = evaluate(a.run, evaluator=a.evaluator, progress=Bar(), **data)
     if "submission" in result:

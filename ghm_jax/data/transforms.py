@@ -1,10 +1,11 @@
 """Encoded images, and sizes: pure functions of bytes and numbers."""
 
 import io
+from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
 """How a complete JPEG or PNG ends, by how it begins."""
@@ -45,16 +46,20 @@ def _is_complete(encoded: bytes) -> bool:
     return bool(encoded)
 
 
-def encoded_size(encoded: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image as `decode_image` gives it, from its header alone.
+def encoded_size(image: bytes | Path) -> tuple[int, int]:
+    """(height, width) of an encoded image, or of a file, as `decode_image` gives it.
+
+    Only the header is looked at, and of a file only that is read.
 
     Raises:
-        ValueError: the bytes are no image.
+        ValueError: there is no image.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
+            return opened.height, opened.width
+    except UnidentifiedImageError:  # its message names the object that was read from
+        raise ValueError("is no image of a known kind") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the header of the image ({error})") from None
 
 
