@@ -300,45 +300,49 @@ show(figure)
 # ruins the training. `min_count` treats a bin with fewer examples as if it had that many: a bound
 # on every weight. `min_count=0` is the published loss.
 #
-# With `ipywidgets` (Colab has it) the next cell has sliders; without, it draws a few settings.
+# A batch of 2,000 of the examples above, with three floors:
 
 # %%
 small = real_norm[:2_000]
+figure = Figure(figsize=(8, 3.2), layout="constrained")
+ax = figure.subplots()
+for floor, color in ((0, GREY), (10, BLUE), (100, ORANGE)):
+    stats = harmonize(small, bins=30, min_count=floor)[2]
+    filled = np.asarray(stats.counts) > 0
+    drawn = np.where(filled, stats.weights, np.nan)
+    ax.stairs(drawn, edges, baseline=None, color=color, lw=1.8, label=f"min_count={floor}")
+style(ax, "Weight of an example in a batch of 2,000", "weight")
+ax.set_yscale("log")
+ax.set_xlabel("gradient norm")
+ax.legend(frameon=False)
+show(figure)
+
+# %% [markdown]
+# Move the sliders: how many bins, how high the floor, and how strongly to harmonize (`strength`, 0
+# is cross-entropy). They need a running notebook with `ipywidgets`, which Colab has; a stored
+# notebook, or one without `ipywidgets`, shows the picture of one setting.
+
+# %%
+late = {"continuous_update": False}  # draws when a slider is let go
 
 
-def draw(bins: int = 30, min_count: float = 0.0, strength: float = 1.0) -> Figure:
+def draw(bins: int = 30, min_count: float = 10.0, strength: float = 1.0) -> None:
     stats = harmonize(small, bins=bins, min_count=min_count, strength=strength)[2]
     title = f"{bins} bins, floor {min_count:g}, strength {strength:g}"
-    return harmonizing_panel(stats.counts, stats.weights, title, "gradient norm")
+    show(harmonizing_panel(stats.counts, stats.weights, title, "gradient norm"))
 
 
-try:
-    if SMOKE:
-        raise ImportError
-    from ipywidgets import interact
-except ImportError:
-    interact = None
+if importlib.util.find_spec("ipywidgets"):
+    from ipywidgets import FloatSlider, IntSlider, interact
 
-if interact is None:
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    ax = figure.subplots()
-    for floor, color in ((0, GREY), (10, BLUE), (100, ORANGE)):
-        stats = harmonize(small, bins=30, min_count=floor)[2]
-        filled = np.asarray(stats.counts) > 0
-        drawn = np.where(filled, stats.weights, np.nan)
-        ax.stairs(drawn, edges, baseline=None, color=color, lw=1.8, label=f"min_count={floor}")
-    style(ax, "Weight of an example in a batch of 2,000", "weight")
-    ax.set_yscale("log")
-    ax.set_xlabel("gradient norm")
-    ax.legend(frameon=False)
-    show(figure)
-else:
     interact(
-        lambda **how: show(draw(**how)),
-        bins=(2, 100, 1),
-        min_count=(0, 200, 5),
-        strength=(0.0, 1.0, 0.05),
+        draw,
+        bins=IntSlider(30, 2, 100, **late),
+        min_count=IntSlider(10, 0, 200, 5, **late),
+        strength=FloatSlider(value=1.0, min=0.0, max=1.0, step=0.05, **late),
     )
+else:
+    draw()
 
 # %% [markdown]
 # ## The loss value stays near 1
