@@ -5,7 +5,7 @@ Batches are random and lie in memory: how long a run waits for its data is `ghm-
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ghm_jax.anchors import level_sizes
 from ghm_jax.config import Config, Data, Loss, Model, Optimizer
-from ghm_jax.describe import describe, peak_flops
+from ghm_jax.describe import peak_flops, training_operations
 from ghm_jax.detection_loss import detection_loss
 from ghm_jax.parallel import REPLICA, parallelize, split_batch
 from ghm_jax.schedule import make_optimizer
@@ -71,17 +71,22 @@ class Row:
     fastest: float
     """Fewest milliseconds of a repeat."""
     ratio: float
-    """Time over that of the part's first case in the same round, median over the rounds."""
+    """Time over that of the part's first case in the same round, median over the rounds ..."""
+    ratio_quartiles: tuple[float, float]
+    """... and the quartiles, between which half of the rounds lie."""
     images_per_second: float
     teraflops: float
-    """Model operations a second: three times those of the forward pass, two a multiply-add."""
+    """Operations of the convolutions a second, in 10^12, see `describe.training_operations`."""
     mfu: float | None
-    """Share of the devices' published peak; None: not known, or not in bfloat16."""
+    """Share of the peak: of the published one in bfloat16, of `matrix_peak` on CPU. None: not
+    known."""
     memory: int | None
     """Bytes that the step needs on a device, as XLA plans it; None: not known."""
     split: dict[str, float] | None
     """Networks on one device: milliseconds of forward, loss (matching, value, gradient), optimizer
-    and host (a batch to the device), each timed alone, and backward, what is left of the step."""
+    and transfer (a batch to the device), each timed alone; backward, what is left of the step; and
+    dispatch, until the call of a step returns, which is host overhead where the devices are ahead
+    of it and on CPU part of the step."""
 
 
 def measure_train(
@@ -91,32 +96,55 @@ def measure_train(
     backbones: Sequence[str] = ("resnet18", "resnet50", "resnet101"),
     device_counts: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 5,
-) -> list[Row]:
-    """Times training steps, one difference to `base` at a time.
+) -> Iterator[Row]:
+    """Times training steps, one difference to `base` at a time. Rows come as they are measured.
 
     Args:
         base: on one device.
         parts: which of `PARTS`.
         backbones: of the networks.
         device_counts: those there are and that divide the batch are used.
-        repeats: timed rounds, after one that compiles.
+        repeats: timed rounds, after one that is not timed; of the losses, whose difference is
+            small, five times as many.
     """
-    prepare = functools.cache(_prepare)  # a case in several comparisons is compiled once
-    rows = []
+    # A state and a program of several comparisons are made once.
+    first_state = functools.cache(_first_state)
+    prepare = functools.cache(functools.partial(_prepare, first_state))
+    peak = _peak(base)
     for part, cases in _comparisons(base, backbones, device_counts).items():
         if part not in parts:
             continue
         calls = [prepare(case) for case in cases]
-        times = _rounds([call.run for call in calls], repeats)
+        rounds = 5 * repeats if part == "losses" else repeats
+        times = _rounds([call.run for call in calls], rounds)
         for case, call, of_case in zip(cases, calls, times, strict=True):
             split = None
             if part == "networks":
-                split = _split(case, repeats, float(np.median(of_case)))
-            rows.append(_row(part, case, of_case, times[0], call.memory, split))
-    return rows
+                state = first_state(case.config, case.num_classes)
+                split = _split(case, state, repeats, float(np.median(of_case)))
+                split["dispatch"] = float(np.median(call.dispatches[-repeats:]))
+            yield _row(part, case, of_case, times[0], call.memory, split, peak)
 
 
-def growth(rows: list[Row]) -> dict[str, float]:
+def matrix_peak(size: int = 1536, repeats: int = 5) -> float:
+    """Operations a second of the fastest of some products of float32 matrices on all CPU cores."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    times = _rounds([lambda: jax.block_until_ready(product(x, x))], repeats)
+    return 2 * size**3 / (1e-3 * min(times[0]))
+
+
+def _peak(base: Case) -> Callable[[int], float | None]:
+    """Operations a second of a number of devices."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        cores = matrix_peak() if base.dtype == "float32" else None
+        return lambda devices: cores  # CPU devices share the cores
+    peak = peak_flops(device.device_kind) if base.dtype == "bfloat16" else None
+    return lambda devices: peak and peak * devices
+
+
+def growth(rows: Sequence[Row]) -> dict[str, float]:
     """Slopes of log time over log pixels, images and classes: 1 is proportional, 0 is free."""
     size_of: dict[str, Callable[[Case], int]] = {
         "image": lambda case: case.image_size[0] * case.image_size[1],
@@ -160,9 +188,11 @@ def _comparisons(
 class _Call:
     run: Callable[[], Any]
     memory: int | None
+    dispatches: list[float]
+    """Milliseconds until a call of the step returned, of each run."""
 
 
-def _prepare(case: Case) -> _Call:
+def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _Call:
     """A compiled step that goes on from where its last call ended, as in training."""
     config, devices = case.config, jax.devices()[: case.devices]
     axis_name = REPLICA if case.collectives else None
@@ -172,26 +202,31 @@ def _prepare(case: Case) -> _Call:
     )
     replicated: Any = parallelize(step, devices, config.run.wrapper, donate=True)
     batch = split_batch(random_batch(case), case.devices)
-    state = _first_state(config, model, optimizer)
+    state = first_state(config, case.num_classes)
     compiled = replicated.lower(state, batch).compile()
     # The batch is on the devices before a step begins: what its way there costs is in the split.
     batch = jax.device_put(batch, compiled.input_shardings[0][1])
     held = [jax.device_put(state, compiled.input_shardings[0][0])]
     plan = compiled.memory_analysis()
+    dispatches = []
 
     def run() -> None:
+        start = time.perf_counter()
         held[0], metrics = compiled(held[0], batch)
+        dispatches.append(1e3 * (time.perf_counter() - start))
         jax.block_until_ready((held[0], metrics))
 
-    return _Call(run, _planned_bytes(plan))
+    return _Call(run, _planned_bytes(plan), dispatches)
 
 
-def _first_state(config: Config, model: Any, optimizer: Any) -> TrainState:
+def _first_state(config: Config, num_classes: int) -> TrainState:
+    """On the host, as steps take the memory of the state that they are given."""
     # As in training: initializers run once, so XLA's CPU compiler need not optimize them.
     cpu = jax.devices()[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if cpu else None
+    model, optimizer = make_model(config, num_classes), make_optimizer(config)
     initialize = functools.partial(init_state, config, model, optimizer)
-    return jax.jit(initialize, compiler_options=options)()
+    return jax.device_get(jax.jit(initialize, compiler_options=options)())
 
 
 def _planned_bytes(plan: Any) -> int | None:
@@ -221,11 +256,11 @@ def random_batch(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def _split(case: Case, repeats: int, step: float) -> dict[str, float]:
+def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str, float]:
     """Milliseconds of the parts of a step on one device."""
     config = case.config
     model, optimizer = make_model(config, case.num_classes), make_optimizer(config)
-    state = _first_state(config, model, optimizer)
+    state = jax.device_put(state)
     host_batch = random_batch(case)
     batch = jax.device_put(host_batch)
     variables = state.variables
@@ -258,7 +293,7 @@ def _split(case: Case, repeats: int, step: float) -> dict[str, float]:
         "forward": lambda: jax.block_until_ready(forward(variables, batch)),
         "loss": lambda: jax.block_until_ready(loss(outputs, batch)),
         "optimizer": lambda: jax.block_until_ready(update(state)),
-        "host": lambda: jax.block_until_ready(jax.device_put(split_batch(host_batch, 1))),
+        "transfer": lambda: jax.block_until_ready(jax.device_put(split_batch(host_batch, 1))),
     }
     times = _rounds(list(calls.values()), repeats)
     split = {name: float(np.median(of)) for name, of in zip(calls, times, strict=True)}
@@ -285,20 +320,23 @@ def _row(
     first: list[float],
     memory: int | None,
     split: dict[str, float] | None,
+    peak: Callable[[int], float | None],
 ) -> Row:
     milliseconds = float(np.median(times))
-    cost = describe(case.config, case.num_classes, case.image_size).total.multiply_adds
-    flops = 6 * cost * case.batch_size / (1e-3 * milliseconds)
-    peak = peak_flops(jax.devices()[0].device_kind)
+    operations = training_operations(case.config, case.num_classes, case.image_size)
+    flops = operations * case.batch_size / (1e-3 * milliseconds)
+    at_most = peak(case.devices)
+    low, ratio, high = np.quantile(np.divide(times, first), [0.25, 0.5, 0.75]).tolist()
     return Row(
         part=part,
         case=case,
         milliseconds=milliseconds,
         fastest=min(times),
-        ratio=float(np.median(np.divide(times, first))),
+        ratio=ratio,
+        ratio_quartiles=(low, high),
         images_per_second=case.batch_size / (1e-3 * milliseconds),
         teraflops=flops / 1e12,
-        mfu=flops / (peak * case.devices) if peak and case.dtype == "bfloat16" else None,
+        mfu=flops / at_most if at_most else None,
         memory=memory,
         split=split,
     )

@@ -104,7 +104,7 @@ class BenchTrain:
     backbones: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
     """Of the networks; all other comparisons use the first."""
     size: tuple[int, int] | None = None
-    """Height and width of the images (800 1344; on CPU 64 64)."""
+    """Height and width of the images (800 1344; on CPU 96 96)."""
     batch_size: int = 8
     """Images a step, over all devices."""
     channels: int | None = None
@@ -119,6 +119,9 @@ class BenchTrain:
     """JSON file to write the rows into."""
 
 
+_SIZES = {"image": "pixels of an image", "batch": "images", "classes": "classes"}
+
+
 def train_command(args: list[str]) -> None:
     """`ghm-jax bench train`."""
     import jax
@@ -131,7 +134,7 @@ def train_command(args: list[str]) -> None:
     cpu = jax.devices()[0].platform == "cpu"
     base = Case(
         backbone=a.backbones[0] if a.backbones else "",
-        image_size=a.size or ((64, 64) if cpu else (800, 1344)),
+        image_size=a.size or ((96, 96) if cpu else (800, 1344)),
         batch_size=a.batch_size,
         channels=a.channels or (64 if cpu else 256),
         dtype=a.dtype or ("float32" if cpu else "bfloat16"),
@@ -142,19 +145,21 @@ def train_command(args: list[str]) -> None:
         dataclasses.replace(base, backbone=backbone).config.check()
     print(
         f"{jax.devices()[0].device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
-        "medians; x: to the first of the group"
+        "medians; x: to the first of the group; MFU: "
+        + ("of a matrix product here" if cpu else "of the published peak")
     )
-    rows = measure_train(
+    print(
+        f"{'':<9}{'step of':<44}{'ms':>9}{'x':>7}{'images/s':>10}{'TFLOP/s':>9}{'MFU':>6}{'MiB':>8}"
+    )
+    rows = []
+    for row in measure_train(
         base,
         parts=a.parts,
         backbones=a.backbones,
         device_counts=a.devices,
         repeats=a.repeats,
-    )
-    print(
-        f"{'':<9}{'step of':<44}{'ms':>9}{'x':>7}{'images/s':>10}{'TFLOP/s':>9}{'MFU':>6}{'MiB':>8}"
-    )
-    for row in rows:
+    ):
+        rows.append(row)
         case = row.case
         height, width = case.image_size
         what = f"{case.backbone} {case.classification} {case.batch_size} x {height} x {width}"
@@ -165,13 +170,20 @@ def train_command(args: list[str]) -> None:
         memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
         print(
             f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}"
-            f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}"
+            f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}",
+            flush=True,
         )
         if row.split:
             print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
+        if row.part == "losses" and row.ratio != 1:
+            low, high = row.ratio_quartiles
+            print(
+                f"{'':<11}{row.ratio:.3f} of {rows[-2].case.classification}'s time, half of the "
+                f"rounds from {low:.3f} to {high:.3f}"
+            )
     slopes = growth(rows)
     for part, slope in slopes.items():
-        print(f"time grows as the {part} to the power of {slope:.2f}")
+        print(f"time grows as the {_SIZES[part]} to the power of {slope:.2f}")
     if a.out:
         tables = {"rows": [dataclasses.asdict(row) for row in rows], "growth": slopes}
         _write_result(Path(a.out), "train", args, tables, "jax", "jaxlib", "flax")
