@@ -3,6 +3,7 @@
     ghm-jax train experiments/coco_r101_ghm.py --data.dir data
 
 Published (mmdetection's model zoo): 39.1 AP on val2017. Not measured here.
+Estimated, not run: 8 hours on one A100 at an MFU of 30 %.
 """
 
 from ghm_jax.config import Config, Model

@@ -7,6 +7,7 @@ It starts from ImageNet weights on the Hugging Face Hub (pip install "ghm-jax[hu
 of torchvision's or timm's: --model.weights resnet50-0676ba61.pth.
 
 Published (mmdetection's model zoo): 37.0 AP on val2017. Not measured here.
+Estimated, not run: 6 hours on one A100 at an MFU of 30 %.
 """
 
 from ghm_jax.config import Config, Model

@@ -23,5 +23,6 @@ config = Config(
         dtype="float32",
     ),
     anchors=Anchors(convention="torchvision"),
-    loss=Loss(classification="focal", box="smooth_l1", box_weight=1.0),
+    # torchvision adds the four coordinates of a box, the package takes their mean: hence the 4.
+    loss=Loss(classification="focal", box="smooth_l1", box_weight=4.0),
 )

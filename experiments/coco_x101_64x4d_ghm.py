@@ -3,6 +3,7 @@
     ghm-jax train experiments/coco_x101_64x4d_ghm.py --data.dir data
 
 Published (mmdetection's model zoo): 41.4 AP on val2017. Not measured here.
+Estimated, not run: 12 hours on one A100 at an MFU of 30 %.
 """
 
 from ghm_jax.config import Config, Model

@@ -17,13 +17,20 @@ from ghm_jax.step import make_model
 PARTS = ("backbone", "fpn", "class_head", "box_head")
 """Of the network, by their names among its parameters."""
 
-# Part of a device's name in JAX -> operations a second in bfloat16 with float32 sums, dense, as the
-# makers' data sheets say (T4: float16, as it has no bfloat16). The first that fits counts.
+_A100 = 312e12
+# Part of a device's name in JAX -> operations a second in bfloat16 with float32 sums, dense. The
+# first that fits counts. NVIDIA: the data sheets "H100 Tensor Core GPU" (with sparsity, twice as
+# much: SXM 1,979, NVL 1,671, PCIe 1,513), "H200 Tensor Core GPU" (SXM 1,979, NVL 1,671), "A100
+# Tensor Core GPU" (312 dense), "L4 Tensor Core GPU" (242 with sparsity) and "T4" (65 in float16, as
+# it has no bfloat16). Google: the pages "TPU v4", "v5e", "v5p" and "v6e" of the Cloud TPU
+# documentation, for a chip.
 _PEAKS = (
     ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
     ("H100", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
-    ("A100", 312e12),
+    ("A100", _A100),
     ("L4", 121e12),
     ("T4", 65e12),
     ("TPU v4", 275e12),
@@ -150,6 +157,18 @@ def training_operations(config: Config, num_classes: int, image_size: tuple[int,
 
     traced = jax.jit(forward_and_backward).trace(variables, image)
     return 2 * _multiply_adds(traced.jaxpr.jaxpr)
+
+
+def estimated_hours(config: Config, num_classes: int) -> float:
+    """Hours that a whole run takes on one A100 at an MFU of 30 %: an estimate, not a measurement.
+
+    All images are taken to have the size of the first bucket. Evaluations do not count. In float32
+    an A100 does half as much (TF32, 156 x 10^12 operations a second by its data sheet).
+    """
+    peak = _A100 if config.model.dtype == "bfloat16" else _A100 / 2
+    operations = training_operations(config, num_classes, config.data.buckets[0])
+    images = config.optimizer.steps * config.optimizer.batch_size
+    return operations * images / (0.3 * peak) / 3600
 
 
 def ideal_seconds(

@@ -11,9 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny import tiny_config
 
 from ghm_jax.config import Config
+from ghm_jax.describe import estimated_hours, training_operations
+from ghm_jax.losses import smooth_l1_loss
 from ghm_jax.rundir import experiment_name, load_experiment
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import init_state, make_model, train_step
@@ -155,6 +159,54 @@ def test_the_published_detectors_differ_in_their_backbone_only(name, backbone):
     assert (config.model.backbone, config.model.norm) == (backbone, "frozen")
     assert (config.model.frozen_stages, config.anchors.convention) == (1, "mmdetection")
     assert (config.optimizer, config.anchors) == (Config().optimizer, Config().anchors)
+
+
+@functools.cache
+def operations(model: Any, anchors: Any) -> int:
+    config = Config(model=model, anchors=anchors)
+    return training_operations(config, 80, (800, 1344))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_time_that_a_recipe_of_coco_states_is_that_of_its_operations(path, monkeypatch):
+    name = str(path.relative_to(ROOT))
+    rows = [config for key, config in EXPERIMENTS.items() if key.partition(".py")[0] == name[:-3]]
+    if rows[0].data.name != "coco/2017" or "for imported weights" in TABLES[path]["__doc__"]:
+        pytest.skip("of the size of one's own data, or not for training")
+    monkeypatch.setattr(
+        "ghm_jax.describe.training_operations",
+        lambda config, classes, size: operations(config.model, config.anchors),
+    )
+    hours = {round(estimated_hours(config, 80)) for config in rows}
+    text = " ".join(TABLES[path]["__doc__"].split())
+    (stated,) = re.findall(r"Estimated, not run: (.*?) on one A100 at an MFU of 30 %", text)
+    numbers = {int(number) for number in re.findall(r"\b(\d+)\b(?!x)", stated)}
+    assert numbers == {min(hours), max(hours)}
+
+
+def test_estimated_hours_are_operations_over_the_speed_that_is_assumed():
+    config = tiny_config()
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    images = config.optimizer.steps * config.optimizer.batch_size
+    per_image = training_operations(config, 3, (64, 64))
+    assert estimated_hours(half, 3) == pytest.approx(images * per_image / 93.6e12 / 3600)
+    assert estimated_hours(config, 3) == pytest.approx(2 * estimated_hours(half, 3))
+
+
+@pytest.mark.parametrize("name", ["coco_r50_torchvision", "coco_r50_torchvision_v2"])
+def test_the_box_loss_of_torchvision_has_the_scale_of_its_own(name, rng):
+    """It is the sum of |error| over the coordinates of an image's positives, by their number; a
+    smooth L1 loss is less than that by half its threshold wherever the error is beyond it."""
+    loss = load_experiment(ROOT / f"experiments/{name}.py").loss
+    errors = rng.uniform(0.2, 2.0, (1, 6, 4)) * rng.choice([-1, 1], (1, 6, 4))
+    positive = np.array([True, False, True, True, False, True])
+    theirs = np.abs(errors[0, positive]).sum() / positive.sum()
+    ours, _, _ = smooth_l1_loss(
+        jnp.asarray(errors, jnp.float32), jnp.zeros((1, 6, 4)), jnp.asarray(positive[None, :, None])
+    )
+    assert loss.box == "smooth_l1"
+    assert loss.box_weight * (ours + 1 / 18) == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_quickstart_trains_with_ghm_and_names_its_floor():

@@ -8,6 +8,8 @@ DSSD513 are other detectors, which this package does not have.
 
 The rows of focal loss are those of its own paper, which trained 1.5 times as long and with scale
 jitter; the jitter is not here, so its figures are not to be expected from these configs.
+
+Estimated, not run: 9 to 19 hours a row on one A100 at an MFU of 30 %.
 """
 
 from dataclasses import replace

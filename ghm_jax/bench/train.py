@@ -302,10 +302,14 @@ def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str
 
 
 def _rounds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Milliseconds of each call in each round; one round before them is not timed."""
+    """Milliseconds of each call in each round, every other one from the last call to the first.
+
+    One round before them is not timed.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for i in range(repeats + 1):
-        for call, of_call in zip(calls, times, strict=True):
+        order = list(zip(calls, times, strict=True))
+        for call, of_call in order if i % 2 else reversed(order):
             start = time.perf_counter()
             call()
             if i > 0:
