@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 import runpy
 import shutil
@@ -141,3 +142,14 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         loaded = re.findall(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"?(\w+:[^\s\">]*)", html)
         assert not [url for url in loaded if not url.startswith("data:")], path
         assert html.count('class="arithmatex"') == with_mathml(html).count("<math "), path
+
+
+def test_the_table_of_calibration_is_the_measured_result():
+    rows = json.loads((ROOT / "experiments/results/calibration.json").read_text())["runs"]
+    text = (DOCS / "faq.md").read_text()
+    for row in rows:
+        figures = [f"{row[key]:.3f}" for key in ("AP", "ECE", "ECE_03")]
+        assert " | ".join([*figures, f"{row['detections']:,}"]) in text
+        (bin_,) = [part for part in row["bins"] if 0.6 < part["score_to"] <= 0.7]
+        if row["loss"] == "focal":
+            assert f"at {bin_['score']:.2f}, {100 * bin_['precision']:.0f} % are" in text
