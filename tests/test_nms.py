@@ -231,7 +231,9 @@ def test_nonfinite_scores_are_no_detections(rng):
     logits[:] = np.nan
     assert not np.any(selected()(logits, deltas, anchors, IMAGE).scores)
     logits[3, 1] = 2.0  # the others take no place from this one
-    assert selected()(logits, deltas, anchors, IMAGE).labels.tolist() == [1, -1, -1, -1, -1]
+    for candidates in (SETTINGS["candidates"], 1):
+        found = selected(candidates=candidates)(logits, deltas, anchors, IMAGE)
+        assert found.labels.tolist() == [1, -1, -1, -1, -1]
 
 
 def test_batch_equals_image_by_image(rng):
