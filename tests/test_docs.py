@@ -63,6 +63,14 @@ def test_files_and_notebooks_that_a_page_names_exist(path):
         assert (ROOT / f"notebooks/{name}.ipynb").is_file(), name
 
 
+def test_the_design_page_says_what_every_module_is_for():
+    text = (DOCS / "design.md").read_text()
+    table = text[text.index("## What is where") :]
+    inside = [p for p in (ROOT / "ghm_jax").iterdir() if not p.name.startswith("_")]
+    names = {f"`{p.name}/`" if p.is_dir() else f"`{p.name}`" for p in inside} - {"`py.typed`"}
+    assert not [name for name in names if name not in table]
+
+
 @pytest.mark.parametrize("path", [p for p in PAGES if ">>>" in p.read_text()], ids=page)
 def test_examples_of_a_page_run(path):
     failed, tried = doctest.testfile(str(path), module_relative=False)
@@ -104,6 +112,31 @@ def test_the_menu_has_every_page():
     menu = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
     named = [file for entry in menu for file in entry.values()]
     assert sorted(named) == sorted([*(path.name for path in PAGES), "config.md"])
+
+
+def test_the_table_of_softmax_losses_is_what_the_notebook_found():
+    notebook = json.loads((ROOT / "notebooks/03_your_own_data_and_loop.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    tables = [
+        "".join(o["data"]["text/markdown"]) for o in outputs if "text/markdown" in o.get("data", ())
+    ]
+    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+ to [\d.]+) \|$", tables[-1], re.MULTILINE)
+    assert len(rows) == 8
+    typed = (DOCS / "losses.md").read_text()
+    section = typed[typed.index("## Softmax") : typed.index("## A loss of your own")]
+    columns = zip(*re.findall(r"^\| .* \| (.*) \| (.*) \|$", section, re.MULTILINE), strict=True)
+    (_, _, *first), (_, _, *second) = columns
+    assert [*first, *second] == [f"{mean} ({spread})" for mean, spread in rows]
+
+
+def test_the_table_of_gradients_is_the_measured_result():
+    rows = json.loads((ROOT / "experiments/results/quickstart_stats.json").read_text())["rows"]
+    text = (DOCS / "reading.md").read_text()
+    typed = re.findall(r"^\| (?:examples|gradient): .*$", text, re.MULTILINE)
+    measured = [row for row in rows if row["part"] == "classification"]
+    for line, row in zip(typed, measured, strict=True):
+        wanted = [f"{100 * row[key]:.2f} %" for key in ("easy", "middle", "hard", "outlier")]
+        assert line.split(" | ")[1:] == [*wanted[:-1], f"{wanted[-1]} |"]
 
 
 def test_formulas_become_mathml_and_the_rest_stays():

@@ -22,7 +22,8 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     # A stand-in for the checkout, so that data and runs do not go into the real one.
     (tmp_path / "experiments").mkdir()
-    shutil.copy(ROOT / "experiments/quickstart.py", tmp_path / "experiments")
+    for experiment in (ROOT / "experiments").glob("*.py"):
+        shutil.copy(experiment, tmp_path / "experiments")
     monkeypatch.setattr(DigitScenes, "SCENES", {"train": 16, "validation": 6})
     open_dataset(Data(name="digit_scenes", dir=str(tmp_path / "data")), "train")
 
