@@ -17,7 +17,7 @@ TINY = Case(backbone="resnet10", image_size=(32, 32), batch_size=2, dtype="float
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_network_is_timed_by_its_parts():
     (network,) = measure_train(TINY, parts=("networks",), backbones=("resnet10",), repeats=2)
-    assert network.ratio == 1
+    assert network.ratio == network.processor_ratio == 1
     assert 0 < network.fastest <= network.milliseconds
     assert network.split is not None
     parts = sum(network.split[name] for name in ("forward", "loss", "optimizer", "backward"))
@@ -31,14 +31,13 @@ def test_a_network_is_timed_by_its_parts():
 
 def test_growth_is_the_slope_of_the_logarithms():
     def row(part, case, milliseconds):
-        return Row(
-            part, case, milliseconds, milliseconds, 1.0, (1.0, 1.0), 1.0, 1.0, None, None, None
-        )
+        return Row(part, case, 1.0, 1.0, milliseconds, (1, 1), None, 1.0, 1.0, None, None, None)
 
     rows = [
         row("image", dataclasses.replace(TINY, image_size=(32, 32 * n)), 3 * n) for n in (1, 2, 4)
     ]
     rows += [row("batch", dataclasses.replace(TINY, batch_size=n), 5 * n**0.5) for n in (1, 4)]
+    rows[1] = dataclasses.replace(rows[1], ratio=99.0, processor_ratio=6.0)  # this one counts
     rows += [row("classes", TINY, 1.0)]  # a single size has no slope
     assert growth(rows) == pytest.approx({"image": 1.0, "batch": 0.5})
 

@@ -74,6 +74,9 @@ class Row:
     """Time over that of the part's first case in the same round, median over the rounds ..."""
     ratio_quartiles: tuple[float, float]
     """... and the quartiles, between which half of the rounds lie."""
+    processor_ratio: float | None
+    """The same of the processor time, which other work on the machine disturbs less; None: not on
+    CPU."""
     images_per_second: float
     teraflops: float
     """Operations of the convolutions a second, in 10^12, see `describe.training_operations`."""
@@ -116,22 +119,26 @@ def measure_train(
             continue
         calls = [prepare(case) for case in cases]
         rounds = 5 * repeats if part == "losses" else repeats
-        times = _rounds([call.run for call in calls], rounds)
-        for case, call, of_case in zip(cases, calls, times, strict=True):
+        times, processor = _rounds([call.run for call in calls], rounds)
+        ratios, processor_ratios = times / times[0], processor / processor[0]
+        for i, (case, call) in enumerate(zip(cases, calls, strict=True)):
             split = None
             if part == "networks":
                 state = first_state(case.config, case.num_classes)
-                split = _split(case, state, repeats, float(np.median(of_case)))
+                split = _split(case, state, repeats, float(np.median(times[i])))
                 split["dispatch"] = float(np.median(call.dispatches[-repeats:]))
-            yield _row(part, case, of_case, times[0], call.memory, split, peak)
+            row = _row(part, case, times[i], ratios[i], call.memory, split, peak)
+            if jax.devices()[0].platform == "cpu":
+                row = replace(row, processor_ratio=float(np.median(processor_ratios[i])))
+            yield row
 
 
 def matrix_peak(size: int = 1536, repeats: int = 5) -> float:
     """Operations a second of the fastest of some products of float32 matrices on all CPU cores."""
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)
-    times = _rounds([lambda: jax.block_until_ready(product(x, x))], repeats)
-    return 2 * size**3 / (1e-3 * min(times[0]))
+    times, _ = _rounds([lambda: jax.block_until_ready(product(x, x))], repeats)
+    return 2 * size**3 / (1e-3 * float(times.min()))
 
 
 def _peak(base: Case) -> Callable[[int], float | None]:
@@ -145,7 +152,10 @@ def _peak(base: Case) -> Callable[[int], float | None]:
 
 
 def growth(rows: Sequence[Row]) -> dict[str, float]:
-    """Slopes of log time over log pixels, images and classes: 1 is proportional, 0 is free."""
+    """Slopes of log time over log pixels, images and classes: 1 is proportional, 0 is free.
+
+    Of ratios to the first case in the same round, on CPU of processor time.
+    """
     size_of: dict[str, Callable[[Case], int]] = {
         "image": lambda case: case.image_size[0] * case.image_size[1],
         "batch": lambda case: case.batch_size,
@@ -156,7 +166,8 @@ def growth(rows: Sequence[Row]) -> dict[str, float]:
         of_part = [row for row in rows if row.part == part]
         x = np.log([size(row.case) for row in of_part])
         if len(set(x.tolist())) > 1:
-            slopes[part] = float(np.polyfit(x, np.log([r.milliseconds for r in of_part]), 1)[0])
+            ratios = [r.ratio if r.processor_ratio is None else r.processor_ratio for r in of_part]
+            slopes[part] = float(np.polyfit(x, np.log(ratios), 1)[0])
     return slopes
 
 
@@ -295,33 +306,34 @@ def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str
         "optimizer": lambda: jax.block_until_ready(update(state)),
         "transfer": lambda: jax.block_until_ready(jax.device_put(split_batch(host_batch, 1))),
     }
-    times = _rounds(list(calls.values()), repeats)
+    times, _ = _rounds(list(calls.values()), repeats)
     split = {name: float(np.median(of)) for name, of in zip(calls, times, strict=True)}
     split["backward"] = step - split["forward"] - split["loss"] - split["optimizer"]
     return split
 
 
-def _rounds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Milliseconds of each call in each round, every other one from the last call to the first.
+def _rounds(calls: Sequence[Callable[[], Any]], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds [calls, repeats] by the clock and of processor time (all threads).
 
-    One round before them is not timed.
+    A round is all calls, every other one from the last to the first; one before them does not
+    count.
     """
-    times: list[list[float]] = [[] for _ in calls]
+    times = np.zeros((2, len(calls), repeats + 1))
     for i in range(repeats + 1):
-        order = list(zip(calls, times, strict=True))
-        for call, of_call in order if i % 2 else reversed(order):
-            start = time.perf_counter()
-            call()
-            if i > 0:
-                of_call.append(1e3 * (time.perf_counter() - start))
-    return times
+        order = range(len(calls)) if i % 2 else reversed(range(len(calls)))
+        for j in order:
+            start, processor = time.perf_counter(), time.process_time()
+            calls[j]()
+            times[0, j, i] = 1e3 * (time.perf_counter() - start)
+            times[1, j, i] = 1e3 * (time.process_time() - processor)
+    return times[0, :, 1:], times[1, :, 1:]
 
 
 def _row(
     part: str,
     case: Case,
-    times: list[float],
-    first: list[float],
+    times: np.ndarray,
+    ratios: np.ndarray,
     memory: int | None,
     split: dict[str, float] | None,
     peak: Callable[[int], float | None],
@@ -330,14 +342,15 @@ def _row(
     operations = training_operations(case.config, case.num_classes, case.image_size)
     flops = operations * case.batch_size / (1e-3 * milliseconds)
     at_most = peak(case.devices)
-    low, ratio, high = np.quantile(np.divide(times, first), [0.25, 0.5, 0.75]).tolist()
+    low, ratio, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
     return Row(
         part=part,
         case=case,
         milliseconds=milliseconds,
-        fastest=min(times),
+        fastest=float(times.min()),
         ratio=ratio,
         ratio_quartiles=(low, high),
+        processor_ratio=None,
         images_per_second=case.batch_size / (1e-3 * milliseconds),
         teraflops=flops / 1e12,
         mfu=flops / at_most if at_most else None,

@@ -145,11 +145,12 @@ def train_command(args: list[str]) -> None:
         dataclasses.replace(base, backbone=backbone).config.check()
     print(
         f"{jax.devices()[0].device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
-        "medians; x: to the first of the group; MFU: "
+        "medians; x: to the first of the group, CPU: of processor time; MFU: "
         + ("of a matrix product here" if cpu else "of the published peak")
     )
     print(
-        f"{'':<9}{'step of':<44}{'ms':>9}{'x':>7}{'images/s':>10}{'TFLOP/s':>9}{'MFU':>6}{'MiB':>8}"
+        f"{'':<9}{'step of':<44}{'ms':>9}{'x':>7}{'CPU':>7}{'images/s':>10}"
+        f"{'TFLOP/s':>9}{'MFU':>6}{'MiB':>8}"
     )
     rows = []
     for row in measure_train(
@@ -167,9 +168,10 @@ def train_command(args: list[str]) -> None:
         what += f" on {case.devices}" if row.part == "devices" else ""
         what += "" if case.collectives else ", nothing added up"
         mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
+        processor = "-" if row.processor_ratio is None else f"{row.processor_ratio:.2f}"
         memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
         print(
-            f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}"
+            f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}{processor:>7}"
             f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}",
             flush=True,
         )
@@ -177,10 +179,11 @@ def train_command(args: list[str]) -> None:
             print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
         if row.part == "losses" and row.ratio != 1:
             low, high = row.ratio_quartiles
-            print(
-                f"{'':<11}{row.ratio:.3f} of {rows[-2].case.classification}'s time, half of the "
-                f"rounds from {low:.3f} to {high:.3f}"
-            )
+            text = f"{row.ratio:.3f} of {rows[-2].case.classification}'s time, half of the rounds "
+            text += f"from {low:.3f} to {high:.3f}"
+            if row.processor_ratio is not None:
+                text += f"; {row.processor_ratio:.3f} of its processor time"
+            print(f"{'':<11}{text}")
     slopes = growth(rows)
     for part, slope in slopes.items():
         print(f"time grows as the {_SIZES[part]} to the power of {slope:.2f}")
