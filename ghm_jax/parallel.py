@@ -176,9 +176,11 @@ def keep_programs(directory: Path) -> None:
     """Lets JAX keep compiled programs there, so that the next run of the same step starts at once.
 
     No effect when the user chose a directory for JAX (JAX_COMPILATION_CACHE_DIR). Programs for a
-    CPU are kept by host: they use what its CPU has, and the directory may be shared.
+    CPU are kept by host: they use what its CPU has, and the directory may be shared. No effect in a
+    job of several processes either: JAX keeps them for the first one alone, which would then wait
+    for the others while they compile, on CPUs for no more than 30 seconds.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.process_count() == 1:
         if jax.default_backend() == "cpu":
             directory = directory / platform.node()
         jax.config.update("jax_compilation_cache_dir", str(directory))

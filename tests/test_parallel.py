@@ -138,3 +138,10 @@ def test_programs_are_kept_where_the_package_says_unless_the_user_chose(tmp_path
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     keep_programs(tmp_path)
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / platform.node())}
+
+
+def test_a_process_of_several_does_not_wait_for_another_that_has_no_programs(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *args: pytest.fail(f"updated {args}"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    keep_programs(tmp_path)
