@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ghm_jax.bench.train import Case, Row, growth, measure_train, random_batch
+from ghm_jax.bench.train import PARTS, Case, Row, growth, measure_train, random_batch
 from ghm_jax.cli import main
 from ghm_jax.describe import describe, peak_flops, training_operations
 
@@ -50,6 +52,21 @@ def test_boxes_of_a_random_batch_lie_in_the_image():
     assert batch["labels"].max() < 3
     assert ((x0 >= 0) & (x0 < x1) & (x1 <= 160) & (y0 >= 0) & (y0 < y1) & (y1 <= 64)).all()
     assert (batch["boxes"][~used] == 0).all()
+
+
+def test_the_table_in_the_docs_is_the_measured_result():
+    root = Path(__file__).parents[1]
+    text = (root / "docs/recipes.md").read_text()
+    result = json.loads((root / "experiments/results/bench_train.json").read_text())
+    assert f"(load average {result['load_average']:.0f})" in text
+    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in PARTS}
+    for row, name in zip(rows["networks"], (18, 50, 101), strict=True):
+        line = f"| ResNet-{name} | {row['milliseconds']:.0f} ms | {row['split']['loss']:.0f} ms |"
+        line += f" {row['images_per_second']:.1f} | {row['memory'] / 2**20:.0f} MiB |"
+        assert line in text
+    devices = [f"{row['ratio']:.2f}" for row in rows["devices"][1:]]
+    found = re.search(r"took\s+([\d.]+), ([\d.]+) and ([\d.]+) times.* nothing up ([\d.]+)\.", text)
+    assert list(found.groups()) == devices
 
 
 @pytest.mark.parametrize(
