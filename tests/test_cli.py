@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 from tiny import tiny_config
 
@@ -291,3 +292,23 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_memory_is_one_line_with_what_helps(place, monkeypatch, capsys):
+    def train(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr("ghm_jax.train.train", train)
+    with pytest.raises(SystemExit):
+        main(["train", "tiny.py"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith("ghm-jax: the memory is full (Out of memory allocating 7 bytes.); raise")
+
+
+def test_another_error_of_jax_keeps_its_traceback(place, monkeypatch):
+    def train(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr("ghm_jax.train.train", train)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["train", "tiny.py"])

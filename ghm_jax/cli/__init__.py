@@ -61,6 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(None)
     except (ConfigError, FileNotFoundError, PermissionError) as error:
         fail(str(error))
+    except RuntimeError as error:  # JAX's own, which need not be imported here
+        said = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in said:
+            raise
+        fail(
+            f"the memory is full ({said.rpartition('RESOURCE_EXHAUSTED: ')[2]}); raise "
+            "--optimizer.accumulate, lower --optimizer.batch-size (in evaluation "
+            "--predict.batch-size) or use smaller --data.buckets"
+        )
     except KeyboardInterrupt:
         print("\nghm-jax: interrupted", file=sys.stderr)
         sys.exit(130)
