@@ -100,12 +100,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # OSError, ValueError of tensorstore, ...: the disk is full
-            if jax.process_count() > 1:  # the others wait for this one: they must all start anew
-                raise
-            with contextlib.suppress(Exception):
-                self._manager.close()
-            self.remove_fragments()
-            self._manager = self._open()
+            if jax.process_count() == 1:  # otherwise the others wait: they must all start anew
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+                self.remove_fragments()
+                self._manager = self._open()
             reason = next((line for line in str(error).splitlines() if line), "")
             raise CheckpointFailed(f"{type(error).__name__}: {reason}"[:200]) from error
 

@@ -178,13 +178,15 @@ def train(
                         log.flush()  # so that a logged step is checked before its state is saved
                         checkpoints.save(done, shared(state), ap)
                 except CheckpointFailed as failed:
+                    if processes > 1:  # the others do not know, and cannot be asked
+                        raise
                     retry = done + config.run.log_every
                     progress.say(
                         f"a checkpoint was not written ({failed}); older ones are kept, the next "
                         f"try is at step {retry}"
                     )
             log.flush()
-            save_last(checkpoints, done, shared(state), progress)
+            save_last(checkpoints, done, shared(state), progress, tries=3 if processes == 1 else 1)
         except TrainingDiverged as diverged:
             newest = checkpoints.latest
             kept = "there is no checkpoint" if newest is None else f"checkpoint {newest} is kept"

@@ -1,5 +1,10 @@
 """A command as one process of several. They join first, so that what is wrong is said once."""
 
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ghm_jax.cli.arguments import parse
@@ -58,6 +63,32 @@ def join_processes(args: list[str]) -> bool:
             "process 0 that can be reached"
         ) from None
     return True
+
+
+@contextlib.contextmanager
+def hurried_exit(job: bool, patience: float = 20.0) -> Iterator[None]:
+    """Where a process of a job fails alone, it ends soon, and by that the others.
+
+    JAX waits five minutes at the end of a process for all the others to end too. If they do, at a
+    failure of all of them, nothing is hurried.
+
+    Args:
+        job: whether there are other processes.
+        patience: seconds from the failure to the end.
+    """
+
+    def end() -> None:
+        sys.stdout.flush()
+        os._exit(1)
+
+    try:
+        yield
+    except BaseException:
+        if job:
+            timer = threading.Timer(patience, end)
+            timer.daemon = True
+            timer.start()
+        raise
 
 
 def _of_job(args: list[str]) -> list[str]:

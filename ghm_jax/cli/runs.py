@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
-from ghm_jax.cli.job import Distributed, join_processes
+from ghm_jax.cli.job import Distributed, hurried_exit, join_processes
 from ghm_jax.config import Config, ConfigError, Data
 from ghm_jax.rundir import RunDirectory, cache_directory, experiment_name, load_experiment, load_run
 
@@ -47,7 +47,8 @@ def train_command(args: list[str]) -> None:
         profile = steps_to_profile(arguments.profile)
         start_devices(config, joined=job)
     try:
-        train(config, run_dir, restart=arguments.restart, profile=profile, progress=Bar())
+        with hurried_exit(job):
+            train(config, run_dir, restart=arguments.restart, profile=profile, progress=Bar())
     except TrainingDiverged as error:
         fail(str(error) if is_first() else None)
     except CheckpointFailed as error:
