@@ -16,10 +16,10 @@ from ghm_jax.data.transforms import decode_image
 from ghm_jax.errors import error_analysis
 from ghm_jax.inference import coco_results, make_detector, restore_state
 from ghm_jax.nms import Detections
-from ghm_jax.parallel import Device, choose_devices, replicate
+from ghm_jax.parallel import Device, choose_devices, own_devices, replicate
 from ghm_jax.plots.drawing import Sample
 from ghm_jax.plots.report import read_history, render_report
-from ghm_jax.processes import gather_rows
+from ghm_jax.processes import all_or_none, computed_once, gather_rows, is_first
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.rundir import RunDirectory, load_experiment, load_run, unused_directory, write_text
 from ghm_jax.scoring import (
@@ -31,6 +31,7 @@ from ghm_jax.scoring import (
     score,
 )
 from ghm_jax.stats import measure_gradients
+from ghm_jax.step import TrainState
 
 _SAMPLES = 12  # validation images drawn in the report
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` looks at more
@@ -66,19 +67,40 @@ def evaluate(
     Raises:
         ConfigError: no run, no checkpoint, no data, or annotations of another data set.
     """
-    progress = progress or Silent()
-    run, config = load_run(run_dir)
-    config, split = _choose_data(config, split, annotations)
-    devices = choose_devices(config.run.devices)
-    config.check(len(devices))
-    dataset, truth = _open(config, split, run.path)
-
-    state = restore_state(run, config, devices[0])
-    variables, step = state.variables, int(state.step)
-    progress.say(f"{run.path}: evaluating step {step} on {len(dataset)} images of {dataset.name}")
-    variables = replicate(variables, devices)
+    progress = progress if progress and is_first() else Silent()
+    with all_or_none():
+        run, config = load_run(run_dir)
+        config, split = _choose_data(config, split, annotations)
+        devices = choose_devices(config.run.devices)
+        config.check(len(devices))
+        dataset, truth = _open(config, split, run.path)
+        state = restore_state(run, config, own_devices(devices)[0])
+    progress.say(
+        f"{run.path}: evaluating step {int(state.step)} on {len(dataset)} images of {dataset.name}"
+    )
+    variables = replicate(state.variables, devices)
     detections = detect(config, dataset, variables, devices, progress)
     progress.close()
+    return computed_once(
+        lambda: _write_results(
+            run, config, split, dataset, truth, state, detections, evaluator, progress
+        )
+    )
+
+
+def _write_results(
+    run: RunDirectory,
+    config: Config,
+    split: str,
+    dataset: Dataset,
+    truth: dict[str, Any],
+    state: TrainState,
+    detections: list[dict[str, Any]],
+    evaluator: Evaluator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What `evaluate` writes, by one process on its own devices; returns what that does."""
+    step, devices = int(state.step), own_devices(choose_devices(config.run.devices))
     facts = {
         "step": step,
         "split": split,
@@ -219,6 +241,7 @@ def detect(
 ) -> list[dict[str, Any]]:
     """Detections of every image of a data set, once, in COCO results form.
 
+    Of several processes each looks at its share of the images, and all get all detections.
     Boxes are in pixels of the original images, categories the original ids.
     """
     detector = make_detector(config, len(dataset.class_names), devices)
@@ -230,7 +253,8 @@ def detect(
             seen.append(int(batch["image_id"][i]))
             of_image = Detections(*(part[i] for part in found))
             results += coco_results(seen[-1], of_image, dataset.category_ids)
-        progress.update("evaluate", len(seen), len(dataset), {})
+        of_all = min(len(seen) * jax.process_count(), len(dataset))
+        progress.update("evaluate", of_all, len(dataset), {})
     results, seen = gather_rows(results), gather_rows(seen)
     if len(seen) != len(dataset) or len(set(seen)) != len(seen):
         raise AssertionError(f"{len(set(seen))} of {len(dataset)} images were evaluated once")

@@ -100,9 +100,14 @@ def replicate(tree: Any, devices: list[Device]) -> Any:
     return jax.tree.map(place, tree)
 
 
+def own_devices(devices: list[Device]) -> list[Device]:
+    """Those of the devices that are this process's."""
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
 def num_local(devices: list[Device]) -> int:
     """How many of the devices are this process's."""
-    return sum(device.process_index == jax.process_index() for device in devices)
+    return len(own_devices(devices))
 
 
 class ProgramCount:

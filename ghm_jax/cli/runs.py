@@ -90,19 +90,27 @@ class Evaluate:
     """... unless it is into this new directory: metrics.json, errors.json, report.html."""
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """hotcoco, or pycocotools (slower, the same figures)."""
+    distributed: Distributed = field(default_factory=Distributed)
 
 
 def evaluate_command(args: list[str]) -> None:
     """`ghm-jax evaluate`."""
+    from ghm_jax.processes import all_or_none, is_first
     from ghm_jax.progress import Bar
 
-    directory = positional(args, "ghm-jax evaluate RUN")
-    a = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
-    if a.out and not a.detections:
-        raise ConfigError("--out: is for --detections; what a run finds goes into its directory")
-    if not a.detections:
-        _, config = load_run(a.run)
-        start_devices(config)
+    job = join_processes(args)
+    with all_or_none() if job else contextlib.nullcontext():
+        directory = positional(args, "ghm-jax evaluate RUN")
+        a = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
+        if a.out and not a.detections:
+            raise ConfigError(
+                "--out: is for --detections; what a run finds goes into its directory"
+            )
+        if job and a.detections:
+            raise ConfigError("--detections: needs no network; score them in one process")
+        if not a.detections:
+            _, config = load_run(a.run)
+            start_devices(config, joined=job)
 
     from ghm_jax.evaluate import evaluate, evaluate_file
 
@@ -113,7 +121,10 @@ def evaluate_command(args: list[str]) -> None:
         if out:
             print(f"report: {RunDirectory(Path(out)).report}")
         return
-    result = evaluate(a.run, evaluator=a.evaluator, progress=Bar(), **data)
+    with hurried_exit(job):
+        result = evaluate(a.run, evaluator=a.evaluator, progress=Bar(), **data)
+    if not is_first():
+        return
     if "submission" in result:
         print(f"{result['submission']}: written, {result['images']} images, for COCO's server")
         return
