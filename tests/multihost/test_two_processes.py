@@ -73,7 +73,7 @@ def place(dataset_dir, tmp_path_factory):
     config = tiny_config(
         dataset_dir,
         optimizer=Optimizer(name="sgd", batch_size=8, steps=4, warmup_steps=0),
-        predict=Predict(batch_size=8, candidates=20, max_detections=10),
+        predict=Predict(batch_size=8, candidates=20, max_detections=10, score_threshold=0.0),
         run=Run(workers=0, log_every=1, checkpoint_every=4, eval_every=2),
     )
     (place / "tiny.py").write_text("from ghm_jax.config import *\n\nconfig = " + repr(config))
