@@ -186,3 +186,7 @@ def test_the_table_of_calibration_is_the_measured_result():
         (bin_,) = [part for part in row["bins"] if 0.6 < part["score_to"] <= 0.7]
         if row["loss"] == "focal":
             assert f"at {bin_['score']:.2f}, {100 * bin_['precision']:.0f} % are" in text
+    rows = json.loads((ROOT / "experiments/results/calibration_800_steps.json").read_text())["runs"]
+    for row in rows:
+        keys = ("AP", "ECE") if row["loss"] == "cross_entropy" else ("ECE", "ECE_03")
+        assert all(f"{row[key]:.3f}" in text for key in keys)
