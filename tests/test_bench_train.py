@@ -69,6 +69,22 @@ def test_the_table_in_the_docs_is_the_measured_result():
     assert list(found.groups()) == devices
 
 
+def test_ratios_and_slopes_in_the_docs_are_the_measured_result():
+    root = Path(__file__).parents[1]
+    text = " ".join((root / "docs/recipes.md").read_text().split())
+    result = json.loads((root / "experiments/results/bench_train_growth.json").read_text())
+    (row,) = [row for row in result["rows"] if row["case"]["classification"] == "ghm_c"][:1]
+    low, high = row["ratio_quartiles"]
+    assert row["part"] == "losses"
+    assert f"GHM-C took {row['processor_ratio']:.3f} times the processor time" in text
+    assert (
+        f"by the clock {row['ratio']:.3f}, half of the pairs from {low:.2f} to {high:.2f}" in text
+    )
+    for part, name in (("image", "pixels to the power of"), ("batch", "images to")):
+        assert f"as the {name} {result['growth'][part]:.2f} (" in text
+    assert f"as the classes to {result['growth']['classes']:.2f} (" in text
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
