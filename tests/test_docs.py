@@ -177,6 +177,14 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         assert html.count('class="arithmatex"') == with_mathml(html).count("<math "), path
 
 
+def test_the_faults_survived_are_the_measured_result():
+    rows = json.loads((ROOT / "experiments/results/torture.json").read_text())["rows"]
+    page = (ROOT / "docs/recipes.md").read_text()
+    for row in rows:
+        cells = f"| {row['fault']} | {row['tried']} | {row['survived']} | {row['data_lost']} |"
+        assert cells in page
+
+
 def test_the_table_of_calibration_is_the_measured_result():
     rows = json.loads((ROOT / "experiments/results/calibration.json").read_text())["runs"]
     text = (DOCS / "faq.md").read_text()
