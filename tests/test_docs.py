@@ -198,3 +198,24 @@ def test_the_table_of_calibration_is_the_measured_result():
     for row in rows:
         keys = ("AP", "ECE") if row["loss"] == "cross_entropy" else ("ECE", "ECE_03")
         assert all(f"{row[key]:.3f}" in text for key in keys)
+
+
+def test_the_cost_of_inference_is_the_measured_result():
+    path = ROOT / "experiments/results/bench_inference.json"
+    record = json.loads(path.read_text())
+    ours, theirs = record["rows"][:2], record["rows"][2:]
+    assert [row["scores"] for row in record["rows"]] == ["peaked", "flat"] * 2
+    shares = [f"{100 * row['share']:.1f} %" for row in ours]
+    ratios = [
+        f"{b['milliseconds'] / a['milliseconds']:.1f}" for a, b in zip(ours, theirs, strict=True)
+    ]
+    page = (ROOT / "docs/recipes.md").read_text()
+    (line,) = re.findall(r"^What follows the network.*$", page, re.MULTILINE)
+    height, width = record["case"]["image_size"]
+    for words in (
+        f"{shares[0]} of the time of both with {ours[0]['candidates']} scores",
+        f"{shares[1]} with all {ours[1]['candidates'] / 1e6:.1f} million",
+        f"images of {height}x{width} a call",
+        f"took {ratios[0]} and {ratios[1]} times as long",
+    ):
+        assert words in line
