@@ -64,7 +64,7 @@ class TrainingLog:
         if self._writes and config.run.wandb:
             self._boards.append(WeightsAndBiases(run, config))
         self._complained = False
-        self._skipped = 0
+        self._skipped = history[-1].get("skipped", 0) if history else 0  # those have been said
         self._seconds = history[-1]["seconds"] if history else 0.0
         self._pending: tuple[int, Any, float] | None = None
         self._since = time.perf_counter()

@@ -119,3 +119,13 @@ def test_the_line_says_what_the_record_holds(run):
     assert fields[0]["data"].endswith("%")
     assert 0 <= record["data_wait"] <= 1
     assert record["seconds"] <= time.perf_counter() - start + 1
+
+
+def test_what_was_skipped_before_the_run_was_stopped_is_not_said_again(run):
+    listener = Listener()
+    for done in (1, 2):  # each by a command of its own
+        log = TrainingLog(run, tiny_config(), done - 1, listener)
+        log.record(done, METRICS | {"skipped": 1})
+        log.flush()
+        log.close()
+    assert listener.lines == ["warning: step 1: 1 update left out so far"]
