@@ -1,4 +1,4 @@
-"""The command `ghm-jax`: argv in, thin calls of the package, the only prints and exits.
+"""ghm-jax: train, score and look at GHM detectors.
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
@@ -17,6 +17,8 @@
 
 `ghm-jax train EXPERIMENT --help` lists every setting.
 """
+
+# Thin calls of the package: argv, prints and exits are in this folder alone.
 
 import os
 import sys
