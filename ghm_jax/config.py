@@ -27,7 +27,7 @@ class Data:
     """Which images, and how they become arrays of a fixed shape."""
 
     name: str = "coco/2017"
-    """TFDS name of the data set; empty: the only one in `dir`."""
+    """TFDS name of the data set; empty: the only one in `dir`, whose name the run then keeps."""
     dir: str = "data"
     """Directory that holds prepared TFDS data sets (array_record)."""
     train_split: str = "train"

@@ -86,9 +86,8 @@ def train(
                 f"{config.optimizer.steps}; give the first and the last one, such as 10:12"
             )
         dataset = open_dataset(config.data, config.data.train_split)
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, classes=dataset.class_names)
-        )
+        data = dataclasses.replace(config.data, name=dataset.name, classes=dataset.class_names)
+        config = dataclasses.replace(config, data=data)
         groups = training_groups(dataset, config.data)
         notes = input_notes(dataset, config)
         validation = Validation(config, devices) if config.run.eval_every else None

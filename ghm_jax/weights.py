@@ -182,17 +182,16 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
             left behind then.
     """
     config.check()
-    class_names = _class_names(config.data)
-    config = replace(config, data=replace(config.data, classes=class_names))
+    config = replace(config, data=_resolved(config.data))
     if RunDirectory(Path(run_dir)).has_checkpoint:
         raise ConfigError(f"{run_dir}: holds a checkpoint already; choose another --run-dir")
 
     path = locate(source)
     tensors = load_tensors(path)
-    model, optimizer = make_model(config, len(class_names)), make_optimizer(config)
+    model, optimizer = make_model(config, len(config.data.classes)), make_optimizer(config)
     blank = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     try:
-        rows = class_rows_of(tensors, class_names, COCO_CATEGORIES)
+        rows = class_rows_of(tensors, config.data.classes, COCO_CATEGORIES)
         like = {"params": blank.params, "batch_stats": blank.batch_stats}
         variables = import_detector(tensors, like, rows)
     except ValueError as error:
@@ -206,11 +205,13 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
     return run
 
 
-def _class_names(data: Data) -> tuple[str, ...]:
-    """Of the data set; COCO need not be at hand, for predictions on images of one's own."""
+def _resolved(data: Data) -> Data:
+    """With the data set's name and classes. COCO need not be at hand, for predictions on images of
+    one's own."""
     if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(Path(data.dir)):
-        return tuple(COCO_CATEGORIES)
-    return open_dataset(data, data.validation_split).class_names
+        return replace(data, classes=tuple(COCO_CATEGORIES))
+    dataset = open_dataset(data, data.validation_split)
+    return replace(data, name=dataset.name, classes=dataset.class_names)
 
 
 def _sha256(path: Path) -> str:

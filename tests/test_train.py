@@ -112,6 +112,21 @@ def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset
         }
 
 
+def test_a_run_keeps_the_name_of_the_only_data_set(dataset_dir, tmp_path):
+    """Another one may lie beside it by the time it is evaluated, and its ids belong to it."""
+    config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, name=""),
+        optimizer=dataclasses.replace(config.optimizer, steps=2),
+    )
+    train(config, run.path)
+    assert json.loads(run.config.read_text())["data"]["name"] == "squares"
+    listener = Listener()
+    train(config, run.path, progress=listener)
+    assert any("complete at step 2" in line for line in listener.lines)
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_run_goes_on_with_another_number_of_devices(finished_run, dataset_dir, tmp_path, devices):
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
