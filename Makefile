@@ -19,10 +19,10 @@ quickstart: setup  ## train and evaluate on the embedded data set, a few minutes
 	$(BIN)/ghm-jax evaluate runs/quickstart
 
 test: setup  ## the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fast: setup  ## the tests not marked slow
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/python -m ruff check
@@ -33,7 +33,7 @@ types: setup  ## pyright
 
 floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in .venv-floor
 	@.ci/venv .venv-floor requirements-floor.txt
-	@.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@.venv-floor/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 docs: setup  ## the documentation's site, into site/
 	@$(BIN)/python .ci/config_page.py

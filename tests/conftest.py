@@ -23,6 +23,14 @@ import pytest
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+LONGEST = ("test_notebooks", "test_two_processes", "test_torture", "test_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that the workers of `make test` end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator with a fresh seed; a failing test shows the seed, GHM_TEST_SEED replays it."""
