@@ -110,6 +110,12 @@ def num_local(devices: list[Device]) -> int:
     return len(own_devices(devices))
 
 
+def compile_to_run_once(function: Callable[..., Any], device: Device) -> Callable[..., Any]:
+    """`jax.jit` without optimizing on CPU, whose compiler is slow on random initializers."""
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    return jax.jit(function, compiler_options=options)
+
+
 class ProgramCount:
     """A step that knows how many programs it was compiled to, and says when there are too many.
 

@@ -26,6 +26,7 @@ from ghm_jax.parallel import (
     Device,
     ProgramCount,
     choose_devices,
+    compile_to_run_once,
     num_local,
     parallelize,
     replicate,
@@ -111,9 +112,7 @@ def train(
     )
     step = ProgramCount(step, len(groups), progress.say)
     step = parallelize(step, devices, config.run.wrapper, donate=True)
-    # XLA's CPU compiler is slow on random initializers, which run once: it need not optimize them.
-    options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
-    state = jax.jit(initialize, compiler_options=options)(pretrained)
+    state = compile_to_run_once(initialize, devices[0])(pretrained)
     # As the step returns it: from another placement it would be compiled a second time.
     state = replicate(state, devices)
     # pmap of several processes gives each a state of its own, all the same; Orbax wants one.

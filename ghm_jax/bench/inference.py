@@ -17,7 +17,13 @@ import numpy as np
 
 from ghm_jax.config import Config, Data, Model, Predict
 from ghm_jax.inference import make_detector
-from ghm_jax.parallel import Device, parallelize, replicate, split_batch
+from ghm_jax.parallel import (
+    Device,
+    compile_to_run_once,
+    parallelize,
+    replicate,
+    split_batch,
+)
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import choose_detections, init_state, make_model, network_outputs
 
@@ -168,10 +174,7 @@ def _last_layer(logits: np.ndarray, threshold: float) -> tuple[float, dict[str, 
 def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
     config, model = case.config, make_model(case.config, case.num_classes)
     initialize = functools.partial(init_state, config, model, make_optimizer(config))
-    # Initializers run once, so XLA's CPU compiler need not optimize them.
-    cpu = devices[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if cpu else None
-    state = jax.jit(initialize, compiler_options=options)()
+    state = compile_to_run_once(initialize, devices[0])()
     batch = {
         "images": _images(case),
         "image_size": np.full((case.batch_size, 2), case.image_size, np.int32),
@@ -185,7 +188,7 @@ def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
     network: Any = over_devices(functools.partial(network_outputs, model=model))
     select: Any = over_devices(lambda _, b: choose_detections(b["outputs"], b, config=config))
 
-    variables = replicate({"params": state.params, "batch_stats": state.batch_stats}, list(devices))
+    variables = replicate(state.variables, list(devices))
     threshold = config.predict.score_threshold
     last = variables["params"]["class_head"]["output"]
 

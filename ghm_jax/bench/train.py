@@ -17,7 +17,7 @@ from ghm_jax.anchors import level_sizes
 from ghm_jax.config import Config, Data, Loss, Model, Optimizer
 from ghm_jax.describe import peak_flops, training_operations
 from ghm_jax.detection_loss import detection_loss
-from ghm_jax.parallel import REPLICA, parallelize, split_batch
+from ghm_jax.parallel import REPLICA, compile_to_run_once, parallelize, split_batch
 from ghm_jax.schedule import make_optimizer
 from ghm_jax.step import TrainState, init_state, loss_inputs, make_model, make_targets, train_step
 
@@ -232,12 +232,9 @@ def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _C
 
 def _first_state(config: Config, num_classes: int) -> TrainState:
     """On the host, as steps take the memory of the state that they are given."""
-    # As in training: initializers run once, so XLA's CPU compiler need not optimize them.
-    cpu = jax.devices()[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if cpu else None
     model, optimizer = make_model(config, num_classes), make_optimizer(config)
     initialize = functools.partial(init_state, config, model, optimizer)
-    return jax.device_get(jax.jit(initialize, compiler_options=options)())
+    return jax.device_get(compile_to_run_once(initialize, jax.devices()[0])())
 
 
 def _planned_bytes(plan: Any) -> int | None:
