@@ -13,6 +13,8 @@ import warnings
 import numpy as np
 import pytest
 
+from ghm_jax.bench.inference import declare_operators
+
 torch = pytest.importorskip("torch", reason="needs the extra `parity`", exc_type=ImportError)
 
 
@@ -27,25 +29,11 @@ def import_torchvision():
         except (ImportError, RuntimeError):  # operators that are not there
             for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
                 del sys.modules[name]
-            declare_operators()
+            operators = declare_operators(torch)
             module = importlib.import_module("torchvision")
+            module.declared = operators  # the declarations go when it does
             module.ops.boxes.nms = nms
             return module
-
-
-def declare_operators():
-    library = torch.library.Library("torchvision", "DEF")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-        "int pooled_width, int sampling_ratio, bool aligned) -> Tensor",
-        "_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, int pooled_height, "
-        "int pooled_width, int batch_size, int channels, int height, int width, "
-        "int sampling_ratio, bool aligned) -> Tensor",
-    ):
-        library.define(schema)
-    declare_operators.library = library  # the declarations go when it does
 
 
 def nms(boxes, scores, iou_threshold):

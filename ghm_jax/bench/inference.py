@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from ghm_jax.config import Config, Data, Model, Predict
+from ghm_jax.bench.case import DetectorCase
+from ghm_jax.config import Config, Predict
 from ghm_jax.inference import make_detector
 from ghm_jax.parallel import (
     Device,
@@ -41,31 +42,16 @@ _OPERATORS = (  # of torchvision: what importing it looks for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A detector to time."""
+class Case(DetectorCase):
+    """A detector whose calls are timed."""
 
-    backbone: str = "resnet50"
-    image_size: tuple[int, int] = (800, 1344)
-    """(height, width) in pixels, multiples of 32."""
     batch_size: int = 2
     """Images a call, over all devices."""
-    num_classes: int = 80
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    channels: int = 256
-    """Of pyramid and heads."""
 
     @property
     def config(self) -> Config:
         """What a run would have."""
-        return Config(
-            data=Data(
-                short_side=min(self.image_size),
-                long_side=max(self.image_size),
-                buckets=(self.image_size,),
-            ),
-            model=Model(backbone=self.backbone, channels=self.channels, dtype=self.dtype),
-            predict=Predict(batch_size=self.batch_size),
-        )
+        return self.config_with(predict=Predict(batch_size=self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -291,10 +277,17 @@ def _import_torchvision(torch: Any) -> tuple[Any, str]:
     except RuntimeError:
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in _OPERATORS:
-            library.define(schema)
+        library = declare_operators(torch)
         torchvision: Any = importlib.import_module("torchvision")
         torchvision.declared = library  # the declarations go when it does
         torchvision.ops.boxes.nms = lambda boxes, scores, iou: scores.argsort(descending=True)
         return torchvision, "torchvision without suppression"
+
+
+def declare_operators(torch: Any) -> Any:
+    """The names of torchvision's compiled operators, so that it can be imported without them. They
+    last as long as what is returned."""
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in _OPERATORS:
+        library.define(schema)
+    return library

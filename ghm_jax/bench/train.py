@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax.anchors import level_sizes
-from ghm_jax.config import Config, Data, Loss, Model, Optimizer
+from ghm_jax.bench.case import DetectorCase
+from ghm_jax.config import Config, Loss, Optimizer
 from ghm_jax.describe import peak_flops, training_operations
 from ghm_jax.detection_loss import detection_loss
 from ghm_jax.parallel import REPLICA, compile_to_run_once, parallelize, split_batch
@@ -26,34 +27,23 @@ PARTS = ("networks", "losses", "devices", "image", "batch", "classes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(DetectorCase):
     """A training step to time."""
 
     backbone: str = "resnet18"
     image_size: tuple[int, int] = (128, 128)
-    """(height, width) in pixels, multiples of 32."""
     batch_size: int = 8
     """Images, over all devices."""
-    num_classes: int = 80
     classification: Literal["ghm_c", "focal"] = "ghm_c"
     """GHM-R for the boxes in both."""
     devices: int = 1
     collectives: bool = True
     """False: every device for itself, as a measure of what adding up costs."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    channels: int = 256
-    """Of pyramid and heads."""
 
     @property
     def config(self) -> Config:
         """What `ghm-jax train` would be given; nothing is frozen."""
-        return Config(
-            data=Data(
-                short_side=min(self.image_size),
-                long_side=max(self.image_size),
-                buckets=(self.image_size,),
-            ),
-            model=Model(backbone=self.backbone, channels=self.channels, dtype=self.dtype),
+        return self.config_with(
             loss=Loss(classification=self.classification),
             optimizer=Optimizer(batch_size=self.batch_size),
         )
