@@ -8,7 +8,7 @@ P6 comes from P5, a ReLU stands before P7, anchors and matching are torchvision'
 Estimated, not run: 26 hours on one A100 at an MFU of 30 %.
 
 Anchors of P6 and P7 lie where torchvision has them if the batch is padded as torchvision pads; see
-`ghm_jax.anchors`.
+`ghm_jax.detection.anchors`.
 """
 
 from ghm_jax.config import Anchors, Config, Loss, Model, Optimizer

@@ -9,7 +9,7 @@ GroupNorm in the heads, P6 from C5, a ReLU before P7, torchvision's anchors and 
 neither of which is here: this file is for imported weights. Not measured here.
 
 Anchors of P6 and P7 lie where torchvision has them if the batch is padded as torchvision pads; see
-`ghm_jax.anchors`.
+`ghm_jax.detection.anchors`.
 """
 
 from ghm_jax.config import Anchors, Config, Loss, Model

@@ -36,10 +36,10 @@ import jax
 import tyro
 
 from ghm_jax.config import Config
+from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.evaluate import evaluate
-from ghm_jax.parallel import use_cpu_cores
 from ghm_jax.progress import Bar
-from ghm_jax.rundir import load_experiment
+from ghm_jax.runs.directory import load_experiment
 from ghm_jax.train import train
 
 LOSSES = {

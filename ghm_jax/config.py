@@ -110,8 +110,9 @@ class Anchors:
 
     convention: Literal["mmdetection", "torchvision"] = "mmdetection"
     """Whose rules: exact sizes, and a box may claim its best anchors from other boxes; or sizes in
-    whole pixels, and claimed anchors learn the box they overlap most. See `ghm_jax.anchors` and
-    `ghm_jax.matching`; imported weights need the rules they were trained with."""
+    whole pixels, and claimed anchors learn the box they overlap most. See
+    `ghm_jax.detection.anchors` and `ghm_jax.detection.matching`; imported weights need the rules
+    they were trained with."""
     scale: float = 4.0
     """Side of the smallest anchor of a level, in strides of that level."""
     octaves: int = 3

@@ -9,20 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from ghm_jax.analysis.gradient_stats import measure_gradients
 from ghm_jax.config import Config, ConfigError, flatten
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.transforms import decode_image
-from ghm_jax.errors import error_analysis
-from ghm_jax.inference import coco_results, make_detector, restore_state
-from ghm_jax.nms import Detections
-from ghm_jax.parallel import Device, choose_devices, own_devices, replicate
-from ghm_jax.plots.drawing import Sample
-from ghm_jax.plots.report import read_history, render_report
-from ghm_jax.processes import all_or_none, computed_once, gather_rows, is_first
-from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import RunDirectory, load_experiment, load_run, unused_directory, write_text
-from ghm_jax.scoring import (
+from ghm_jax.detection.nms import Detections
+from ghm_jax.distributed.devices import Device, choose_devices, own_devices, replicate
+from ghm_jax.distributed.processes import all_or_none, computed_once, gather_rows, is_first
+from ghm_jax.evaluation.coco import (
     METRICS,
     Evaluator,
     load_ground_truth,
@@ -30,8 +25,19 @@ from ghm_jax.scoring import (
     match_images,
     score,
 )
-from ghm_jax.stats import measure_gradients
-from ghm_jax.step import TrainState
+from ghm_jax.evaluation.detector import coco_results, make_detector, restore_state
+from ghm_jax.evaluation.error_analysis import error_analysis
+from ghm_jax.plots.drawing import Sample
+from ghm_jax.plots.report import read_history, render_report
+from ghm_jax.progress import Progress, Silent
+from ghm_jax.runs.directory import (
+    RunDirectory,
+    load_experiment,
+    load_run,
+    unused_directory,
+    write_text,
+)
+from ghm_jax.training.step import TrainState
 
 _SAMPLES = 12  # validation images drawn in the report
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` looks at more

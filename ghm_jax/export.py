@@ -11,12 +11,12 @@ import numpy as np
 import safetensors.numpy
 
 from ghm_jax.config import Config, ConfigError
-from ghm_jax.inference import category_ids_of_run, restore_variables
-from ghm_jax.models.pretrained import export_detector
-from ghm_jax.parallel import choose_devices
+from ghm_jax.distributed.devices import choose_devices
+from ghm_jax.evaluation.detector import category_ids_of_run, restore_variables
+from ghm_jax.models.weight_conversion import export_detector
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import RunDirectory, load_run, write_text
-from ghm_jax.step import make_model, predict_step
+from ghm_jax.runs.directory import RunDirectory, load_run, write_text
+from ghm_jax.training.step import make_model, predict_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What a program can be written for, all of them at once."""

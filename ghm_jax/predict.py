@@ -16,17 +16,17 @@ from ghm_jax.data.batching import Example, collate, filler_example
 from ghm_jax.data.order import Groups, group_images, reading_order
 from ghm_jax.data.placement import choose_placement
 from ghm_jax.data.transforms import decode_image, encoded_size
-from ghm_jax.inference import (
+from ghm_jax.detection.nms import Detections
+from ghm_jax.distributed.devices import choose_devices, replicate
+from ghm_jax.evaluation.detector import (
     category_ids_of_run,
     coco_results,
     make_detector,
     restore_variables,
 )
-from ghm_jax.nms import Detections
-from ghm_jax.parallel import choose_devices, replicate
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import load_run, unused_directory
+from ghm_jax.runs.directory import load_run, unused_directory
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHEET_IMAGES = 24

@@ -11,17 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghm_jax.boards import check_boards
-from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
+from ghm_jax.analysis.cost import ideal_seconds
 from ghm_jax.config import Config, ConfigError
 from ghm_jax.data.batching import collate, filler_example
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
-from ghm_jax.data.notes import ReplacementLog, input_notes
-from ghm_jax.describe import ideal_seconds
-from ghm_jax.evaluate import detect, make_samples
-from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
-from ghm_jax.parallel import (
+from ghm_jax.data.summary import ReplacementLog, input_notes
+from ghm_jax.distributed.devices import (
     REPLICA,
     Device,
     ProgramCount,
@@ -32,16 +28,20 @@ from ghm_jax.parallel import (
     replicate,
     split_batch,
 )
+from ghm_jax.distributed.processes import all_or_none, computed_once, is_first, largest
+from ghm_jax.evaluate import detect, make_samples
+from ghm_jax.evaluation.coco import load_ground_truth, score
+from ghm_jax.import_weights import load_backbone
 from ghm_jax.plots.drawing import sample_grid
-from ghm_jax.processes import all_or_none, computed_once, is_first, largest
-from ghm_jax.profiling import Profiler
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.rundir import RunDirectory, claim_run, set_aside
-from ghm_jax.schedule import make_optimizer
-from ghm_jax.scoring import load_ground_truth, score
-from ghm_jax.step import TrainState, init_state, make_model, train_step
-from ghm_jax.training_log import TrainingDiverged, TrainingLog
-from ghm_jax.weights import load_backbone
+from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
+from ghm_jax.runs.directory import RunDirectory, claim_run, set_aside
+from ghm_jax.training.interrupt import TrainingInterrupted, stop_on_signal
+from ghm_jax.training.log import TrainingDiverged, TrainingLog
+from ghm_jax.training.metric_writers import check_boards
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.profiling import Profiler
+from ghm_jax.training.step import TrainState, init_state, make_model, train_step
 
 _PICTURES = 4  # of validation images, at each evaluation while training
 
@@ -58,7 +58,7 @@ def train(
 
     Args:
         config: what to do.
-        run_dir: where checkpoints, logs and the resolved config go; see `ghm_jax.rundir`.
+        run_dir: where checkpoints, logs and the resolved config go; see `ghm_jax.runs.directory`.
         restart: move an existing run aside and start anew.
         profile: first and last step of which a JAX profile is written, beside TensorBoard's files.
         progress: who hears about it.

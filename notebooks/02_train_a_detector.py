@@ -63,8 +63,8 @@ from dataclasses import replace
 import jax
 
 from ghm_jax.config import Config, differences
-from ghm_jax.parallel import use_cpu_cores
-from ghm_jax.rundir import load_experiment
+from ghm_jax.distributed.devices import use_cpu_cores
+from ghm_jax.runs.directory import load_experiment
 
 config = load_experiment(root / "experiments/quickstart.py")
 config = replace(config, data=replace(config.data, dir=str(root / "data")))
@@ -149,10 +149,10 @@ show(np.hstack([np.pad(draw_scene(i), gap, constant_values=255) for i in range(3
 # %%
 from matplotlib.patches import Rectangle
 
-from ghm_jax.anchors import make_anchors
-from ghm_jax.matching import IGNORE
+from ghm_jax.detection.anchors import make_anchors
+from ghm_jax.detection.matching import IGNORE
 from ghm_jax.plots import class_color
-from ghm_jax.step import make_targets
+from ghm_jax.training.step import make_targets
 
 settings = config.anchors
 size = batch["images"].shape[1:3]
@@ -208,7 +208,7 @@ print(f"of these positive                     {positives:>9,}   one in {examples
 
 # %%
 from ghm_jax.progress import Bar
-from ghm_jax.rundir import RunDirectory
+from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.train import train
 
 run = RunDirectory(root / "runs/notebook")

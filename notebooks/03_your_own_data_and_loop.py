@@ -71,11 +71,11 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from ghm_jax.data import open_dataset, prepare_folder
+from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.evaluate import evaluate
 from ghm_jax.losses import ghm_c_loss, ghm_softmax_loss, init_ghm_state
-from ghm_jax.parallel import use_cpu_cores
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, ORANGE, style
-from ghm_jax.rundir import load_experiment
+from ghm_jax.runs.directory import load_experiment
 from ghm_jax.train import train
 
 SMOKE = bool(os.environ.get("GHM_NOTEBOOK_SMOKE"))  # the tests run the same cells, in seconds
@@ -159,7 +159,7 @@ print(f"AP {result['AP']:.3f}   AP50 {result['AP50']:.3f}")
 from ghm_jax.data import coco_ground_truth
 from ghm_jax.evaluate import make_samples
 from ghm_jax.plots import sample_grid
-from ghm_jax.rundir import RunDirectory
+from ghm_jax.runs.directory import RunDirectory
 
 
 def show(picture: Figure | np.ndarray) -> None:

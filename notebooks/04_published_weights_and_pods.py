@@ -76,12 +76,12 @@ from flax import traverse_util
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
+from ghm_jax.analysis.cost import describe, table
 from ghm_jax.config import ConfigError
-from ghm_jax.describe import describe, table
-from ghm_jax.models.pretrained_names import MMDETECTION
-from ghm_jax.parallel import use_cpu_cores
-from ghm_jax.rundir import load_experiment
-from ghm_jax.step import make_model
+from ghm_jax.distributed.devices import use_cpu_cores
+from ghm_jax.models.weight_names import MMDETECTION
+from ghm_jax.runs.directory import load_experiment
+from ghm_jax.training.step import make_model
 
 SMOKE = bool(os.environ.get("GHM_NOTEBOOK_SMOKE"))  # the tests run the same cells, in seconds
 work = Path(tempfile.mkdtemp())
@@ -152,7 +152,7 @@ if not WEIGHTS:
 # does not fit, and leaves nothing behind. COCO's classes are known, COCO itself is not needed yet.
 
 # %%
-from ghm_jax.weights import import_run
+from ghm_jax.import_weights import import_run
 
 run = import_run(str(weights), published, work / "published")
 print("imported:", sorted(path.name for path in run.path.iterdir()))
@@ -303,11 +303,11 @@ show(work / "found/contact_sheet.jpg")
 
 # %%
 from ghm_jax.data import open_dataset, train_batches
-from ghm_jax.inference import restore_variables
+from ghm_jax.evaluation.detector import restore_variables
 from ghm_jax.losses import LossStats, ghm_c_loss
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, ORANGE, style
-from ghm_jax.rundir import RunDirectory, load_run
-from ghm_jax.step import loss_inputs
+from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.training.step import loss_inputs
 
 eight = replace(small, optimizer=replace(small.optimizer, batch_size=8))
 shapes = open_dataset(eight.data, "train")
@@ -485,7 +485,7 @@ display(Markdown("\n".join(rows)))
 #
 # ## Where to go next
 #
-# * `docs/training.md`: several hosts in full: addresses, SLURM, Open MPI, pods.
+# * `docs/multi_host.md`: several hosts in full: addresses, SLURM, Open MPI, pods.
 # * `docs/recipes.md`: all commands from data to detections.
 # * `tests/test_parity_torchvision.py`: the proof that torchvision's models give the same numbers
 #   here, from the image to the detections.

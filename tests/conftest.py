@@ -23,7 +23,7 @@ import pytest
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-LONGEST = ("test_notebooks", "test_two_processes", "test_torture", "test_train")
+LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test_train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,7 +70,7 @@ def finished_run(dataset_dir, tmp_path_factory):
     """A run of `tiny_config` that went through, its last state, and its listener. Read it only."""
     from tiny import Listener, quick_compilation, tiny_config
 
-    from ghm_jax.rundir import RunDirectory
+    from ghm_jax.runs.directory import RunDirectory
     from ghm_jax.train import train
 
     run, listener = RunDirectory(tmp_path_factory.mktemp("runs") / "finished"), Listener()

@@ -84,7 +84,7 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
-            # `from ghm_jax import boxes` imports ghm_jax.boxes.
+            # `from ghm_jax import boxes` imports ghm_jax.detection.boxes.
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 

@@ -178,7 +178,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 
 def test_the_faults_survived_are_the_measured_result():
-    rows = json.loads((ROOT / "experiments/results/torture.json").read_text())["rows"]
+    rows = json.loads((ROOT / "experiments/results/fault_injection.json").read_text())["rows"]
     page = (ROOT / "docs/recipes.md").read_text()
     for row in rows:
         cells = f"| {row['fault']} | {row['tried']} | {row['survived']} | {row['data_lost']} |"

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from ghm_jax.analysis.cost import estimated_hours, training_operations
 from ghm_jax.config import Config
-from ghm_jax.describe import estimated_hours, training_operations
 from ghm_jax.losses import smooth_l1_loss
-from ghm_jax.rundir import experiment_name, load_experiment
-from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import init_state, make_model, train_step
+from ghm_jax.runs.directory import experiment_name, load_experiment
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.step import init_state, make_model, train_step
 
 ROOT = Path(__file__).parents[1]
 FILES = [
@@ -175,7 +175,7 @@ def test_the_time_that_a_recipe_of_coco_states_is_that_of_its_operations(path, m
     if rows[0].data.name != "coco/2017" or "for imported weights" in TABLES[path]["__doc__"]:
         pytest.skip("of the size of one's own data, or not for training")
     monkeypatch.setattr(
-        "ghm_jax.describe.training_operations",
+        "ghm_jax.analysis.cost.training_operations",
         lambda config, classes, size: operations(config.model, config.anchors),
     )
     hours = {round(estimated_hours(config, 80)) for config in rows}

@@ -12,9 +12,9 @@ import pytest
 from tiny import CATEGORIES, SIDE, Listener, tiny_batch
 
 from ghm_jax.config import ConfigError
+from ghm_jax.evaluation.detector import make_detector, restore_variables
 from ghm_jax.export import export
-from ghm_jax.inference import make_detector, restore_variables
-from ghm_jax.rundir import load_run
+from ghm_jax.runs.directory import load_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

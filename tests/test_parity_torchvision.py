@@ -24,14 +24,14 @@ from torchvision_oracle import (
     torchvision,
 )
 
-from ghm_jax.anchors import make_anchors
-from ghm_jax.boxes import box_iou, decode_boxes, encode_boxes
-from ghm_jax.matching import match_anchors
-from ghm_jax.models.pretrained import export_detector, import_backbone, import_detector
+from ghm_jax.detection.anchors import make_anchors
+from ghm_jax.detection.boxes import box_iou, decode_boxes, encode_boxes
+from ghm_jax.detection.matching import match_anchors
 from ghm_jax.models.resnet import ResNet
-from ghm_jax.rundir import load_experiment
-from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import init_state, make_model, predict_step
+from ghm_jax.models.weight_conversion import export_detector, import_backbone, import_detector
+from ghm_jax.runs.directory import load_experiment
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.step import init_state, make_model, predict_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

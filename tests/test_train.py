@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from tiny import Listener, tiny_config
 
-from ghm_jax.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.config import ConfigError, from_dict
-from ghm_jax.interrupt import TrainingInterrupted, stop_on_signal
-from ghm_jax.rundir import RunDirectory
-from ghm_jax.scoring import METRICS
-from ghm_jax.step import init_state, train_step
+from ghm_jax.evaluation.coco import METRICS
+from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
+from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.train import save_last, train
-from ghm_jax.training_log import TrainingDiverged, what_is_wrong
+from ghm_jax.training.interrupt import TrainingInterrupted, stop_on_signal
+from ghm_jax.training.log import TrainingDiverged, what_is_wrong
+from ghm_jax.training.step import init_state, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -17,16 +17,16 @@ import numpy as np
 
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.config import Config, Predict
-from ghm_jax.inference import make_detector
-from ghm_jax.parallel import (
+from ghm_jax.distributed.devices import (
     Device,
     compile_to_run_once,
     parallelize,
     replicate,
     split_batch,
 )
-from ghm_jax.schedule import make_optimizer
-from ghm_jax.step import choose_detections, init_state, make_model, network_outputs
+from ghm_jax.evaluation.detector import make_detector
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.step import choose_detections, init_state, make_model, network_outputs
 
 _PEAKED = 300  # (anchor, class) pairs an image that pass the threshold, if all do not
 

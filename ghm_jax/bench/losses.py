@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax import losses
-from ghm_jax.anchors import level_sizes
+from ghm_jax.detection.anchors import level_sizes
 
 IMAGE_SIZES = ((640, 640), (800, 1344))
 ANCHORS_PER_CELL = 9

@@ -218,7 +218,7 @@ def inference_command(args: list[str]) -> None:
     a = parse(BenchInference, args, "ghm-jax bench inference")
     if min(a.repeats, 1 if a.batch_size is None else a.batch_size) < 1:
         raise ConfigError("--repeats, --batch-size: must be positive")
-    from ghm_jax.parallel import choose_devices, use_cpu_cores
+    from ghm_jax.distributed.devices import choose_devices, use_cpu_cores
 
     use_cpu_cores((a.batch_size or 2,))
     devices = choose_devices(0)

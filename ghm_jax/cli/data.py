@@ -9,7 +9,7 @@ import tyro
 
 from ghm_jax.cli.arguments import AllSettings, parse, positional
 from ghm_jax.config import Config, ConfigError
-from ghm_jax.rundir import load_experiment
+from ghm_jax.runs.directory import load_experiment
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PrepareFolder:
 
 def prepare_folder_command(args: list[str]) -> None:
     """`ghm-jax data prepare folder`."""
-    from ghm_jax.data.coco_directory import prepare_folder
+    from ghm_jax.data.prepare.coco_folder import prepare_folder
     from ghm_jax.progress import Bar
 
     a = parse(PrepareFolder, args, "ghm-jax data prepare folder")
@@ -63,7 +63,7 @@ def prepare_coco_command(year: str) -> Callable[[list[str]], None]:
     """`ghm-jax data prepare coco/YEAR`."""
 
     def prepare(args: list[str]) -> None:
-        from ghm_jax.data.coco_official import prepare_coco
+        from ghm_jax.data.prepare.coco_official import prepare_coco
         from ghm_jax.progress import Bar
 
         a = parse(PrepareCoco, args, f"ghm-jax data prepare coco/{year}")
@@ -103,7 +103,7 @@ def inspect_command(args: list[str]) -> None:
     a = parse(Inspect, args, "ghm-jax data inspect", Inspect(experiment or "", config=default))
     a.config.check()
 
-    from ghm_jax.inspection import inspect_data, table
+    from ghm_jax.analysis.data_preview import inspect_data, table
     from ghm_jax.progress import Bar
 
     inspection, files = inspect_data(

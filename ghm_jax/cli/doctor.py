@@ -9,7 +9,7 @@ import tyro
 
 from ghm_jax.cli.arguments import AllSettings, parse
 from ghm_jax.config import Config, ConfigError
-from ghm_jax.rundir import load_experiment, load_run
+from ghm_jax.runs.directory import load_experiment, load_run
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Doctor:
 
 def doctor_command(args: list[str]) -> None:
     """`ghm-jax doctor`: exits with 1 when something is wrong."""
-    from ghm_jax.doctor import examine
-    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.analysis.doctor import examine
+    from ghm_jax.distributed.devices import use_cpu_cores
 
     a = parse(Doctor, args, "ghm-jax doctor", Doctor())
     if a.images < 1:

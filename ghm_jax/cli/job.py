@@ -49,7 +49,7 @@ def join_processes(args: list[str]) -> bool:
             f".process-id 0 to N - 1, got {explicit}; or {PREFIX}detect"
         )
 
-    from ghm_jax.processes import start_processes
+    from ghm_jax.distributed.processes import start_processes
 
     try:
         if how.detect:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ghm_jax.cli.arguments import parse, positional
-from ghm_jax.rundir import load_run
+from ghm_jax.runs.directory import load_run
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Predict:
 
 def predict_command(args: list[str]) -> None:
     """`ghm-jax predict`."""
-    from ghm_jax.parallel import use_cpu_cores
+    from ghm_jax.distributed.devices import use_cpu_cores
     from ghm_jax.progress import Bar
 
     directory = positional(args, "ghm-jax predict RUN IMAGE... --out DIR")

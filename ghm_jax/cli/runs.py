@@ -11,7 +11,13 @@ import tyro
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
 from ghm_jax.cli.job import Distributed, hurried_exit, join_processes
 from ghm_jax.config import Config, ConfigError, Data
-from ghm_jax.rundir import RunDirectory, cache_directory, experiment_name, load_experiment, load_run
+from ghm_jax.runs.directory import (
+    RunDirectory,
+    cache_directory,
+    experiment_name,
+    load_experiment,
+    load_run,
+)
 
 
 @dataclass
@@ -32,10 +38,10 @@ class Train:
 
 def train_command(args: list[str]) -> None:
     """`ghm-jax train`."""
-    from ghm_jax.processes import all_or_none, is_first
+    from ghm_jax.distributed.processes import all_or_none, is_first
     from ghm_jax.progress import Bar
     from ghm_jax.train import CheckpointFailed, TrainingInterrupted, train
-    from ghm_jax.training_log import TrainingDiverged
+    from ghm_jax.training.log import TrainingDiverged
 
     job = join_processes(args)
     with all_or_none() if job else contextlib.nullcontext():
@@ -95,7 +101,7 @@ class Evaluate:
 
 def evaluate_command(args: list[str]) -> None:
     """`ghm-jax evaluate`."""
-    from ghm_jax.processes import all_or_none, is_first
+    from ghm_jax.distributed.processes import all_or_none, is_first
     from ghm_jax.progress import Bar
 
     job = join_processes(args)
@@ -134,7 +140,7 @@ def evaluate_command(args: list[str]) -> None:
 
 def _print_figures(result: dict[str, Any]) -> None:
     """The twelve figures with what they mean, and AP by class in columns."""
-    from ghm_jax.scoring import METRICS
+    from ghm_jax.evaluation.coco import METRICS
 
     for name, meaning in METRICS.items():
         print(f"  {name:<6} {_percent(result[name]):>6}  {meaning}")
@@ -161,7 +167,7 @@ class Import:
 
 def import_command(args: list[str]) -> None:
     """`ghm-jax import`."""
-    from ghm_jax.weights import import_run
+    from ghm_jax.import_weights import import_run
 
     usage = "ghm-jax import WEIGHTS EXPERIMENT"
     weights = positional(args, usage)
@@ -221,7 +227,7 @@ def describe_command(args: list[str]) -> None:
     """`ghm-jax describe`."""
     import jax
 
-    from ghm_jax.describe import describe, table
+    from ghm_jax.analysis.cost import describe, table
 
     experiment = positional(args, "ghm-jax describe EXPERIMENT")
     default = load_experiment(experiment) if experiment else Config()
@@ -261,7 +267,7 @@ def start_devices(config: Config, *, joined: bool = False) -> None:
     """
     config.check()
 
-    from ghm_jax.parallel import keep_programs, use_cpu_cores
+    from ghm_jax.distributed.devices import keep_programs, use_cpu_cores
 
     if not joined:
         use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))

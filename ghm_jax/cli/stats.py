@@ -8,7 +8,7 @@ import tyro
 from ghm_jax.cli.arguments import parse, positional
 from ghm_jax.cli.runs import start_devices
 from ghm_jax.config import ConfigError
-from ghm_jax.rundir import load_run
+from ghm_jax.runs.directory import load_run
 
 
 @dataclass
@@ -36,8 +36,8 @@ def stats_command(args: list[str]) -> None:
     _, config = load_run(a.run)
     start_devices(config)
 
+    from ghm_jax.analysis.gradient_stats import write_stats
     from ghm_jax.plots.panel import LOSS_NAMES
-    from ghm_jax.stats import write_stats
 
     stats, paths = write_stats(
         a.run, a.out or None, split=a.split or None, images=a.images, progress=Bar()

@@ -16,7 +16,7 @@ Batch = dict[str, np.ndarray]
 PADDING = -1
 """Label of a box that only fills up a batch."""
 CROWD = -2
-"""Label of a crowd region, whatever its class (`ghm_jax.matching.CROWD`)."""
+"""Label of a crowd region, whatever its class (`ghm_jax.detection.matching.CROWD`)."""
 
 
 def make_example(

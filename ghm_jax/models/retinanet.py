@@ -17,8 +17,9 @@ from ghm_jax.models.resnet import NormKind, ResNet
 class RetinaNet(nn.Module):
     """Normalized images f32[B, H, W, 3] -> (logits f32[B, A, K], box deltas f32[B, A, 4]).
 
-    The A anchors are in the order of `ghm_jax.anchors.make_anchors`. `axis_name` is the replica
-    axis that batch statistics are taken over. Activations are in `dtype`, parameters in float32.
+    The A anchors are in the order of `ghm_jax.detection.anchors.make_anchors`. `axis_name` is
+    the replica axis that batch statistics are taken over. Activations are in `dtype`,
+    parameters in float32.
     """
 
     num_classes: int

@@ -24,7 +24,7 @@ _PAIRS = 15
 
 
 def error_cards(errors: Mapping[str, Any] | None) -> list[str]:
-    """Rows of cards from `ghm_jax.errors.error_analysis`; none without detections or objects."""
+    """Cards of `ghm_jax.evaluation.error_analysis`; none without detections or objects."""
     if not errors or errors["tide"] is None:
         return []
     return [

@@ -1,4 +1,4 @@
-"""What both losses of a run see and do, from `ghm_jax.stats`: one tall figure for each."""
+"""What both losses of a run see and do (`ghm_jax.analysis.gradient_stats`), a tall figure each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def stats_panel(part: str, stats: Mapping[str, Any], batch_size: int, title: str
 
     Args:
         part: "classification" or "box".
-        stats: that part of `ghm_jax.stats.gradient_stats`.
+        stats: that part of `ghm_jax.analysis.gradient_stats.gradient_stats`.
         batch_size: images of a batch.
         title: of the figure; empty: what the part is and the run's loss.
     """

@@ -83,8 +83,8 @@ def render_report(
         samples: validation images to draw.
         class_names: names in label order.
         facts: short texts by name (device, versions, training time).
-        errors: what `ghm_jax.errors.error_analysis` says of the detections.
-        stats: what `ghm_jax.stats.gradient_stats` says of the network.
+        errors: what `ghm_jax.evaluation.error_analysis.error_analysis` says of the detections.
+        stats: what `ghm_jax.analysis.gradient_stats.gradient_stats` says of the network.
 
     Raises:
         KeyError: one of the twelve figures is missing.

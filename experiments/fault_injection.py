@@ -1,0 +1,342 @@
+"""What a run survives: kills at any moment, damaged files, a full disk, bad images, bad numbers.
+
+    python -m experiments.fault_injection                        # 50 kills, and every other fault
+    python -m experiments.fault_injection --kills 4 --repeats 1  # a taste of it
+
+A tiny detector is trained once undisturbed and again and again with faults, always by the real
+command in a process of its own. A fault is survived if the same command goes on afterwards and the
+run ends with the same bits in every parameter, every other array of the state, and every line of
+the log. Data is lost if a checkpoint that was whole is gone or cannot be read afterwards.
+
+Prints a table; with --out FILE writes it as JSON too.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+import tyro
+
+from ghm_jax.config import Anchors, Config, Data, Loss, Model, Optimizer, Run
+from ghm_jax.data import prepare_folder
+from ghm_jax.evaluation.detector import restore_state
+from ghm_jax.runs.directory import RunDirectory, load_run
+
+STEPS, EVERY = 120, 5  # so that a run is saved two dozen times
+NAN_STEP = 60
+TIMED = ("images_per_second", "seconds", "data_wait", "mfu")  # of the clock, never the same
+
+config = Config(
+    data=Data(name="squares", dir="", short_side=64, long_side=64, buckets=((64, 64),)),
+    model=Model(
+        backbone="resnet10", width=16, norm="group", channels=16, head_convs=0, dtype="float32"
+    ),
+    anchors=Anchors(scale=2.0, octaves=1, ratios=(1.0,)),
+    loss=Loss(bins=10, box_bins=5),
+    optimizer=Optimizer(
+        name="adamw",
+        schedule="cosine",
+        batch_size=4,
+        steps=STEPS,
+        learning_rate=3e-3,
+        warmup_steps=2,
+        ema=0.99,
+    ),
+    run=Run(devices=1, workers=0, log_every=1, checkpoint_every=EVERY, keep=3),
+)
+
+
+@dataclasses.dataclass
+class Row:
+    """How one kind of fault went."""
+
+    fault: str
+    tried: int = 0
+    survived: int = 0
+    data_lost: int = 0
+    note: str = ""
+
+
+class Torture:
+    """A folder with the data and the undisturbed run, and the faults."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        draw_squares(folder / "images", broken=None)
+        prepare(folder / "data", folder / "images")
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        }
+        done = self.train("undisturbed")
+        if done.wait() != 0:
+            raise SystemExit(f"the undisturbed run failed:\n{self.output('undisturbed')}")
+        self.expected = outcome(folder / "undisturbed")
+
+    def train(self, name: str, *more: str, code: str = "") -> subprocess.Popen[bytes]:
+        """Starts the command for the run `name`; `code` runs before it in the same process."""
+        data = [] if "--data.dir" in more else ["--data.dir", str(self.folder / "data")]
+        args = ["train", __file__, "--run-dir", str(self.folder / name), *data, *more]
+        program = (
+            f"import sys; sys.argv[1:] = {args!r}\n{code}\nfrom ghm_jax.cli import main; main()"
+        )
+        with (self.folder / f"{name.replace('/', '-')}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", program], env=self.environment, stdout=log, stderr=log
+            )
+
+    def output(self, name: str) -> str:
+        """All that the command said for a run so far."""
+        return (self.folder / f"{name.replace('/', '-')}.log").read_text()
+
+    def is_same(self, name: str) -> bool:
+        """Whether a finished run is the undisturbed one, bit for bit."""
+        return outcome(self.folder / name) == self.expected
+
+    def kills(self, count: int) -> list[Row]:
+        """SIGKILL while a process starts, between steps and while it saves."""
+        rows = {kind: Row(f"SIGKILL {kind}") for kind in ("at any time", "in a step", "in a save")}
+        total = number = 0
+        while total < count:
+            number += 1
+            name, killed = f"killed{number}", []
+            while total + len(killed) < count:
+                before = newest(self.folder / name)
+                process = self.train(name)
+                kind = self.random.choice(list(rows))
+                if not self.kill(process, name, kind):
+                    break
+                killed.append(rows[kind])
+                rows[kind].tried += 1
+                rows[kind].data_lost += newest(self.folder / name) < before
+            self.train(name).wait()
+            same = self.is_same(name)
+            # A checkpoint that looks whole and is not is skipped when the run goes on.
+            rows["in a save"].data_lost += self.output(name).count("is skipped")
+            for row in killed:
+                row.survived += same
+            total += len(killed)
+        rows["at any time"].note = f"{number} runs from start to end"
+        return list(rows.values())
+
+    def kill(self, process: subprocess.Popen[bytes], name: str, kind: str) -> bool:
+        """Kills at a random moment of the kind; False if the run was over before."""
+        run = RunDirectory(self.folder / name)
+        before = size(run.history)
+        longest = {"at any time": 8.0, "in a step": 1.0, "in a save": 0.05}[kind]
+        if kind == "in a step":
+            await_(lambda: size(run.history) != before, process)
+        if kind == "in a save":
+            old = set(run.checkpoints.glob("*tmp*"))
+            await_(lambda: set(run.checkpoints.glob("*tmp*")) - old, process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(self.random.uniform(0, longest))
+        process.kill()
+        return process.wait() == -signal.SIGKILL
+
+    def damage(self, repeats: int) -> Row:
+        """A file of the newest checkpoint is cut off at a random place, or emptied, or gone."""
+        row = Row("a damaged file in the newest checkpoint", repeats)
+        for number in range(repeats):
+            name = f"damaged{number}"
+            process = self.train(name)
+            run = RunDirectory(self.folder / name)
+            await_(lambda: len(whole(run.path)) >= 2, process)  # noqa: B023 (called here only)
+            process.terminate()
+            process.wait()
+            last = run.checkpoints / str(newest(run.path))
+            file = self.random.choice([f for f in last.rglob("*") if f.is_file() and size(f)])
+            keep = self.random.choice([0, self.random.randrange(size(file)), None])
+            if keep is None:
+                file.unlink()
+            else:
+                os.truncate(file, keep)
+            older = whole(run.path) - {last.name}
+            code = self.train(name).wait()
+            row.survived += code == 0 and self.is_same(name)
+            row.data_lost += not older
+        return row
+
+    def full_disk(self) -> Row:
+        """The disk has no room for a checkpoint for a while, then it has."""
+        row, name = Row("a full disk", 1), "small/full"
+        disk = self.folder / "small"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+            return dataclasses.replace(row, tried=0, note="not tried: needs leave to mount a tmpfs")
+        try:
+            process = self.train(name)
+            await_(lambda: len(whole(self.folder / name)) >= 2, process)
+            process.send_signal(signal.SIGSTOP)  # or a fast machine has done all its saves by then
+            before = whole(self.folder / name)
+            with contextlib.suppress(OSError), (disk / "ballast").open("wb", 0) as ballast:
+                while True:
+                    ballast.write(bytes(4096))
+            process.send_signal(signal.SIGCONT)
+            await_(lambda: "a checkpoint was not written" in self.output(name), process)
+            row.data_lost += not whole(self.folder / name) & before
+            (disk / "ballast").unlink()
+            code = process.wait()
+            row.survived += code == 0 and "a checkpoint was not written" in self.output(name)
+            row.survived *= outcome(self.folder / name)["state"] == self.expected["state"]
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=False)
+        return row
+
+    def broken_image(self) -> Row:
+        """An image is cut off: the run says which, or goes on with another one if asked to."""
+        row = Row("an image that cannot be decoded", 2)
+        draw_squares(self.folder / "cut", broken=7)
+        prepare(self.folder / "cut_data", self.folder / "cut")
+        data = ["--data.dir", str(self.folder / "cut_data")]
+        code = self.train("refused", *data).wait()
+        row.survived += code not in (0, -signal.SIGKILL) and "7.png" in self.output("refused")
+        code = self.train("replaced", *data, "--data.on-error", "skip").wait()
+        row.survived += code == 0
+        return row
+
+    def bad_numbers(self) -> list[Row]:
+        """A batch with NaN costs one update; a hopeless learning rate ends the run in words."""
+        row = Row("a NaN in one batch", 1)
+        code = f"""
+import jax.numpy as jnp
+import ghm_jax.train
+step = ghm_jax.train.train_step
+def poisoned(state, batch, **how):
+    images = jnp.where(state.step == {NAN_STEP}, jnp.nan, batch["images"].astype("float32"))
+    return step(state, {{**batch, "images": images}}, **how)
+ghm_jax.train.train_step = poisoned
+"""
+        if self.train("poisoned", code=code).wait() == 0:
+            state = outcome(self.folder / "poisoned")["state"]
+            row.survived = int(np.frombuffer(state[".skipped.total"], np.int32)[0] == 1)
+        rate = Row("a learning rate of 1e30", 1)
+        code = self.train("diverged", "--optimizer.learning-rate", "1e30").wait()
+        said = self.output("diverged").splitlines()[-1]
+        rate.survived = int(code == 1 and "learning-rate" in said)
+        rate.note = "the run stops with the reason"
+        return [row, rate]
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    """All that a finished run has computed: the bytes of its state, and its log but for times."""
+    try:
+        run, resolved = load_run(path)
+        state = restore_state(run, resolved, jax.devices()[0])
+    except Exception as error:  # whatever it is, it is not the same
+        return {"state": {}, "error": repr(error)}
+    leaves = jax.tree.leaves_with_path(state)
+    records = [json.loads(line) for line in run.history.read_text().splitlines()]
+    return {
+        "state": {jax.tree_util.keystr(name): np.asarray(x).tobytes() for name, x in leaves},
+        "log": [{k: v for k, v in record.items() if k not in TIMED} for record in records],
+    }
+
+
+def whole(path: Path) -> set[str]:
+    """Names of the checkpoints of a run that are whole."""
+    return {p.name for p in (path / "checkpoints").glob("*") if p.name.isdigit()}
+
+
+def newest(path: Path) -> int:
+    """Steps done at the newest of them, or -1."""
+    return max(map(int, whole(path)), default=-1)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def await_(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+    """Returns when it holds, or when the process is over."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def draw_squares(folder: Path, broken: int | None) -> None:
+    """Twelve images of dark and light squares, with their COCO file; one image can be cut off."""
+    folder.mkdir(parents=True)
+    rng, annotations = np.random.default_rng(0), []
+    for number in range(12):
+        image = rng.integers(110, 140, (64, 64, 3)).astype(np.uint8)
+        for half in range(2):
+            side = int(rng.integers(12, 28))
+            x, y = 32 * half + int(rng.integers(32 - side)), int(rng.integers(64 - side))
+            image[y : y + side, x : x + side] = (20, 235)[half]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": half + 1,
+                    "bbox": [x, y, side, side],
+                    "area": side * side,
+                    "iscrowd": 0,
+                }
+            )
+        data = cv2.imencode(".png", image)[1].tobytes()
+        (folder / f"{number}.png").write_bytes(data[:2000] if number == broken else data)
+    images = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in range(12)]
+    categories = [{"id": 1, "name": "dark"}, {"id": 2, "name": "light"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+
+
+def prepare(out: Path, images: Path) -> None:
+    """The data set of the run."""
+    source = (images, images / "instances.json")
+    prepare_folder(config.data.name, out, {"train": source, "validation": source})
+
+
+def main(kills: int = 50, repeats: int = 10, seed: int = 0, out: Path | None = None) -> None:
+    """Tries every kind of fault.
+
+    Args:
+        kills: SIGKILLs in all.
+        repeats: damaged checkpoints.
+        seed: of the moments and files.
+        out: JSON file for the table.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        torture = Torture(Path(folder), seed)
+        rows = torture.kills(kills)
+        rows += [torture.damage(repeats), torture.full_disk(), torture.broken_image()]
+        rows += torture.bad_numbers()
+    print(f"{'fault':<44}{'tried':>6}{'survived':>10}{'data lost':>11}")
+    for row in rows:
+        counts = f"{row.tried:>6}{row.survived:>10}{row.data_lost:>11}"
+        print(f"{row.fault:<44}{counts}  {row.note}".rstrip())
+    if out:
+        record = {
+            "command": f"python -m experiments.fault_injection --kills {kills} --repeats {repeats} "
+            f"--seed {seed}",
+            "date": time.strftime("%Y-%m-%d"),
+            "device": f"{os.cpu_count()} CPU cores",
+            "versions": {"python": platform.python_version(), "jax": jax.__version__},
+            "seconds": round(time.perf_counter() - start),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    if any(row.survived < row.tried or row.data_lost for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,1 @@
+"""What a run, a data set or a machine is like: nothing here changes one."""

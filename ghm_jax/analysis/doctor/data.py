@@ -1,0 +1,201 @@
+"""Is a data set what it says? Reads records as TFDS holds them, before they become examples."""
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghm_jax.analysis.doctor.finding import Finding, guarded
+from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.data.batching import choose_bucket
+from ghm_jax.data.dataset import Dataset, data_set_names, open_dataset
+from ghm_jax.data.prepare.digit_scenes import DigitScenes
+from ghm_jax.data.schema import COCO_CATEGORIES
+from ghm_jax.data.transforms import decode_image, encoded_size, resized_size
+
+_DECODED = 20  # images of a split that are decoded, beyond the headers of all
+
+_REMEDIES = {
+    "undecodable": ("images that cannot be decoded", "replace them and prepare the data anew"),
+    "repeated": ("images whose id is another's as well", "give every image an id of its own"),
+    "pixels": (
+        "boxes beyond [0, 1]",
+        "boxes must be divided by width and height; prepare the data with ghm-jax data prepare",
+    ),
+    "inverted": (
+        "boxes whose end lies before their start",
+        "the order must be ymin, xmin, ymax, xmax (in COCO files x, y, width, height)",
+    ),
+    "degenerate": (
+        "boxes without width or height, never learned from",
+        "remove them from the annotations, or leave them: training skips them",
+    ),
+    "area": (
+        "objects with more area than their box",
+        "boxes look like x, y, width, height read as corners; prepare the data anew",
+    ),
+    "label": ("labels without a class", "prepare the data anew from its annotations"),
+    "crowded": ("images with more objects than data.max_boxes", "raise --data.max-boxes"),
+    "large": ("images that fit in no bucket", "add a larger one to data.buckets"),
+}
+"""What is counted in the records, in words, and what to do about it."""
+_HARMLESS = ("degenerate", "crowded")
+"""A few are usual: a fault only from one in a hundred on."""
+
+
+def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Iterator[Finding]:
+    """Findings about the data of a config.
+
+    Args:
+        config: `data` says which.
+        chosen: only `data.name`, with the classes of the config; else all that lie in `data.dir`.
+        needed: missing data is a fault.
+        images: of each split, at most, whose records are read.
+    """
+    data = config.data
+    directory = Path(data.dir)
+    present = data_set_names(directory) if directory.is_dir() else []
+    names = [data.name] if chosen and data.name else present
+    if not names:
+        said = f"no data set in {data.dir}" if directory.is_dir() else f"no directory {data.dir}"
+        prepare = "ghm-jax data prepare makes one; experiments/quickstart.py its own"
+        yield Finding(
+            "data",
+            not needed,
+            f"{said} ({prepare})",
+            "" if not needed else "set --data.dir to where one is prepared, or prepare one",
+        )
+        return
+    for name in names:
+        if name == DigitScenes.name and name not in present:
+            yield Finding("data", True, f"{name} is made at the start of the training")
+            continue
+        of_one = dataclasses.replace(data, name=name)
+        if not chosen:
+            of_one = dataclasses.replace(of_one, classes=(), annotations="")
+        for split in dict.fromkeys((data.train_split, data.validation_split)):
+            yield from guarded(f"{name} {split}", lambda d=of_one, s=split: _split(d, s, images))
+
+
+def _split(data: Data, split: str, images: int) -> Iterator[Finding]:
+    what = f"{data.name} {split}"
+    dataset = open_dataset(data, split)
+    yield from _classes(what, dataset, data)
+    if data.annotations and split == data.validation_split:
+        yield _annotations(what, dataset, data)
+    looked, objects, labels, counts, example = _count(dataset, data, images)
+    part = "" if looked == len(dataset) else f", {looked} looked at"
+    empty = counts.pop("empty", 0)
+    said = f"{len(dataset)} images{part}, {objects} objects, {empty} images without any"
+    good = objects > 0
+    remedy = "there is nothing to learn from: check the annotations" if not good else ""
+    yield Finding(what, good, said, remedy)
+    for key, (problem, remedy) in _REMEDIES.items():
+        number = counts[key]
+        of = looked if "images" in problem.split()[:1] else objects
+        if number and not (key in _HARMLESS and number < 0.01 * of):
+            yield Finding(what, False, f"{number} {problem} (image {example[key]})", remedy)
+    unseen = [name for i, name in enumerate(dataset.class_names) if not labels[i]]
+    if unseen and looked == len(dataset) and split == data.train_split:
+        listed = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        remedy = "label some, or remove the class from the annotations"
+        yield Finding(what, False, f"{len(unseen)} classes without an object ({listed})", remedy)
+
+
+def _classes(what: str, dataset: Dataset, data: Data) -> Iterator[Finding]:
+    names, ids = dataset.class_names, dataset.category_ids
+    problem = ""
+    if len(set(names)) < len(names):
+        problem = "two classes have one name"
+    elif len(ids) != len(names) or len(set(ids)) < len(ids):
+        problem = f"{len(names)} classes have {len(set(ids))} category ids"
+    elif set(names) == set(COCO_CATEGORIES):
+        wrong = [n for n, i in zip(names, ids, strict=True) if COCO_CATEGORIES[n] != i]
+        problem = f"{wrong[0]} has another id than COCO gives it" if wrong else ""
+    if problem:
+        yield Finding(what, False, problem, "prepare the data anew from its annotations")
+    elif data.classes and data.classes != names:
+        said = f"classes are {', '.join(names[:5])} ..., not those of the run or experiment"
+        yield Finding(what, False, said, "choose the data set that it was trained on")
+    else:
+        yield Finding(what, True, f"{len(names)} classes, ids {min(ids)} to {max(ids)}")
+
+
+def _annotations(what: str, dataset: Dataset, data: Data) -> Finding:
+    """The file to score against belongs to this data set."""
+    path = Path(data.annotations)
+    if not path.is_file():
+        return Finding(what, False, f"no file {path}", "set data.annotations to the instances JSON")
+    truth = json.loads(path.read_text())
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    if names != dict(zip(dataset.category_ids, dataset.class_names, strict=True)):
+        remedy = "give the file that the data was prepared from"
+        return Finding(what, False, f"{path}: other classes or category ids", remedy)
+    return Finding(what, True, f"{path}: the same classes and ids")
+
+
+def _count(
+    dataset: Dataset, data: Data, images: int
+) -> tuple[int, int, Counter[int], Counter[str], dict[str, int]]:
+    """Images and objects looked at, objects by label, problems by kind, an image id of each."""
+    counts: Counter[str] = Counter()
+    labels: Counter[int] = Counter()
+    example: dict[str, int] = {}
+    seen: set[int] = set()
+    objects = 0
+    # Spread over the whole split: errors come in runs.
+    places = np.unique(np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int))
+    for place in places.tolist():
+        record = dataset.source[place]
+        image_id = int(record["image/id"])
+        found = _problems(record, data, len(dataset.class_names), decode=len(seen) < _DECODED)
+        found["repeated"] += image_id in seen
+        seen.add(image_id)
+        labels.update(np.asarray(record["objects"]["label"]).ravel().tolist())
+        number = len(record["objects"]["label"])
+        objects += number
+        found["empty"] += number == 0
+        for key in +found:
+            example.setdefault(key, image_id)
+        counts.update(found)
+    return len(places), objects, labels, counts, example
+
+
+def _problems(
+    record: Mapping[str, Any], data: Data, num_classes: int, *, decode: bool
+) -> Counter[str]:
+    """What is wrong with one record, by kind."""
+    objects = record["objects"]
+    boxes = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)  # y, x, y, x
+    labels = np.asarray(objects["label"]).ravel()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    # TFDS keeps float32.
+    found = Counter(
+        pixels=int(((boxes < -1e-3) | (boxes > 1.001)).any(axis=1).sum()),
+        inverted=int((sides < 0).any(axis=1).sum()),
+        degenerate=int(((sides == 0).any(axis=1) & ~(sides < 0).any(axis=1)).sum()),
+        label=int(((labels < 0) | (labels >= num_classes)).sum()),
+        crowded=int(len(boxes) > data.max_boxes),
+    )
+    try:
+        height, width = encoded_size(record["image"])
+        if decode:
+            decode_image(record["image"])
+    except ValueError:
+        found["undecodable"] += 1
+        return found
+    area = np.asarray(objects["area"], np.float64).ravel()
+    of_box = sides.clip(0).prod(axis=1) * height * width
+    # Areas are whole numbers, of a mask or of the box; a pixel of rounding at each side.
+    slack = 2 * (sides.clip(0) * (height, width)).sum(axis=1) + 4
+    found["area"] = int(((area > of_box + slack) & (sides > 0).all(axis=1)).sum())
+    with contextlib.suppress(ConfigError):
+        choose_bucket(resized_size(height, width, data.short_side, data.long_side), data.buckets)
+        return found
+    found["large"] += 1
+    return found

@@ -1,0 +1,338 @@
+"""What the losses of a trained detector see: gradient norms, weights, and who makes the gradient.
+
+Gradient norms are |d loss / d prediction| of the plain losses: |p - p*| of an anchor and class
+under cross-entropy, and that of a coordinate under ASL1 (Li, Liu, Wang, "Gradient Harmonized
+Single-stage Detector", AAAI 2019, equations 2 and 17). Every gradient here is taken by `jax.grad`
+from the losses of `ghm_jax.losses`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ghm_jax import losses
+from ghm_jax.config import Config, ConfigError
+from ghm_jax.data.dataset import Dataset, open_dataset
+from ghm_jax.data.loader import validation_batches
+from ghm_jax.detection.anchors import level_sizes
+from ghm_jax.detection.loss import GHMStates, detection_loss
+from ghm_jax.detection.matching import IGNORE, Targets
+from ghm_jax.distributed.devices import (
+    REPLICA,
+    Device,
+    choose_devices,
+    parallelize,
+    replicate,
+    split_batch,
+)
+from ghm_jax.evaluation.detector import restore_state
+from ghm_jax.losses.density import region_index
+from ghm_jax.plots.figures import shares
+from ghm_jax.plots.panel import stats_panel
+from ghm_jax.progress import Progress, Silent
+from ghm_jax.runs.directory import load_run, write_text
+from ghm_jax.training.step import Batch, TrainState, loss_inputs, make_model
+
+DIFFICULTY = {"easy": (0.0, 0.1), "middle": (0.1, 0.5), "hard": (0.5, 0.9), "outlier": (0.9, 1.0)}
+"""Ranges of gradient norm, [from, to); 1 is an outlier."""
+
+_TENTHS = 10  # regions that the ranges above are made of
+_TINY = 1e-30
+
+
+def write_stats(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    *,
+    split: str | None = None,
+    images: int = 500,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Writes the `gradient_stats` of a run as stats.json, stats_classes.png and stats_boxes.png.
+
+    Args:
+        run_dir: of a run that has a checkpoint.
+        out: directory for the files; None: the run's.
+        split, images, progress: as for `gradient_stats`.
+
+    Returns:
+        The statistics, and the files.
+
+    Raises:
+        ConfigError: as `gradient_stats`, or `out` cannot be written.
+    """
+    folder = Path(out or run_dir)
+    if out and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out: {folder} is a file; choose a directory")
+    stats = gradient_stats(run_dir, split=split, images=images, progress=progress)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "stats.json"]
+        write_text(paths[0], json.dumps(stats, indent=2) + "\n")
+        for key, name in (("classification", "classes"), ("box", "boxes")):
+            paths.append(folder / f"stats_{name}.png")
+            stats_panel(key, stats[key], stats["batch_size"]).savefig(paths[-1])
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} cannot be written ({error.strerror}); choose another directory"
+        ) from error
+    return stats, paths
+
+
+def gradient_stats(
+    run_dir: str | Path,
+    *,
+    split: str | None = None,
+    images: int = 500,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What both losses make of the gradient norms of a run's newest checkpoint.
+
+    The network looks at images without augmentation, in batches of `optimizer.batch_size`. Each
+    batch is what the next training step would see: its own histogram is averaged with that of the
+    checkpoint. A last batch that is not full is left out, unless it is the only one.
+
+    Args:
+        run_dir: of a run that has a checkpoint.
+        split: TFDS split; None: the run's validation split.
+        images: to look at, at most (at least one batch).
+        progress: who hears about it.
+
+    Returns:
+        `step`, `split`, `images` (that were used), `batch_size`, and for `classification` and
+        `box` a dict, all lists [bins]:
+            loss: name of the run's loss.
+            counts: mean examples of a batch.
+            positive_counts: those of them whose target is 1 (`classification` only).
+            ema: the checkpoint's moving average, as the loss uses it; None for other losses
+                and before the first step.
+            weights: mean factor between the gradient of the loss and the plain one; of a loss that
+                is not GHM scaled to a mean of 1 over the examples. None where there is no example.
+            gradient: share of the total gradient by loss: the plain loss, the common baseline
+                and the run's loss.
+            difficulty: for `easy`, `middle`, `hard` and `outlier` the `range` of gradient norm,
+                the share of the `examples`, and the share of the `gradient` by loss.
+            nonfinite: examples left out because their gradient norm was NaN or infinite.
+
+    Raises:
+        ConfigError: no run, no checkpoint, no data, or `images` not positive.
+    """
+    if images < 1:
+        raise ConfigError(f"--images: must be positive, got {images}")
+    progress = progress or Silent()
+    run, config = load_run(run_dir)
+    split = split or config.data.validation_split
+    devices = choose_devices(config.run.devices)
+    config.check(len(devices))
+    dataset = open_dataset(config.data, split)
+    if config.data.classes and dataset.class_names != config.data.classes:
+        raise ConfigError(
+            f"data.name: {dataset.name} has other classes than {run.path} was trained on; "
+            "use a data set with the same class names"
+        )
+    state = restore_state(run, config, devices[0])
+    progress.say(f"{run.path}: gradients of step {int(state.step)} on images of {dataset.name}")
+    found = measure_gradients(config, dataset, state, devices, images, progress)
+    progress.close()
+    return {"step": int(state.step), "split": split, **found}
+
+
+def measure_gradients(
+    config: Config,
+    dataset: Dataset,
+    state: TrainState,
+    devices: list[Device],
+    images: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`gradient_stats` of a state on the first images of a data set, without `step` and `split`."""
+    size = config.optimizer.batch_size
+    wanted = min(max(images // size, 1), -(-len(dataset) // size))
+    step = functools.partial(_measure, config=config, num_classes=len(dataset.class_names))
+    step = parallelize(step, devices, config.run.wrapper)
+    carried = {**state.variables, "ghm": state.ghm}
+    carried = replicate(carried, devices)
+    in_training = dataclasses.replace(
+        config, predict=dataclasses.replace(config.predict, batch_size=size)
+    )
+    total, seen, done = {}, 0, 0
+    with contextlib.closing(validation_batches(dataset, in_training)) as batches:
+        for batch in batches:
+            if done == wanted or (done and not batch["valid"].all()):
+                break
+            keys = ("images", "boxes", "labels", "image_size", "valid")
+            found = step(carried, split_batch({key: batch[key] for key in keys}, len(devices)))
+            found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+            total = jax.tree.map(np.add, total, found) if total else found
+            seen, done = seen + int(batch["valid"].sum()), done + 1
+            progress.update("stats", seen, min(wanted * size, len(dataset)), {})
+    summary = functools.partial(_summary, batches=done, config=config, states=state.ghm)
+    return {
+        "images": seen,
+        "batch_size": size,
+        **{key: summary(key, total[key]) for key in ("classification", "box")},
+    }
+
+
+def _measure(
+    state: dict[str, Any], batch: Batch, *, config: Config, num_classes: int
+) -> dict[str, Any]:
+    """Sums over all replicas' examples, by regions of gradient norm; one replica's part of it."""
+    model = make_model(config, num_classes)
+    variables = {key: state[key] for key in ("params", "batch_stats")}
+    logits, deltas, targets = loss_inputs(variables, batch, config=config, model=model)
+    classes = jnp.where(batch["valid"][:, None], targets.classes, IGNORE)
+    targets = Targets(classes, targets.deltas)
+    positive = (classes >= 0)[..., None]
+    padded = batch["images"].shape[1], batch["images"].shape[2]
+    sizes = level_sizes(padded, model.anchors_per_cell)
+
+    def ours(logits: jax.Array, deltas: jax.Array) -> tuple[jax.Array, Any]:
+        parts, _, stats = detection_loss(
+            logits, deltas, targets, state["ghm"],
+            config=config, level_sizes=sizes, axis_name=REPLICA,
+        )  # fmt: skip
+        return parts.classification + parts.box, stats  # each depends on one of the two only
+
+    gradient_of = jax.grad(ours, argnums=(0, 1), has_aux=True)
+    (by_logits, by_deltas), (stats_class, stats_box) = gradient_of(logits, deltas)
+    of_class = functools.partial(_gradient, logits, classes, None)
+    of_box = functools.partial(_gradient, deltas, targets.deltas, positive)
+    asl1 = functools.partial(losses.asl1_loss, mu=config.loss.mu)
+    norms = of_class(losses.cross_entropy_loss), of_box(asl1)
+    used = jnp.broadcast_to((classes != IGNORE)[..., None], logits.shape)
+    used_box = jnp.broadcast_to(positive, deltas.shape)
+    is_target = classes[..., None] == jnp.arange(num_classes)[None, None]
+    class_gradients = {
+        "cross_entropy": norms[0],
+        "focal": of_class(losses.focal_loss),
+        config.loss.classification: jnp.abs(by_logits) * stats_class.num_valid,
+    }
+    box_gradients = {
+        "asl1": norms[1],
+        "smooth_l1": of_box(losses.smooth_l1_loss),
+        config.loss.box: jnp.abs(by_deltas) * stats_box.num_valid,
+    }
+    loss = config.loss
+    return jax.lax.psum(
+        {
+            "classification": _by_region(norms[0], used, is_target, class_gradients, loss.bins),
+            "box": _by_region(norms[1], used_box, used_box, box_gradients, loss.box_bins),
+        },
+        REPLICA,
+    )
+
+
+def _gradient(
+    values: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None,
+    loss: Callable[..., tuple[jax.Array, Any, losses.LossStats]],
+) -> jax.Array:
+    """|d loss / d value| of every example, times the number of examples of all replicas."""
+
+    def total(x: jax.Array) -> jax.Array:
+        mean, _, stats = loss(x, targets, mask, axis_name=REPLICA)
+        return mean * stats.num_valid
+
+    return jnp.abs(jax.grad(total)(values))
+
+
+def _by_region(
+    norm: jax.Array,
+    used: jax.Array,
+    positive: jax.Array,
+    gradients: dict[str, jax.Array],
+    bins: int,
+) -> dict[str, Any]:
+    """Per region, in `bins` and in ten: examples, positive ones, the gradients of each loss."""
+
+    def sums(regions: int) -> dict[str, Any]:
+        index = region_index(norm, used, regions)
+
+        def of_one(region: jax.Array) -> dict[str, Any]:
+            inside = index == region
+
+            def sum_inside(values: jax.Array) -> jax.Array:
+                # One axis after the other: short sums, and so exact to the last digits.
+                return jnp.where(inside, values, 0.0).sum(axis=1).sum(axis=1).sum()
+
+            return {
+                "counts": inside.sum(dtype=jnp.int32).astype(jnp.float32),
+                "positive": (inside & positive).sum(dtype=jnp.int32).astype(jnp.float32),
+                "gradient": {key: sum_inside(value) for key, value in gradients.items()},
+            }
+
+        # One region at a time: adding up by scattering would lose digits in the first.
+        return jax.lax.map(of_one, jnp.arange(regions, dtype=index.dtype))
+
+    broken = used & ~jnp.isfinite(norm)
+    return {
+        "bins": sums(bins),
+        "tenths": sums(_TENTHS),
+        "nonfinite": broken.sum(dtype=jnp.int32).astype(jnp.float32),
+    }
+
+
+def _summary(
+    key: str, total: dict[str, Any], *, batches: int, config: Config, states: GHMStates
+) -> dict[str, Any]:
+    """One loss's part of `gradient_stats`, from sums over `batches` batches."""
+    loss = config.loss
+    if key == "classification":
+        name, plain, baseline = loss.classification, "cross_entropy", "focal"
+        momentum, state = loss.momentum, states.classification
+    else:
+        name, plain, baseline = loss.box, "asl1", "smooth_l1"
+        momentum, state = loss.box_momentum, states.box
+    harmonized = name in ("ghm_c", "ghm_r")
+    bins, tenths = total["bins"], total["tenths"]
+    counts, before, after = bins["counts"], bins["gradient"][plain], bins["gradient"][name]
+    weights = np.divide(after, before, out=np.full(len(counts), np.nan), where=before > 0)
+    if not harmonized:
+        weights *= counts.sum() / max(np.nansum(counts * weights), _TINY)
+
+    order = dict.fromkeys((plain, baseline, name))
+    edges = np.arange(_TENTHS) / _TENTHS
+    difficulty = {}
+    for label, (low, high) in DIFFICULTY.items():
+        inside = (edges >= low) & (edges < high)
+        difficulty[label] = {
+            "range": [low, high],
+            "examples": _share(tenths["counts"], inside),
+            "gradient": {k: _share(tenths["gradient"][k], inside) for k in order},
+        }
+    summary = {
+        "loss": name,
+        "counts": (counts / batches).tolist(),
+        "ema": _average(state, momentum, config) if harmonized else None,
+        "weights": [float(w) if np.isfinite(w) else None for w in weights],
+        "gradient": {k: shares(bins["gradient"][k]).tolist() for k in order},
+        "difficulty": difficulty,
+        "nonfinite": int(total["nonfinite"]),
+    }
+    if key == "classification":
+        summary["positive_counts"] = (bins["positive"] / batches).tolist()
+    return summary
+
+
+def _share(values: np.ndarray, inside: np.ndarray) -> float:
+    return float(values[inside].sum() / max(values.sum(), _TINY))
+
+
+def _average(state: losses.GHMState, momentum: float, config: Config) -> list[float] | None:
+    """The moving average of a checkpoint as the loss weighs by it; None before the first step."""
+    steps = int(state.step)
+    if steps == 0:
+        return None
+    corrected = config.loss.bias_correction and config.loss.preset != "reference"
+    counts = np.asarray(state.counts, np.float64)
+    return (counts / (1 - momentum**steps) if corrected else counts).tolist()

@@ -1,0 +1,268 @@
+"""Any folder of images with a COCO instances file becomes a TFDS data set of the one schema."""
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+from absl import logging
+from tensorflow_datasets.core.splits import SplitDict
+
+from ghm_jax.config import ConfigError
+from ghm_jax.data.dataset import refuse_bucket, write_array_record
+from ghm_jax.data.prepare.coco_annotations import AnnotatedImage, read_split
+from ghm_jax.data.schema import detection_features
+from ghm_jax.progress import Progress, Silent
+
+Splits = Mapping[str, tuple[str | Path, str | Path]]
+"""{split: (directory of its images, its instances JSON)}"""
+_RECORDS = "*.array_record-*"
+
+
+def prepare_folder(
+    name: str,
+    out: str | Path,
+    splits: Splits,
+    *,
+    subset: float = 1.0,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a TFDS data set (array_record) from images with COCO annotations.
+
+    Everything is checked before anything is written: a picture found missing after an hour of
+    copying helps nobody. Called again with the same arguments it finds what is done: the whole data
+    set, or the splits that were written before the first call was stopped.
+
+    Args:
+        name: of the new data set: `mine`, or with a configuration, `coco/2017`.
+        out: directory of data sets (`data.dir` of a run).
+        splits: see `Splits`; one whose name begins with `test` may come without annotations.
+        subset: share of the images of every split, in (0, 1]; see `read_split`.
+        progress: who hears about it.
+
+    Returns:
+        The directory that holds the records.
+
+    Raises:
+        ConfigError: another data set is already there, its source cannot be used, or the disk is
+            too small.
+    """
+    progress = progress or Silent()
+    _check_names(name, out, splits)
+    if not 0 < subset <= 1:
+        raise ConfigError(f"subset: must be more than 0% and at most 100%, got {100 * subset:g}%")
+    sources = {
+        split: {"annotations": _digest(Path(annotations)), "subset": subset}
+        for split, (_, annotations) in splits.items()
+    }
+    target = Path(out) / name / str(CocoDirectory.VERSION)
+    unfinished = target.parent / "unfinished"
+    if target.parent.is_dir() and any(p != unfinished for p in target.parent.iterdir()):
+        if not target.is_dir() or _sources_of(target) != sources:
+            raise ConfigError(
+                f"out: {target.parent} is already there, made from other files or another share "
+                "of them; delete it or give the data set another name"
+            )
+        progress.say(f"{target}: already prepared")
+        return target
+
+    categories, images = _read_splits(splits, subset, progress)
+    _check_disk(Path(out), name, images)
+    for split, of_split in images.items():
+        directory = unfinished / split
+        part = directory / name / target.name
+        if any(part.glob(_RECORDS)) and _sources_of(part) == {split: sources[split]}:
+            progress.say(f"{split}: written before")
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        write_array_record(
+            CocoDirectory(
+                name=name,
+                categories=categories,
+                images={split: of_split},
+                data_dir=directory,
+                sources={split: sources[split]},
+                progress=progress,
+            )
+        )
+    progress.close()
+    _join_parts([unfinished / split / name / target.name for split in images], sources, target)
+    shutil.rmtree(unfinished)
+    return target
+
+
+class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder over images and their COCO annotations.
+
+    Boxes are clipped to the image; images without boxes and crowd regions are kept. The original
+    category ids are in the metadata as `category_ids`, in label order.
+
+    Args:
+        name: see `prepare_folder`.
+        categories: {category id: name} in label order.
+        images: {split: its images}.
+        data_dir: directory of data sets.
+        sources: kept in the metadata; what the data set was made from.
+        progress: hears about every image.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        categories: Mapping[int, str],
+        images: Mapping[str, list[AnnotatedImage]],
+        data_dir: str | Path,
+        sources: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ):
+        self._categories, self._images = categories, images
+        self._sources, self._progress = dict(sources or {}), progress or Silent()
+        # A class has one name in TFDS; each folder is a data set of its own.
+        self.name, _, config = name.partition("/")  # pyright: ignore[reportAttributeAccessIssue]
+        # TFDS warns of a configuration that it does not know, which none here is.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            super().__init__(
+                data_dir=data_dir, config=tfds.core.BuilderConfig(name=config) if config else None
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Images with boxes, from files in COCO form.",
+            features=detection_features(list(self._categories.values())),
+            metadata=tfds.core.MetadataDict(
+                category_ids=list(self._categories), sources=self._sources
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in self._images}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Keyed by file name as TFDS `coco` is, so that the records have the same order."""
+        labels = {category_id: label for label, category_id in enumerate(self._categories)}
+        images = self._images[split]
+        for done, image in enumerate(images, start=1):
+            objects = [
+                {
+                    "id": annotation["id"],
+                    "area": int(annotation["area"]),
+                    "bbox": _relative_box(annotation["bbox"], image.width, image.height),
+                    "label": labels[annotation["category_id"]],
+                    "is_crowd": annotation["iscrowd"],
+                }
+                for annotation in image.annotations
+            ]
+            yield (
+                image.file_name,
+                {
+                    "image": image.path.read_bytes(),
+                    "image/filename": image.file_name,
+                    "image/id": image.id,
+                    "objects": objects,
+                },
+            )
+            self._progress.update(f"write {split}", done, len(images), {})
+
+
+def _check_names(name: str, out: str | Path, splits: Splits) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*(/\w[\w.-]*)?", name):
+        raise ConfigError(
+            f"name: {name!r} cannot name a data set; "
+            "use small letters, digits and _, beginning with a letter"
+        )
+    if not splits:
+        raise ConfigError("splits: needs at least one split with images and annotations")
+    refuse_bucket("out", out)
+    for split, paths in splits.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
+            raise ConfigError(f"{split}: cannot name a split; use small letters, digits and _")
+        for path in paths:
+            refuse_bucket(split, path)
+
+
+def _digest(annotations: Path) -> str:
+    """SHA-256 of a file; of none for one that is missing, which `read_split` complains about."""
+    if not annotations.is_file():
+        return ""
+    with annotations.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sources_of(prepared: Path) -> dict[str, Any]:
+    """What a prepared data set was made from; empty where it does not say."""
+    with contextlib.suppress(FileNotFoundError):
+        info: Any = tfds.builder_from_directory(prepared).info
+        return (info.metadata or {}).get("sources", {})
+    return {}
+
+
+def _read_splits(
+    splits: Splits, subset: float, progress: Progress
+) -> tuple[dict[int, str], dict[str, list[AnnotatedImage]]]:
+    categories: dict[int, str] = {}
+    images: dict[str, list[AnnotatedImage]] = {}
+    for split, (directory, annotations) in splits.items():
+        found, images[split] = read_split(
+            split, Path(directory), Path(annotations), subset=subset, progress=progress
+        )
+        if categories and found != categories:
+            raise ConfigError(
+                f"{split}: the categories differ from those of {next(iter(images))}; "
+                "give both files the same ids and names"
+            )
+        categories = found
+    return categories, images
+
+
+def _check_disk(out: Path, name: str, images: Mapping[str, list[AnnotatedImage]]) -> None:
+    sizes = [sum(image.path.stat().st_size for image in part) for part in images.values()]
+    # TFDS sorts the records of a split in files of its own when it holds more than a gigabyte.
+    needed = sum(sizes) + max((size for size in sizes if size > 2**30), default=0)
+    needed += needed // 20 + 2**20
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(
+            f"out: {name} needs {needed / 1e9:.1f} GB in {out}, where {free / 1e9:.1f} GB are "
+            "free; make room, choose another directory or take a subset"
+        )
+
+
+def _join_parts(parts: list[Path], sources: Mapping[str, Any], target: Path) -> None:
+    """Moves the records of one-split data sets into one data set, which appears when whole."""
+    whole = parts[0].parent / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    infos: list[Any] = [tfds.builder_from_directory(part).info for part in parts]
+    for part in parts:
+        for file in part.glob(_RECORDS):
+            file.rename(whole / file.name)
+    info = infos[0]
+    info.set_splits(SplitDict([split for each in infos for split in each.splits.values()]))
+    info.metadata["sources"] = dict(sources)
+    info.write_to_directory(whole)
+    whole.rename(target)
+
+
+def _relative_box(bbox: list[float], width: int, height: int) -> tfds.features.BBox:
+    x, y, w, h = bbox
+    return tfds.features.BBox(
+        ymin=min(max(y / height, 0.0), 1.0),
+        xmin=min(max(x / width, 0.0), 1.0),
+        ymax=min(max((y + h) / height, 0.0), 1.0),
+        xmax=min(max((x + w) / width, 0.0), 1.0),
+    )

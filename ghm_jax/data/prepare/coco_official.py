@@ -1,0 +1,119 @@
+"""COCO as it is published: the official files become the data set `coco/2017` (or 2014)."""
+
+import hashlib
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from ghm_jax.config import ConfigError
+from ghm_jax.data.dataset import refuse_bucket
+from ghm_jax.data.prepare.coco_folder import prepare_folder
+from ghm_jax.progress import Progress, Silent
+
+# {split: (directory of images, JSON, images that the official JSON lists)}
+_FILES = {
+    "2017": {
+        "train": ("train2017", "instances_train2017", 118_287),
+        "validation": ("val2017", "instances_val2017", 5_000),
+        "test": ("test2017", "image_info_test2017", 40_670),
+        "test_dev": ("test2017", "image_info_test-dev2017", 20_288),
+    },
+    "2014": {
+        "train": ("train2014", "instances_train2014", 82_783),
+        "validation": ("val2014", "instances_val2014", 40_504),
+        "test": ("test2014", "image_info_test2014", 40_775),
+    },
+}
+
+
+def prepare_coco(
+    year: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    splits: Sequence[str] = (),
+    subset: float = 1.0,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the data set `coco/YEAR` from the unpacked official files.
+
+    Archives that still lie in `source` are checked against the published checksums first. A file
+    that lists fewer images than the official one is taken, and said.
+
+    Args:
+        year: 2017 or 2014.
+        source: directory with train2017/, val2017/, annotations/ and so on.
+        out: directory of data sets (`data.dir` of a run).
+        splits: of train, validation, test and test_dev (2017 only); none: of the first two those
+            whose images are there.
+        subset: see `prepare_folder`.
+        progress: who hears about it.
+
+    Returns:
+        The directory that holds the records.
+
+    Raises:
+        ConfigError: a missing or damaged file, or what `prepare_folder` raises.
+    """
+    refuse_bucket("--source", source)
+    progress, source, known = progress or Silent(), Path(source), _FILES[year]
+    if not splits:
+        splits = [s for s in ("train", "validation") if (source / known[s][0]).is_dir()]
+    if not splits:
+        raise ConfigError(
+            f"--source: neither train{year}/ nor val{year}/ in {source}; "
+            "unpack the official archives there"
+        )
+    for split in splits:
+        if split not in known:
+            raise ConfigError(f"--splits: coco/{year} has no {split}; choose of {', '.join(known)}")
+        if not (source / known[split][0]).is_dir():
+            raise ConfigError(
+                f"--source: no {known[split][0]}/ in {source}; unpack the official archive there"
+            )
+    _check_archives(source, progress)
+    found = {
+        split: (source / known[split][0], source / f"annotations/{known[split][1]}.json")
+        for split in splits
+    }
+    target = prepare_folder(f"coco/{year}", out, found, subset=subset, progress=progress)
+    info = tfds.builder_from_directory(target).info
+    for split in splits:
+        official = max(1, round(subset * known[split][2]))
+        if info.splits[split].num_examples != official:
+            progress.say(
+                f"{split}: {info.splits[split].num_examples:,} images, {official:,} of the "
+                "official files; figures will not compare with published ones"
+            )
+    return target
+
+
+def _check_archives(source: Path, progress: Progress) -> None:
+    """Compares the archives in a directory with sizes and SHA-256 that TFDS keeps of them."""
+    folder = importlib.resources.files("tensorflow_datasets") / "url_checksums"
+    lines = (folder / "coco.txt").read_text().splitlines()
+    for _, size, digest, name in (line.split() for line in lines if line):
+        archive = source / name
+        if not archive.is_file():
+            continue
+        wrong = archive.stat().st_size != int(size) or _sha256(archive, progress) != digest
+        if wrong:
+            raise ConfigError(
+                f"--source: {archive} is not the official archive (size or checksum differ); "
+                "download and unpack it again, or move it away if the unpacked files are whole"
+            )
+        progress.close()
+        progress.say(f"{name}: checksum as published")
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest, done, block = hashlib.sha256(), 0, 1 << 26
+    blocks = -(-path.stat().st_size // block)
+    with path.open("rb") as file:
+        while chunk := file.read(block):
+            digest.update(chunk)
+            done += 1
+            progress.update(f"checksum {path.name}", done, blocks, {})
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""The detector's loss: which functions of `ghm_jax.losses` a config asks for, and over what."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ghm_jax import losses
+from ghm_jax.config import Config, Loss
+from ghm_jax.detection.matching import Targets
+from ghm_jax.losses import GHMState, LossStats
+
+LossFunction = Callable[..., tuple[jax.Array, Any, LossStats]]
+
+
+class GHMStates(NamedTuple):
+    """Histograms of the two losses."""
+
+    classification: GHMState
+    box: GHMState
+
+
+class LossParts(NamedTuple):
+    """This replica's share of a loss and of its parts, f32[]: sum them over the replicas."""
+
+    total: jax.Array
+    classification: jax.Array
+    box: jax.Array
+
+
+def init_ghm_states(config: Config) -> GHMStates:
+    """The histograms before the first step."""
+    return GHMStates(
+        losses.init_ghm_state(config.loss.bins), losses.init_ghm_state(config.loss.box_bins)
+    )
+
+
+def detection_loss(
+    logits: jax.Array,
+    deltas: jax.Array,
+    targets: Targets,
+    states: GHMStates,
+    *,
+    config: Config,
+    level_sizes: tuple[int, ...],
+    axis_name: str | None = None,
+) -> tuple[LossParts, GHMStates, tuple[LossStats, LossStats]]:
+    """Classification loss of all anchors that are not ignored, box loss of the positive ones.
+
+    Args:
+        logits: f32[b, A, K].
+        deltas: f32[b, A, 4].
+        targets: [b, A] and [b, A, 4].
+        states: histograms so far.
+        config: the losses, their settings and weights.
+        level_sizes: how many of the A anchors belong to each pyramid level.
+        axis_name: replica axis, for histograms and counts.
+
+    Returns:
+        The loss, the next histograms, and statistics of the classification and the box loss.
+    """
+    classify, regress = _classification_loss(config.loss), _box_loss(config.loss)
+    if config.loss.ghm_scope == "level":  # the others have one mean over all levels, published so
+        if config.loss.classification == "ghm_c":
+            classify = _by_level(classify, level_sizes)
+        if config.loss.box == "ghm_r":
+            regress = _by_level(regress, level_sizes)
+    positive = (targets.classes >= 0)[..., None]
+    loss_class, state_class, stats_class = classify(
+        logits, targets.classes, None, states.classification, axis_name=axis_name
+    )
+    loss_box, state_box, stats_box = regress(
+        deltas, targets.deltas, positive, states.box, axis_name=axis_name
+    )
+    total = config.loss.weight * loss_class + config.loss.box_weight * loss_box
+    parts = LossParts(total, loss_class, loss_box)
+    return parts, GHMStates(state_class, state_box), (stats_class, stats_box)
+
+
+def _classification_loss(loss: Loss) -> LossFunction:
+    match loss.classification:
+        case "focal":
+            return losses.focal_loss
+        case "ohem":
+            return losses.ohem_loss
+        case "cross_entropy":
+            return losses.cross_entropy_loss
+        case "ghm_c":
+            floor = {"min_count": loss.min_count, "strength": loss.strength}
+            return _harmonized(losses.ghm_c_loss, loss, floor, momentum=loss.momentum)
+
+
+def _box_loss(loss: Loss) -> LossFunction:
+    match loss.box:
+        case "smooth_l1":
+            return losses.smooth_l1_loss
+        case "asl1":
+            return functools.partial(losses.asl1_loss, mu=loss.mu)
+        case "ghm_r":
+            floor = {"min_count": loss.box_min_count, "strength": loss.box_strength}
+            return _harmonized(
+                losses.ghm_r_loss, loss, floor, momentum=loss.box_momentum, mu=loss.mu
+            )
+
+
+def _harmonized(
+    function: LossFunction, loss: Loss, floor: dict[str, float], **settings: float
+) -> LossFunction:
+    """A GHM loss with the settings of the config."""
+    how: dict[str, Any] = {
+        "normalizer": loss.normalizer,
+        "bias_correction": loss.bias_correction,
+        **floor,
+    }
+    if loss.preset == "reference":
+        how = dict(losses.REFERENCE)
+    if loss.density == "histogram":
+        return functools.partial(function, **how, **settings)
+
+    def exact(
+        values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
+    ) -> tuple[jax.Array, GHMState, LossStats]:
+        # Of each batch alone; the state only says into how many bins the statistics go.
+        bins = state.counts.shape[0]
+        result, _, stats = function(
+            values, targets, mask, None, bins=bins, density="exact", **how, **settings, **axis
+        )
+        return result, state, stats
+
+    return exact
+
+
+def _by_level(function: LossFunction, level_sizes: tuple[int, ...]) -> LossFunction:
+    """The published code's way: one call per pyramid level, each with a mean of its own, the
+    losses added; all calls share one moving histogram, so a step updates it once per level."""
+
+    def over_levels(
+        values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
+    ) -> tuple[jax.Array, GHMState, LossStats]:
+        total, all_stats, start = jnp.zeros(()), [], 0
+        current = state
+        for size in level_sizes:
+            level = slice(start, start + size)
+            start += size
+            part = None if mask is None else mask[:, level]
+            loss, current, stats = function(
+                values[:, level], targets[:, level], part, current, **axis
+            )
+            total += loss
+            all_stats.append(stats)
+        return total, current, _merge(all_stats)
+
+    return over_levels
+
+
+def _merge(parts: list[LossStats]) -> LossStats:
+    """Statistics of several calls as if of one; weights are means over the examples."""
+
+    def mean(values: list[jax.Array], counts: list[jax.Array]) -> jax.Array:
+        weighted = sum(v * n for v, n in zip(values, counts, strict=True))
+        return jnp.asarray(weighted / jnp.maximum(sum(counts), 1.0))
+
+    valid = [part.num_valid for part in parts]
+    counts = [part.counts for part in parts if part.counts is not None]
+    weights = [part.weights for part in parts if part.weights is not None]
+    return LossStats(
+        plain_loss=mean([part.plain_loss for part in parts], valid),
+        num_valid=jnp.asarray(sum(valid)),
+        num_nonfinite=jnp.asarray(sum(part.num_nonfinite for part in parts)),
+        counts=jnp.asarray(sum(counts)) if counts else None,
+        weights=mean(weights, counts) if counts else None,
+    )

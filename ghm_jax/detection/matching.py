@@ -1,0 +1,88 @@
+"""Which anchor is responsible for which box: targets of the heads."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ghm_jax.detection.boxes import box_coverage, box_iou, encode_boxes
+
+# Classes of anchors that are not positive.
+BACKGROUND = -1
+IGNORE = -2
+
+CROWD = -2
+"""Label of a box that is a crowd region; any other negative label is padding."""
+_CROWD_COVERAGE = 0.5
+
+
+class Targets(NamedTuple):
+    """Targets of the A anchors of an image."""
+
+    classes: jax.Array
+    """i32[A]: class index of positive anchors, BACKGROUND (-1) or IGNORE (-2)."""
+    deltas: jax.Array
+    """f32[A, 4]: box deltas, meaningful where `classes >= 0`."""
+
+
+def match_anchors(
+    anchors: jax.Array,
+    boxes: jax.Array,
+    labels: jax.Array,
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    convention: Literal["mmdetection", "torchvision"] = "mmdetection",
+    crowd: Literal["drop", "ignore"] = "drop",
+) -> Targets:
+    """Matches the anchors of one image to its boxes by IoU; `vmap` it over a batch.
+
+    An anchor takes the box it overlaps most: positive from `positive_iou` on, background below
+    `negative_iou`, ignored between. Besides, every box claims the anchors that overlap it most of
+    all, however little (but not zero): they are positive, so no object goes unlearned. Which box a
+    claimed anchor learns is a matter of convention:
+
+    - "mmdetection", so the published code (`min_pos_iou=0`): the one that claims it, the last one
+      if there are several, even if the anchor overlaps another box more.
+    - "torchvision": the one it overlaps most. (There a box that no anchor touches claims all of
+      them; here it claims none.)
+
+    Crowd regions never match. With `crowd="ignore"` anchors that lie in one by half of their area
+    or more are ignored instead of being background; positive ones stay positive, other than under
+    mmdetection's `ignore_iof_thr`, which the published recipe does not set.
+
+    Args:
+        anchors: f32[A, 4].
+        boxes: f32[M, 4], padded.
+        labels: i32[M], class indices; CROWD (-2) for crowd regions, -1 for padding.
+        positive_iou: in [negative_iou, 1].
+        negative_iou: in [0, positive_iou].
+        convention: whose rule for claimed anchors.
+        crowd: "drop" leaves crowd regions out.
+
+    Returns:
+        Targets. An image without boxes is all background.
+    """
+    iou = jnp.where(labels[None, :] >= 0, box_iou(anchors, boxes), 0.0)  # [A, M]
+    # Compared with its own maxima below: were it computed twice, in two fusions that round
+    # differently, a maximum might equal nothing.
+    iou = jax.lax.optimization_barrier(iou)
+    number = jnp.broadcast_to(jnp.arange(boxes.shape[0]), iou.shape)
+    # Numbers of boxes by min and max, not argmax, which is several times slower on a CPU.
+    overlap = iou.max(axis=1)  # [A]
+    nearest = jnp.where(iou == overlap[:, None], number, boxes.shape[0]).min(axis=1)
+
+    best = iou.max(axis=0)  # [M], the best overlap any anchor has with a box
+    claims = (iou == best[None, :]) & (best[None, :] > 0)
+    last_claim = jnp.where(claims, number, -1).max(axis=1)
+    claimed = last_claim >= 0
+    chosen = jnp.where(claimed, last_claim, nearest) if convention == "mmdetection" else nearest
+
+    positive = claimed | (overlap >= positive_iou)
+    background = overlap < negative_iou
+    if crowd == "ignore":
+        covered = jnp.where(labels[None, :] == CROWD, box_coverage(anchors, boxes), 0.0)
+        background &= covered.max(axis=1) < _CROWD_COVERAGE
+    classes = jnp.where(positive, labels[chosen], jnp.where(background, BACKGROUND, IGNORE))
+    deltas = encode_boxes(boxes[chosen], anchors)
+    return Targets(classes.astype(jnp.int32), jnp.where(positive[:, None], deltas, 0.0))

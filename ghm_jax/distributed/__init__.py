@@ -1,0 +1,1 @@
+"""How a step meets the devices, and the processes of a job each other."""

@@ -1,0 +1,1 @@
+"""From a run to detections, COCO figures, and what is wrong with them."""

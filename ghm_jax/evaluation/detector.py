@@ -1,0 +1,115 @@
+"""A run's network as a function from batches to detections."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.data.dataset import data_set_names, open_dataset
+from ghm_jax.data.schema import category_ids_of
+from ghm_jax.detection.nms import Detections
+from ghm_jax.distributed.devices import Device, merge_batch, num_local, parallelize, split_batch
+from ghm_jax.progress import Progress
+from ghm_jax.runs.checkpoint import Checkpoints
+from ghm_jax.runs.directory import RunDirectory
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.step import Batch, TrainState, init_state, make_model, predict_step
+
+
+def restore_variables(
+    run: RunDirectory, config: Config, device: Device
+) -> tuple[dict[str, Any], int]:
+    """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
+    state = restore_state(run, config, device)
+    return state.variables, int(state.step)
+
+
+def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
+    """The state in a run's newest checkpoint, on one device."""
+    if not run.checkpoints.is_dir():
+        raise ConfigError(f"{run.path}: no checkpoint yet; train the run first")
+    model = make_model(config, len(config.data.classes))
+    optimizer = make_optimizer(config)
+    shapes = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
+    place = jax.sharding.SingleDeviceSharding(device)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        return checkpoints.restore(like)
+
+
+def make_detector(
+    config: Config, num_classes: int, devices: Sequence[Device]
+) -> Callable[[dict[str, Any], Batch], Detections]:
+    """The detector of a config as one compiled function over devices.
+
+    Returns:
+        A function of variables (`params`, `batch_stats`) and a batch of
+        `ghm_jax.data.batching.collate`, whose size is a multiple of the number of devices, to
+        `Detections` [B, D] in NumPy, with boxes in pixels of the original images.
+    """
+    step = _parallel_predict_step(config, num_classes, tuple(devices))
+
+    def run(variables: dict[str, Any], batch: Batch) -> Detections:
+        found = merge_batch(step(variables, split_batch(batch, num_local(list(devices)))))
+        scale = np.tile(batch["scale"], 2)[:, None, :]  # [B, 1, 4], from original to padded pixels
+        return found._replace(boxes=found.boxes / scale)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def _parallel_predict_step(
+    config: Config, num_classes: int, devices: tuple[Device, ...]
+) -> Callable[[Any, Any], Any]:
+    """Kept, because training evaluates many times and should compile once."""
+    model = make_model(config, num_classes)
+    step = functools.partial(predict_step, config=config, model=model)
+    return parallelize(step, list(devices), config.run.wrapper, split_output=True)
+
+
+def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:
+    """Category id of each label: those of the run's data set where it is at hand, since a run keeps
+    the names only.
+
+    Args:
+        data: of the run's config.
+        progress: is told when the ids are made of the names.
+    """
+    # Asked for by name, because opening the embedded data set would build it.
+    if data.name in data_set_names(Path(data.dir)):
+        dataset = open_dataset(data, data.train_split)
+        if dataset.class_names == data.classes:
+            return dataset.category_ids
+    progress.say(
+        f"category ids are by class names (COCO's, or else from 1): no {data.name!r} with "
+        f"the classes of the run in {data.dir}"
+    )
+    return category_ids_of(data.classes)
+
+
+def coco_results(
+    image_id: int, found: Detections, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of one image in COCO results form; rows that are not used are left out.
+
+    Args:
+        image_id: of the image.
+        found: of the image, [D], boxes in its pixels.
+        category_ids: COCO id of each label.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [round(x, 3) for x in (x0, y0, x1 - x0, y1 - y0)],
+            "score": round(score, 5),
+        }
+        for (x0, y0, x1, y1), score, label in zip(
+            *(np.asarray(part).tolist() for part in found), strict=True
+        )
+        if label >= 0
+    ]

@@ -1,0 +1,211 @@
+"""Weights in the names of torchvision and mmdetection to variables of ours, and back.
+
+Pure: a flat dict of arrays in, `params` and `batch_stats` out. Files are `ghm_jax.import_weights`'.
+Nothing is left to chance: each of our leaves gets the tensor of its name and shape, and every
+tensor is used or known to be no part of the network.
+
+The outputs of a head run over anchors, then classes or coordinates, in all sources and here, so
+only the axes of kernels change: out x in x height x width there, height x width x in x out here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from ghm_jax.models.weight_names import (
+    BACKBONE,
+    DETECTORS,
+    TORCHVISION,
+    TORCHVISION_2020,
+    Naming,
+    find_naming,
+)
+
+Tensors = Mapping[str, np.ndarray]
+"""Arrays by the names of a PyTorch state dict."""
+Path = tuple[str, ...]
+
+_CLASS_OUTPUT, _BOX_OUTPUT = ("class_head", "output"), ("box_head", "output")
+
+
+def import_backbone(tensors: Tensors, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone of an ImageNet classifier; its last layer `fc` is left out.
+
+    Args:
+        tensors: of torchvision or timm.
+        like: `params` and `batch_stats` of a RetinaNet (arrays or ShapeDtypeStructs); only the
+            parts named `backbone` count.
+
+    Returns:
+        `params` and `batch_stats`, each with a `backbone` of f32 arrays.
+
+    Raises:
+        ValueError: as `import_detector`.
+    """
+    like = {kind: {"backbone": tree.get("backbone", {})} for kind, tree in like.items()}
+    return _import(tensors, like, _require(tensors, (BACKBONE,)), None)
+
+
+def import_detector(
+    tensors: Tensors, like: Mapping[str, Any], class_rows: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """A whole detector of torchvision or mmdetection.
+
+    Args:
+        tensors: of torchvision's RetinaNet (v1, v2) or of mmdetection's (1.x to 3.x, GHM too).
+        like: `params` and `batch_stats` of a RetinaNet (arrays or ShapeDtypeStructs).
+        class_rows: for each of our classes, its number among the tensors'; None: the same ones.
+            See `class_rows_of`.
+
+    Returns:
+        `params` and `batch_stats` of f32 arrays.
+
+    Raises:
+        ValueError: names or shapes do not fit `like`, or a value is not finite. One line that
+            names the first such tensors.
+    """
+    return _import(tensors, like, _require(tensors, DETECTORS), class_rows)
+
+
+def export_detector(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A RetinaNet in today's names of torchvision: f32 arrays, what `import_detector` reads.
+
+    The classes are ours, K of them: torchvision's model is to be built with `num_classes=K`.
+
+    Raises:
+        ValueError: a part that torchvision does not have, such as GroupNorm in the backbone.
+    """
+    return {
+        tensor: np.ascontiguousarray(_to_torch(path, np.asarray(_leaf(variables, path))))
+        for tensor, path in _leaves_by_tensor(TORCHVISION, variables).items()
+    }
+
+
+def class_rows_of(
+    tensors: Tensors, class_names: Sequence[str], coco_ids: Mapping[str, int]
+) -> list[int]:
+    """For each class name, its number among the classes that a detector's tensors hold.
+
+    Known are the 80 classes of COCO in the usual order; torchvision's 91, which are numbered by
+    COCO's category ids, so that background (0) and ten gaps are never learnt and are left out; and
+    as many classes as there are names (one more in torchvision, for background), in that order.
+
+    Args:
+        tensors: of a detector.
+        class_names: wanted, in label order.
+        coco_ids: category id of each of COCO's 80 class names, in their order.
+
+    Raises:
+        ValueError: none of these fits.
+    """
+    naming = _require(tensors, DETECTORS)
+    found = _num_classes(tensors, naming)
+    of_torchvision = naming in (TORCHVISION, TORCHVISION_2020)
+    if set(class_names) <= set(coco_ids):
+        order = list(coco_ids)
+        if found == max(coco_ids.values()) + 1 and of_torchvision:
+            return [coco_ids[name] for name in class_names]
+        if found == len(order):
+            return [order.index(name) for name in class_names]
+    if found == len(class_names):
+        return list(range(found))
+    if found == len(class_names) + 1 and of_torchvision:
+        return list(range(1, found))
+    raise ValueError(
+        f"holds {naming.title} with {found} classes, the data set has {len(class_names)}: "
+        f"{_some(class_names)}"
+    )
+
+
+def _num_classes(tensors: Tensors, naming: Naming) -> int:
+    names = [naming.tensor((*part, "bias")) or "" for part in (_CLASS_OUTPUT, _BOX_OUTPUT)]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"lacks {_some(missing)}")
+    logits, deltas = (tensors[name].size for name in names)
+    return logits // max(1, deltas // 4)
+
+
+def _require(tensors: Tensors, namings: Sequence[Naming]) -> Naming:
+    naming = find_naming(tensors, namings)
+    if naming is None:
+        wanted = " or ".join(naming.title for naming in namings)
+        other = find_naming(tensors, (BACKBONE, *DETECTORS))
+        found = f"holds {other.title}" if other else f"has unknown names ({_some(list(tensors))})"
+        raise ValueError(f"{found}; wanted is {wanted}")
+    return naming
+
+
+def _import(
+    tensors: Tensors,
+    like: Mapping[str, Any],
+    naming: Naming,
+    class_rows: Sequence[int] | None,
+) -> dict[str, Any]:
+    wanted = _leaves_by_tensor(naming, like)
+    missing = [name for name in wanted if name not in tensors]
+    unused = [name for name in tensors if name not in wanted and not naming.is_ignored(name)]
+    if missing or unused:
+        parts = [f"lacks {_some(missing)}"] * bool(missing)
+        parts += [f"has {_some(unused)} that the model has no place for"] * bool(unused)
+        raise ValueError(f"taken for {naming.title}, but it {' and '.join(parts)}")
+
+    imported = {}
+    for name, path in wanted.items():
+        tensor = np.asarray(tensors[name], np.float32)
+        if class_rows is not None and path[1:3] == _CLASS_OUTPUT:
+            tensor = _select_classes(tensor, class_rows, _num_classes(tensors, naming))
+        value, shape = _to_flax(path, tensor), tuple(_leaf(like, path).shape)
+        if value.shape != shape:
+            ours = _to_torch(path, np.empty(shape, np.bool_)).shape
+            raise ValueError(f"{name} is {tensor.shape}, in the model {ours}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{name} holds values that are not finite; the file is damaged")
+        imported[path] = np.ascontiguousarray(value)
+    return {kind: {} for kind in like} | traverse_util.unflatten_dict(imported)
+
+
+def _leaves_by_tensor(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Path]:
+    """Path of each leaf of our variables by the name of its tensor, sorted by that."""
+    leaves = {}
+    for path in traverse_util.flatten_dict(dict(variables)):
+        name = naming.tensor(path[1:])  # without params or batch_stats
+        if name is None:
+            raise ValueError(f"{naming.title} has no {'/'.join(path[1:])}, the model has one")
+        leaves[name] = path
+    return dict(sorted(leaves.items()))
+
+
+def _select_classes(tensor: np.ndarray, rows: Sequence[int], num_classes: int) -> np.ndarray:
+    """Of [anchors * num_classes, ...] the outputs of some classes, [anchors * len(rows), ...]."""
+    if tensor.shape[0] % num_classes:
+        return tensor  # its shape is wrong, as whoever compares it will say
+    by_class = tensor.reshape(-1, num_classes, *tensor.shape[1:])[:, list(rows)]
+    return by_class.reshape(-1, *tensor.shape[1:])
+
+
+def _to_flax(path: Path, tensor: np.ndarray) -> np.ndarray:
+    return tensor.transpose(2, 3, 1, 0) if _is_kernel(path, tensor) else tensor
+
+
+def _to_torch(path: Path, value: np.ndarray) -> np.ndarray:
+    return value.transpose(3, 2, 0, 1) if _is_kernel(path, value) else value
+
+
+def _is_kernel(path: Path, value: np.ndarray) -> bool:
+    return path[-1] == "kernel" and value.ndim == 4
+
+
+def _leaf(tree: Mapping[str, Any], path: Path) -> Any:
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return node
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,235 @@
+"""Checkpoints of the train state, by Orbax. All use of Orbax is in this file."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from ghm_jax.config import ConfigError
+from ghm_jax.distributed.processes import all_or_none, is_first
+from ghm_jax.training.step import TrainState
+
+
+class CheckpointFailed(RuntimeError):  # noqa: N818 (it is what happened)
+    """A checkpoint was not written; those before are there. The message is one line."""
+
+
+class Checkpoints:
+    """The checkpoints of a run; use it as a context manager, so that pending saves finish.
+
+    A checkpoint appears under its step when it is whole, and only then older ones are removed:
+    all but the newest `keep` and the `keep_best` of highest AP.
+    """
+
+    def __init__(self, directory: Path, keep: int = 1, keep_best: int = 0) -> None:
+        self._directory = directory.resolve()
+        policies = ocp.checkpoint_managers
+        keep_any = [policies.LatestN(keep), _Best(keep_best)]
+        self._options = ocp.CheckpointManagerOptions(
+            best_fn=_average_precision,
+            preservation_policy=policies.AnyPreservationPolicy(keep_any),
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
+            options=self._options,
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Steps done at the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps done at every checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, ap: float | None = None) -> None:
+        """Starts to save in the background; a step that is saved already is not saved again.
+
+        Args:
+            step: steps done.
+            state: to be saved; may be given away as soon as this returns.
+            ap: its AP, if it was evaluated.
+
+        Raises:
+            CheckpointFailed: this save could not start, or the one before did not finish.
+        """
+        if self.latest != step:
+            metrics = {"AP": _UNKNOWN if ap is None else ap}
+            with self._failing():
+                self._manager.save(step, args=ocp.args.StandardSave(_plain(state)), metrics=metrics)
+
+    def check(self) -> None:
+        """Returns at once.
+
+        Raises:
+            CheckpointFailed: a save in the background did not finish.
+        """
+        with self._failing():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Until what was saved lies on disk.
+
+        Raises:
+            CheckpointFailed: it does not.
+        """
+        with self._failing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever Orbax and the file system raise becomes one line, and saving can go on."""
+        try:
+            yield
+        except Exception as error:  # OSError, ValueError of tensorstore, ...: the disk is full
+            if jax.process_count() == 1:  # otherwise the others wait: they must all start anew
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+                self.remove_fragments()
+                self._manager = self._open()
+            reason = next((line for line in str(error).splitlines() if line), "")
+            raise CheckpointFailed(f"{type(error).__name__}: {reason}"[:200]) from error
+
+    def remove_fragments(self) -> None:
+        """Removes what saves left that were cut off. Not while another process saves."""
+        if is_first():
+            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def restore(
+        self, like: TrainState, *, skipped: Callable[[int, str], None] = lambda step, why: None
+    ) -> TrainState:
+        """The newest state that can be read, shaped and placed as `like`.
+
+        Args:
+            like: arrays, or ShapeDtypeStructs.
+            skipped: called with the steps and the reason of every damaged checkpoint that is newer.
+
+        Raises:
+            ConfigError: there is none, or it does not fit `like`.
+        """
+        problem = ConfigError(f"{self._directory}: no checkpoint; train the run first")
+        for step in reversed(self.steps):
+            path = self._directory / str(step)
+            try:
+                return self._restore(step, like)
+            except ConfigError as error:
+                problem, why = error, str(error)
+            except Exception as error:  # whatever a parser finds in half a file
+                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                problem = ConfigError(f"{path}: cannot be read ({why[:100]}); train the run anew")
+            skipped(step, why[:200])
+        raise problem
+
+    def _restore(self, step: int, like: TrainState) -> TrainState:
+        _read_through(self._directory / str(step) / "default")
+        # Compared first: Orbax itself fails in the middle of reading, with pages of details.
+        saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(_plain(like))
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise ConfigError(
+                    f"{self._directory / str(step)}: does not fit the run's model: "
+                    f"{name} is {saved.get(name)}, not {wanted.get(name)}; train the run anew"
+                )
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+        plain = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        return TrainState(**plain)
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that its step can be saved again; its new path."""
+        path = self._directory / str(step)
+        new, number = path.with_name(f"{step}.damaged"), 2
+        while new.exists():
+            new, number = path.with_name(f"{step}.damaged{number}"), number + 1
+        with all_or_none():  # the others must not look before it is gone
+            if is_first():
+                path.rename(new)
+        self._manager.reload()
+        return new
+
+
+_UNKNOWN = -1.0
+
+
+def _average_precision(metrics: Any) -> float:
+    return metrics["AP"]
+
+
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the `count` checkpoints of highest AP. Orbax's BestN would take those that were not
+    evaluated for the best, or complain about each."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        aps = {info.step: _average_precision(info.metrics) for info in checkpoints if info.metrics}
+        scored = sorted((step for step in aps if aps[step] != _UNKNOWN), key=aps.__getitem__)
+        best = scored[len(scored) - min(self._count, len(scored)) :]
+        return [info.step in best for info in checkpoints]
+
+
+def _read_through(path: Path) -> None:
+    """Reads all that a checkpoint holds, and raises what is wrong with it.
+
+    Orbax finds the same, but reads everything at once and leaves the rest of it to fail aloud.
+    """
+    store = ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
+    for key in store.list().result():
+        store.read(key).result()
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Saves arrays that are no state, by this process alone; `path` must not exist.
+
+    It appears under its name when it is whole.
+    """
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+        checkpointer.save(path.resolve(), tree)
+
+
+def restore_tree(path: Path, like: Any) -> Any:
+    """What `save_tree` saved, as NumPy arrays; `like` has its shapes and types."""
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+        return checkpointer.restore(path.resolve(), target)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Without waiting for other processes, which may have found their file already."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}"
+    )
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    """The state as a dict of its fields, so that the names on disk are those in the code."""
+    return state._asdict()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of all leaves by their dotted names."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }

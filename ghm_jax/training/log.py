@@ -1,0 +1,244 @@
+"""What a run writes down while it trains."""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ghm_jax.config import Config
+from ghm_jax.data.batching import Batch
+from ghm_jax.distributed.processes import is_first
+from ghm_jax.plots.report import read_history
+from ghm_jax.progress import Progress
+from ghm_jax.runs.directory import RunDirectory, write_text
+from ghm_jax.training.metric_writers import Board, TensorBoard, WeightsAndBiases
+from ghm_jax.training.optimizer import learning_rate
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
+    """Too many updates in a row were not finite. The message is one line with the remedy."""
+
+
+class TrainingLog:
+    """Writes metrics to `metrics.jsonl` and the boards, and says what was not finite.
+    Of several processes the first one writes.
+
+    Metrics of a step are fetched from the devices one step later, so that the devices never wait.
+
+    Args:
+        run: where to.
+        config: resolved.
+        start: steps that are done; what was written of later ones is taken back.
+        progress: who hears about it.
+        ideal_seconds: of an image at the peak of the devices, by (height, width), for the MFU; see
+            `ghm_jax.analysis.cost.ideal_seconds`.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        start: int,
+        progress: Progress,
+        ideal_seconds: Mapping[tuple[int, int], float] | None = None,
+    ) -> None:
+        self._config, self._run, self._progress = config, run, progress
+        self._rate = learning_rate(config.optimizer)
+        self._writes = is_first()
+        history = read_history(run.history) if run.history.is_file() else []
+        history = [record for record in history if record["step"] <= start]
+        if self._writes:
+            rewrite(run.history, history)
+        if self._writes and run.evaluations.is_file():
+            scores = read_history(run.evaluations)
+            rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
+        self._boards: list[Board] = []
+        if self._writes:
+            self._boards.append(TensorBoard(run.tensorboard, start))
+        if self._writes and config.run.wandb:
+            self._boards.append(WeightsAndBiases(run, config))
+        self._complained = False
+        self._skipped = history[-1].get("skipped", 0) if history else 0  # those have been said
+        self._seconds = history[-1]["seconds"] if history else 0.0
+        self._pending: tuple[int, Any, float] | None = None
+        self._since = time.perf_counter()
+        self._last_step = start
+        self._ideal_seconds = ideal_seconds or {}
+        self._ideal = self._waited = 0.0  # seconds since the last record
+        self._latest: Any = None  # an array of the last step (type checkers do not know `is_ready`)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. The time until it comes is a wait for data if the devices are idle then.
+
+        The loop runs ahead of the devices: while they have a step to do, waiting costs nothing.
+        """
+        start = time.perf_counter()
+        batch = next(batches)
+        if self._latest is None or self._latest.is_ready():
+            self._waited += time.perf_counter() - start
+        size = batch["images"].shape[1:3]
+        self._ideal += self._config.optimizer.batch_size * self._ideal_seconds.get(size, 0.0)
+        return batch
+
+    def record(self, done: int, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of a step; those of an earlier one may be written now."""
+        self.flush()
+        self._latest = metrics["loss"]
+        optimizer, run = self._config.optimizer, self._config.run
+        if done % run.log_every == 0 or done in (1, optimizer.steps):
+            self._pending = (done, metrics, self._ideal)
+            self._ideal = 0.0
+
+    def flush(self) -> None:
+        """Writes what is pending. A step that was skipped is said instead.
+
+        Raises:
+            TrainingDiverged: `run.max_skipped` updates in a row, or more, were skipped.
+        """
+        if self._pending is None:
+            return
+        done, metrics, ideal = self._pending
+        self._pending = None
+        values = jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(metrics))
+        images_at_fault = [number for number in values.pop("nonfinite_images") if number >= 0]
+        now = time.perf_counter()
+        images = (done - self._last_step) * self._config.optimizer.batch_size
+        self._seconds += now - self._since
+        record = {
+            "step": done,
+            **values,
+            "learning_rate": np.asarray(self._rate(done - 1)).item(),
+            "images_per_second": images / (now - self._since),
+            "data_wait": self._waited / (now - self._since),
+            "seconds": self._seconds,
+        }
+        if self._ideal_seconds:
+            record["mfu"] = ideal / (now - self._since)
+        self._since, self._last_step, self._waited = now, done, 0.0
+        if values["skipped"] > self._skipped:
+            self._skipped = values["skipped"]
+            self._say_skipped(done, values, images_at_fault)
+        if values["skipped_in_a_row"]:
+            return
+        self._write(self._run.history, record)
+        self._progress.update(
+            "train",
+            done,
+            self._config.optimizer.steps,
+            progress_fields(record),
+        )
+
+    def _say_skipped(self, done: int, values: dict[str, Any], images: list[int]) -> None:
+        in_a_row, total = values["skipped_in_a_row"], values["skipped"]
+        line = f"step {done}: {total} update{'s' * (total > 1)} left out so far"
+        if in_a_row:
+            line += f", {in_a_row} in a row up to here: {what_is_wrong(values, images)}"
+        if in_a_row < self._config.run.max_skipped:
+            self._progress.say(f"warning: {line}")
+            return
+        raise TrainingDiverged(
+            f"{line}; lower --optimizer.learning-rate or --optimizer.clip-norm, and --restart"
+        )
+
+    def evaluated(
+        self, done: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray]
+    ) -> None:
+        """Writes the COCO figures of a step; what they took is not training time.
+
+        Args:
+            done: steps.
+            figures: of `ghm_jax.evaluate.METRICS`.
+            pictures: uint8[H, W, 3] by name, of validation images.
+        """
+        self._write(self._run.evaluations, {"step": done, **figures}, "validation", pictures)
+        self._progress.say(f"step {done}: AP {100 * figures['AP']:.1f} on the validation split")
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def _write(
+        self,
+        path: Path,
+        record: dict[str, Any],
+        group: str = "train",
+        pictures: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """A line of a file and the same for the boards. A full disk does not end the training."""
+        if not self._writes:
+            return
+        try:
+            append_line(path, record)
+            for board in self._boards:
+                board.add(group, record, pictures or {})
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                what = error.filename or path
+                self._progress.say(f"{what}: not written ({error.strerror}); training goes on")
+            self._complained = True
+
+    def close(self) -> None:
+        """Closes the files."""
+        for board in self._boards:
+            board.close()
+
+
+def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a person sees of a record, the most wanted first."""
+    fields = {
+        "class": f"{record['loss_class']:.3g}",
+        "box": f"{record['loss_box']:.3g}",
+        "lr": f"{record['learning_rate']:.3g}",
+        "img/s": f"{record['images_per_second']:.3g}",
+        "data": f"{record['data_wait']:.0%}",
+    }
+    if "mfu" in record:
+        fields["MFU"] = f"{record['mfu']:.0%}"
+    return fields | {"CE": f"{record['cross_entropy']:.3g}"}
+
+
+def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
+    """Which part of a step was not finite, in which bin and images.
+
+    Args:
+        values: metrics of `train_step`, as numbers and lists.
+        images: ids of the images for which the network's outputs were not finite.
+    """
+    bad = [name for name in ("loss_class", "loss_box") if not np.isfinite(values[name])]
+    if images or values["num_nonfinite"]:
+        what = "the network's outputs are not finite"
+    elif bad:
+        what = f"{' and '.join(bad)} not finite"
+    else:
+        what = "the gradient is not finite, the loss is"
+    if images:
+        what += f" for image{'s' * (len(images) > 1)} {', '.join(map(str, images[:5]))}"
+        what += f" and {len(images) - 5} more" * (len(images) > 5)
+    for name in ("ghm_c", "ghm_r"):
+        weights = np.asarray(values.get(name, {}).get("weights", [0.0]))
+        heaviest = int(np.argmax(np.where(np.isfinite(weights), weights, np.inf)))
+        if not weights[heaviest] < 100:  # common weights are below 10
+            what += f", {name} weighs bin {heaviest} of {len(weights)} by {weights[heaviest]:.3g}"
+    return what
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a record to a file of JSON lines, the whole line or nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, 2)
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def rewrite(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines anew."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,179 @@
+"""Faults that are put into a machine or a data set one by one are named, with what to do."""
+
+import dataclasses
+import shutil
+from collections import namedtuple
+from importlib import metadata
+
+import cv2
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from ghm_jax.analysis.doctor import examine
+from ghm_jax.analysis.doctor.data import examine_data
+from ghm_jax.cli import main
+from ghm_jax.config import Config, Data
+from ghm_jax.data.dataset import Dataset
+from ghm_jax.data.schema import COCO_CATEGORIES
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def roomy_disk(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**13, 0, 10**13))
+
+
+def record(number, rng):
+    """One image of 40 x 80 pixels with three sound objects."""
+    image = rng.integers(0, 255, (40, 80, 3)).astype(np.uint8)
+    start = rng.uniform(0, 0.5, (3, 2))
+    boxes = np.concatenate([start, start + rng.uniform(0.2, 0.5, (3, 2))], axis=1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) * 40 * 80
+    return {
+        "image": cv2.imencode(".png", image)[1].tobytes(),
+        "image/id": number,
+        "objects": {
+            "bbox": boxes.astype(np.float32),
+            "label": np.array([0, 1, 2]),
+            "area": area.astype(np.int64),
+            "is_crowd": np.zeros(3, bool),
+        },
+    }
+
+
+def sound(rng):
+    return [record(i + 1, rng) for i in range(5)]
+
+
+def findings(records, monkeypatch, tmp_path, names=("a", "b", "c"), ids=(1, 2, 3), **data):
+    """What is said of a data set of these records, which lies nowhere."""
+    dataset = Dataset(records, "mine", names, ids)
+    monkeypatch.setattr("ghm_jax.analysis.doctor.data.open_dataset", lambda data, split: dataset)
+    chosen = {"validation_split": "train", "short_side": 40, "long_side": 80} | data
+    chosen = Data(name="mine", dir=str(tmp_path), buckets=((64, 96), (96, 64)), **chosen)
+    return list(examine_data(dataclasses.replace(Config(), data=chosen), True, True, 100))
+
+
+def change_boxes(function):
+    def change(record):
+        record["objects"]["bbox"] = function(record["objects"]["bbox"])
+
+    return change
+
+
+def as_corner_and_size(boxes):
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def without_height(boxes):
+    return np.concatenate([boxes[:, :2], boxes[:, :1], boxes[:, 3:]], axis=1)
+
+
+FAULTS = {
+    "cannot be decoded": lambda r: r.update({"image": b"no image"}),
+    "id is another's": lambda r: r.update({"image/id": 1}),
+    "beyond [0, 1]": change_boxes(lambda b: b * 40),
+    "end lies before": change_boxes(lambda b: b[:, [2, 3, 0, 1]]),
+    "without width or height": change_boxes(without_height),
+    "without a class": lambda r: r["objects"].update({"label": np.array([0, 3, -1])}),
+    "more area than their box": lambda r: r["objects"].update({"area": np.full(3, 40 * 80)}),
+}
+
+
+def test_sound_data_has_no_fault(rng, monkeypatch, tmp_path):
+    found = findings(sound(rng), monkeypatch, tmp_path)
+    assert all(f.good for f in found), found
+    assert any("5 images, 15 objects, 0 images without any" in f.says for f in found)
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_each_fault_of_a_record_is_named_with_a_remedy(rng, monkeypatch, tmp_path, words):
+    records = sound(rng)
+    FAULTS[words](records[3])
+    (fault,) = (f for f in findings(records, monkeypatch, tmp_path) if not f.good)
+    assert words in fault.says
+    assert f"image {records[3]['image/id']})" in fault.says
+    assert fault.remedy
+
+
+def test_boxes_of_corner_and_size_are_found_out(rng, monkeypatch, tmp_path):
+    records = sound(rng)
+    for r in records:
+        change_boxes(as_corner_and_size)(r)
+    faults = [f for f in findings(records, monkeypatch, tmp_path) if not f.good]
+    assert any("x, y, width, height" in f.remedy for f in faults)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("more objects than data.max_boxes", {"max_boxes": 2}),
+        ("fit in no bucket", {"short_side": 80, "long_side": 160}),
+        ("not those of the run", {"classes": ("a", "b", "d")}),
+        ("two classes have one name", {"names": ("a", "a", "c")}),
+        ("3 classes have 2 category ids", {"ids": (1, 1, 3)}),
+        ("without an object (d)", {"names": ("a", "b", "c", "d"), "ids": (1, 2, 3, 4)}),
+        ("no file gone.json", {"annotations": "gone.json"}),
+        ("another id than COCO", {"names": tuple(COCO_CATEGORIES), "ids": tuple(range(1, 81))}),
+    ],
+)
+def test_each_fault_of_the_settings_is_named(rng, monkeypatch, tmp_path, words, settings):
+    found = findings(sound(rng), monkeypatch, tmp_path, **settings)
+    assert any(words in f.says and f.remedy for f in found if not f.good)
+
+
+def test_a_directory_that_is_broken_is_a_fault_and_no_crash(dataset_dir, tmp_path):
+    shutil.copytree(dataset_dir, tmp_path / "data")
+    for path in (tmp_path / "data").rglob("features.json"):
+        path.write_text("{")
+    config = tiny_config(tmp_path / "data")
+    faults = [f for f in examine_data(config, True, True, 10) if not f.good]
+    assert faults
+    assert all(f.remedy and "\n" not in f.says for f in faults)
+
+
+def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch):
+    version = metadata.version
+    found = {"flax": "0.1.0"}
+
+    def fake(name):
+        if name == "grain":
+            raise metadata.PackageNotFoundError(name)
+        return found.get(name) or version(name)
+
+    monkeypatch.setattr(metadata, "version", fake)
+    faults = [f for f in examine(Config()) if not f.good and f.what == "packages"]
+    assert [f.says.split()[0] for f in faults] == ["flax", "grain"]
+    assert all(f.remedy.startswith("pip install") for f in faults)
+
+
+def test_a_full_disk_and_a_wrong_decoder_are_faults(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, 10**6))
+    monkeypatch.setattr("ghm_jax.data.transforms.decode_image", lambda e: np.zeros((48, 32, 3)))
+    faults = {f.what: f for f in examine(Config()) if not f.good}
+    assert {"disk of runs", "disk of data", "decoders"} <= faults.keys()
+    assert "make room" in faults["disk of runs"].remedy
+
+
+def test_the_command_ends_with_one_when_something_is_wrong(
+    dataset_dir, finished_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    main(["doctor"])
+    assert capsys.readouterr().out.endswith("all is well\n")
+    for source, words in (
+        (str(finished_run[0].path), "has a checkpoint"),
+        ("gone.py", "gone.py: no such experiment file"),
+    ):
+        with pytest.raises(SystemExit) as exit_:  # no object of the data set is `absent`
+            main(["doctor", "--data.dir", str(dataset_dir), source])
+        assert exit_.value.code == 1
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert words in out
+        assert "1 classes without an object (absent)" in out
+    with pytest.raises(SystemExit):
+        main(["doctor", "--data.dir", "gone"])
+    assert "BAD   data" in capsys.readouterr().out

@@ -1,0 +1,121 @@
+"""The training benchmark runs and measures what it says; how fast it was is no test."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ghm_jax.analysis.cost import describe, peak_flops, training_operations
+from ghm_jax.bench.train import PARTS, Case, Row, growth, measure_train, random_batch
+from ghm_jax.cli import main
+
+TINY = Case(backbone="resnet10", image_size=(32, 32), batch_size=2, dtype="float32", channels=8)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_network_is_timed_by_its_parts():
+    (network,) = measure_train(TINY, parts=("networks",), backbones=("resnet10",), repeats=2)
+    assert network.ratio == network.processor_ratio == 1
+    assert 0 < network.fastest <= network.milliseconds
+    assert network.split is not None
+    parts = sum(network.split[name] for name in ("forward", "loss", "optimizer", "backward"))
+    assert parts == pytest.approx(network.milliseconds)
+    operations = 2 * training_operations(TINY.config, 80, TINY.image_size)
+    assert network.teraflops * 1e9 * network.milliseconds == pytest.approx(operations)
+    assert 0 < network.mfu < 1  # of a matrix product on this machine
+    assert 0 < network.split["dispatch"] <= network.milliseconds
+    assert network.memory > 4 * describe(TINY.config, 80, TINY.image_size).total.parameters
+
+
+def test_growth_is_the_slope_of_the_logarithms():
+    def row(part, case, milliseconds):
+        return Row(part, case, 1.0, 1.0, milliseconds, (1, 1), None, 1.0, 1.0, None, None, None)
+
+    rows = [
+        row("image", dataclasses.replace(TINY, image_size=(32, 32 * n)), 3 * n) for n in (1, 2, 4)
+    ]
+    rows += [row("batch", dataclasses.replace(TINY, batch_size=n), 5 * n**0.5) for n in (1, 4)]
+    rows[1] = dataclasses.replace(rows[1], ratio=99.0, processor_ratio=6.0)  # this one counts
+    rows += [row("classes", TINY, 1.0)]  # a single size has no slope
+    assert growth(rows) == pytest.approx({"image": 1.0, "batch": 0.5})
+
+
+def test_boxes_of_a_random_batch_lie_in_the_image():
+    batch = random_batch(dataclasses.replace(TINY, image_size=(64, 160), num_classes=3))
+    used = batch["labels"] >= 0
+    x0, y0, x1, y1 = np.moveaxis(batch["boxes"][used], -1, 0)
+    assert used.any(axis=1).all()
+    assert batch["labels"].max() < 3
+    assert ((x0 >= 0) & (x0 < x1) & (x1 <= 160) & (y0 >= 0) & (y0 < y1) & (y1 <= 64)).all()
+    assert (batch["boxes"][~used] == 0).all()
+
+
+def test_the_table_in_the_docs_is_the_measured_result():
+    root = Path(__file__).parents[2]
+    text = (root / "docs/recipes.md").read_text()
+    result = json.loads((root / "experiments/results/bench_train.json").read_text())
+    assert f"(load average {result['load_average']:.0f})" in text
+    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in PARTS}
+    for row, name in zip(rows["networks"], (18, 50, 101), strict=True):
+        line = f"| ResNet-{name} | {row['milliseconds']:.0f} ms | {row['split']['loss']:.0f} ms |"
+        line += f" {row['images_per_second']:.1f} | {row['memory'] / 2**20:.0f} MiB |"
+        assert line in text
+    devices = [f"{row['ratio']:.2f}" for row in rows["devices"][1:]]
+    found = re.search(r"took\s+([\d.]+), ([\d.]+) and ([\d.]+) times.* nothing up ([\d.]+)\.", text)
+    assert list(found.groups()) == devices
+
+
+def test_ratios_and_slopes_in_the_docs_are_the_measured_result():
+    root = Path(__file__).parents[2]
+    text = " ".join((root / "docs/recipes.md").read_text().split())
+    result = json.loads((root / "experiments/results/bench_train_growth.json").read_text())
+    (row,) = [row for row in result["rows"] if row["case"]["classification"] == "ghm_c"][:1]
+    low, high = row["ratio_quartiles"]
+    assert row["part"] == "losses"
+    assert f"GHM-C took {row['processor_ratio']:.3f} times the processor time" in text
+    assert (
+        f"by the clock {row['ratio']:.3f}, half of the pairs from {low:.2f} to {high:.2f}" in text
+    )
+    for part, name in (("image", "pixels to the power of"), ("batch", "images to")):
+        assert f"as the {name} {result['growth'][part]:.2f} (" in text
+    assert f"as the classes to {result['growth']['classes']:.2f} (" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),
+        ("Tesla T4", 65e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_known_by_the_names_that_jax_gives(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_training_bench_prints_its_table_and_writes_it(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    settings = "--parts devices --backbones resnet10 --size 32 32 --batch-size 2 --channels 8"
+    settings += " --devices 2 3 4096"  # three cannot share two images, and so many there are not
+    main(["bench", "train", *settings.split(), "--repeats", "1", "--out", str(out)])
+    printed, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert record["command"].startswith(f"ghm-jax bench train {settings}")
+    cases = [(row["case"]["devices"], row["case"]["collectives"]) for row in record["rows"]]
+    assert cases == [(2, True), (2, False)]
+    assert "resnet10 ghm_c 2 x 32 x 32 on 2" in printed
+    assert record["growth"] == {}

@@ -1,0 +1,109 @@
+"""The unpacked official files, or what looks like them, become `coco/2017`."""
+
+import contextlib
+import json
+
+import cv2
+import numpy as np
+import pytest
+from tiny import Listener
+
+from ghm_jax.config import ConfigError, Data
+from ghm_jax.data import open_dataset, prepare_coco
+from ghm_jax.data.schema import COCO_CATEGORIES
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Directories and files named as the official ones, with two images a split."""
+    folder = tmp_path / "official"
+    (folder / "annotations").mkdir(parents=True)
+    files = {
+        "train2017": "instances_train2017",
+        "val2017": "instances_val2017",
+        "test2017": "image_info_test2017",
+    }
+    encoded = cv2.imencode(".jpg", np.full((20, 30, 3), 90, np.uint8))[1].tobytes()
+    for number, (directory, name) in enumerate(files.items()):
+        (folder / directory).mkdir()
+        images = []
+        for i in range(2):
+            image_id = 100 * number + 9 * i
+            file_name = f"{image_id:012}.jpg"
+            (folder / directory / file_name).write_bytes(encoded)
+            images.append({"id": image_id, "file_name": file_name, "width": 30, "height": 20})
+        box = {"id": 1, "image_id": 100 * number, "category_id": 90, "bbox": [1, 2, 3, 4]}
+        content = {
+            "images": images,
+            "categories": [{"id": i, "name": name} for name, i in COCO_CATEGORIES.items()],
+        }
+        if directory != "test2017":
+            content["annotations"] = [box | {"area": 12.0, "iscrowd": 0}]
+        (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def splits_of(out):
+    found = {}
+    for split in ("train", "validation", "test"):
+        with contextlib.suppress(ConfigError):
+            found[split] = len(open_dataset(Data(dir=str(out)), split))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ((), {"train": 2, "validation": 2}),
+        (("validation",), {"validation": 2}),
+        (("train", "validation", "test"), {"train": 2, "validation": 2, "test": 2}),
+    ],
+)
+def test_splits_are_those_asked_for_and_test_only_when_asked(source, tmp_path, asked, expected):
+    prepare_coco("2017", source, tmp_path / "data", splits=asked)
+    assert splits_of(tmp_path / "data") == expected
+    dataset = open_dataset(Data(dir=str(tmp_path / "data")), "validation")
+    assert dataset.category_ids == tuple(COCO_CATEGORIES.values())
+
+
+def test_fewer_images_than_the_official_ones_are_said(source, tmp_path):
+    listener = Listener()
+    prepare_coco("2017", source, tmp_path / "a", splits=["validation"], progress=listener)
+    assert [line.split(";")[0] for line in listener.lines] == [
+        "validation: 2 images, 5,000 of the official files"
+    ]
+    listener = Listener()
+    prepare_coco(
+        "2017", source, tmp_path / "b", splits=["validation"], subset=0.0004, progress=listener
+    )
+    assert "1 images, 2 of" in listener.lines[0]
+
+
+def test_what_is_not_there_is_named_with_the_remedy(source, tmp_path):
+    out = tmp_path / "data"
+    with pytest.raises(ConfigError, match=r"--splits: coco/2017 has no val; choose of train, vali"):
+        prepare_coco("2017", source, out, splits=["val"])
+    (source / "test2017").rename(source / "elsewhere")
+    with pytest.raises(ConfigError, match=r"--source: no test2017/ in .*; unpack"):
+        prepare_coco("2017", source, out, splits=["test"])
+    with pytest.raises(ConfigError, match=r"--source: neither train2014/ nor val2014/ in"):
+        prepare_coco("2014", source, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["cut", "damaged", "whole"])
+def test_archives_beside_the_files_are_checked(source, tmp_path, monkeypatch, kind):
+    archive = source / "image_info_test2017.zip"
+    size = 1_144_034
+    with archive.open("wb") as file:
+        file.truncate(size - (kind == "cut"))
+    if kind == "whole":
+        published = "e52f412dd7195ac8f98d782b44c6dd30ea10241e9f42521f67610fbe055a74f8"
+        monkeypatch.setattr("ghm_jax.data.prepare.coco_official._sha256", lambda path, _: published)
+        listener = Listener()
+        prepare_coco("2017", source, tmp_path / "data", progress=listener)
+        assert listener.lines[0] == "image_info_test2017.zip: checksum as published"
+    else:
+        with pytest.raises(ConfigError, match=r"image_info_test2017.zip is not the official arch"):
+            prepare_coco("2017", source, tmp_path / "data")
+        assert not (tmp_path / "data").exists()

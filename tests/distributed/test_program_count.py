@@ -1,0 +1,88 @@
+"""Static shapes: however the images differ, the step is compiled once for each bucket."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import Listener, tiny_config
+
+from ghm_jax.data import open_dataset, train_batches
+from ghm_jax.distributed.devices import (
+    ProgramCount,
+    choose_devices,
+    parallelize,
+    replicate,
+    split_batch,
+)
+from ghm_jax.train import compile_step
+
+BUCKETS = ((64, 96), (96, 64))
+
+
+def add_up(state, batch):
+    """A step that looks at all of its batch and costs nothing."""
+    return state + sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(batch))
+
+
+@pytest.fixture
+def batches(dataset_dir):
+    data = dataclasses.replace(
+        tiny_config(dataset_dir).data, long_side=96, buckets=BUCKETS, min_short_side=40
+    )
+    config = tiny_config(dataset_dir, data=data)
+    stream = train_batches(open_dataset(data, "train"), config, 0)
+    yield stream
+    stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
+def test_a_thousand_mixed_steps_compile_one_program_for_each_bucket(batches, wrapper):
+    said = []
+    counted = ProgramCount(add_up, len(BUCKETS), said.append)
+    step = parallelize(counted, choose_devices(2), wrapper)
+    state, shapes, boxes = replicate(jnp.zeros(()), choose_devices(2)), set(), set()
+    for batch in itertools.islice(batches, 1000):
+        shapes.add(batch["images"].shape)
+        boxes.add(int((batch["labels"] >= 0).sum()))
+        state = step(state, split_batch(batch, 2))
+    assert len(shapes) == 2
+    assert len(boxes) > 3, "batches with different numbers of boxes must be tried"
+    assert counted.count == 2
+    assert said == []
+
+
+def test_a_shape_too_many_is_said_with_the_shape(batches):
+    said = []
+    step = parallelize(ProgramCount(add_up, 1, said.append), choose_devices(2))
+    batch = next(batches)
+    state = replicate(jnp.zeros(()), choose_devices(2))
+    state = step(state, split_batch(batch, 2))
+    assert said == []
+    step(state, split_batch({k: v[:2] for k, v in batch.items()}, 2))
+    (line,) = said
+    assert "warning: compiling program 2 of the step, 1 were expected" in line
+    assert f"images {[1, *batch['images'].shape[1:]]}" in line
+
+
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
+def test_every_program_is_ready_before_the_first_step(batches, dataset_dir, wrapper):
+    data = dataclasses.replace(tiny_config(dataset_dir).data, long_side=96, buckets=BUCKETS)
+    listener, devices = Listener(), choose_devices(2)
+    counted = ProgramCount(add_up, len(BUCKETS), listener.say)
+    step = parallelize(counted, devices, wrapper, donate=True)
+    state = replicate(jnp.zeros(()), devices)
+    compile_step(step, state, tiny_config(dataset_dir, data=data), BUCKETS, 2, listener)
+    assert counted.count == 2
+    assert state == 0
+    assert [line.split(",")[0] for line in listener.lines[::2]] == [
+        "compiling the training step for images of 64x96 pixels (1 of 2)",
+        "compiling the training step for images of 96x64 pixels (2 of 2)",
+    ]
+    shapes = set()
+    for batch in itertools.islice(batches, 30):
+        shapes.add(batch["images"].shape)
+        state = step(state, split_batch(batch, 2))
+    assert len(shapes) == counted.count == 2

@@ -1,0 +1,192 @@
+"""Figures are those of pycocotools, whichever library computes; what is no result is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from coco_oracle import pycocotools_figures
+from tiny import tiny_config
+
+from ghm_jax.config import ConfigError
+from ghm_jax.data import coco_ground_truth, open_dataset
+from ghm_jax.evaluation.coco import METRICS, load_ground_truth, load_results, score
+
+both_evaluators = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+
+
+@pytest.fixture(scope="module")
+def validation(dataset_dir):
+    return open_dataset(tiny_config(dataset_dir).data, "validation")
+
+
+def random_truth(rng, num_images=7, num_classes=3):
+    """COCO instances of all three areas, some of them crowds, an image and a class without any."""
+    annotations = []
+    for image in range(1, num_images):
+        for _ in range(rng.integers(1, 9)):
+            w, h = np.exp(rng.uniform(np.log(8), np.log(200), 2))
+            x, y = rng.uniform(0, 400, 2)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": 10 * int(rng.integers(1, num_classes)),
+                    "bbox": [float(v) for v in (x, y, w, h)],
+                    "area": float(w * h),
+                    "iscrowd": int(rng.random() < 0.15),
+                }
+            )
+    return {
+        "images": [{"id": i + 1, "width": 640, "height": 640} for i in range(num_images)],
+        "annotations": annotations,
+        "categories": [{"id": 10 * (i + 1), "name": f"c{i}"} for i in range(num_classes)],
+    }
+
+
+def random_detections(rng, truth):
+    """Some boxes moved a little, some doubled, some missed, some of another class, and noise."""
+    found = []
+    for annotation in truth["annotations"]:
+        for _ in range(rng.integers(0, 3)):
+            x, y, w, h = annotation["bbox"]
+            dx, dy, dw, dh = rng.normal(0, 0.1, 4)
+            category = annotation["category_id"] if rng.random() < 0.8 else 10
+            found.append((annotation["image_id"], category, x + w * dx, y + h * dy, w, h, dw, dh))
+    for _ in range(20):
+        found.append((int(rng.integers(1, 8)), 20, *rng.uniform(0, 300, 2), 50.0, 50.0, 0, 0))
+    return [
+        {
+            "image_id": image,
+            "category_id": category,
+            "bbox": [float(v) for v in (x, y, w * np.exp(dw), h * np.exp(dh))],
+            "score": float(rng.random()),
+        }
+        for image, category, x, y, w, h, dw, dh in found
+    ]
+
+
+def perfect_detections(truth):
+    return [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in truth["annotations"]
+        if not a["iscrowd"]
+    ]
+
+
+@both_evaluators
+def test_the_ground_truth_itself_scores_one(rng, evaluator):
+    truth = random_truth(rng)
+    metrics, per_class = score(truth, perfect_detections(truth), evaluator)
+    assert tuple(metrics) == tuple(METRICS)
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP75"] == pytest.approx(1.0)
+    assert metrics["AR100"] == pytest.approx(1.0)
+    with_objects = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}
+    assert per_class == pytest.approx(
+        {c["name"]: 1.0 if c["id"] in with_objects else -1.0 for c in truth["categories"]}
+    )
+
+
+@both_evaluators
+def test_figures_are_those_of_pycocotools(rng, evaluator):
+    truth = random_truth(rng)
+    results = random_detections(rng, truth)
+    metrics, per_class = score(truth, results, evaluator)
+    np.testing.assert_allclose(
+        list(metrics.values()), pycocotools_figures(truth, results), atol=1e-6
+    )
+    assert 0 < metrics["AP"] < 1
+    for category in truth["categories"]:  # the figures of a data set of this class alone
+        of_class = [r for r in results if r["category_id"] == category["id"]]
+        annotations = [a for a in truth["annotations"] if a["category_id"] == category["id"]]
+        alone = {**truth, "categories": [category], "annotations": annotations}
+        expected = pycocotools_figures(alone, of_class)[0] if of_class else -1.0
+        assert per_class[category["name"]] == pytest.approx(expected, abs=1e-6)
+
+
+@both_evaluators
+def test_detecting_nothing_scores_zero(rng, evaluator):
+    truth = random_truth(rng)
+    metrics, _ = score(truth, [], evaluator)
+    assert metrics["AP"] == metrics["AR100"] == 0.0
+
+
+@both_evaluators
+def test_without_any_object_no_figure_is_given(rng, evaluator):
+    truth = {**random_truth(rng), "annotations": []}
+    for results in ([], [{"image_id": 1, "category_id": 10, "bbox": [0, 0, 9, 9], "score": 0.5}]):
+        metrics, per_class = score(truth, results, evaluator)
+        assert set(metrics.values()) == set(per_class.values()) == {-1.0}
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_val2017_open", "deeppcb"])
+def test_hotcoco_and_pycocotools_agree_on_real_ground_truth(rng, shared, name):
+    truth = json.loads((shared / "data" / name / "instances_val.json").read_text())
+    by_category = [a for a in truth["annotations"] if not a["iscrowd"]]
+    results = []
+    for annotation in by_category:
+        for _ in range(rng.integers(0, 3)):
+            box = np.float64(annotation["bbox"])
+            box += rng.normal(0, 0.15, 4) * np.tile(box[2:], 2)
+            other = by_category[rng.integers(len(by_category))]["category_id"]
+            results.append(
+                {
+                    "image_id": annotation["image_id"],
+                    "category_id": annotation["category_id"] if rng.random() < 0.8 else other,
+                    "bbox": np.abs(box).tolist(),
+                    "score": round(float(rng.random()), 2),  # with many ties
+                }
+            )
+    metrics, per_class = score(truth, results)
+    np.testing.assert_allclose(
+        list(metrics.values()), pycocotools_figures(truth, results), atol=1e-6
+    )
+    referee = score(truth, results, "pycocotools")[1]
+    assert per_class == pytest.approx(referee, abs=1e-6)
+    assert 0 < metrics["AP"] < 1
+
+
+def test_another_annotations_file_is_scored_against(dataset_dir, validation, tmp_path):
+    truth = coco_ground_truth(validation)
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({**truth, "annotations": truth["annotations"][:2]}))
+    config = tiny_config(dataset_dir)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, annotations=str(path))
+    )
+    assert len(load_ground_truth(config, validation)["annotations"]) == 2
+
+    path.write_text(json.dumps({**truth, "categories": truth["categories"][:2]}))
+    with pytest.raises(ConfigError, match=r"^data.annotations: .*categories"):
+        load_ground_truth(config, validation)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"^data.annotations: no file"):
+        load_ground_truth(config, validation)
+
+
+GOOD = {"image_id": 101, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "is no JSON"),
+        ("{}", "is no list"),
+        (json.dumps([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), "row 1 needs"),
+        (json.dumps([{**GOOD, "score": "high"}]), "row 0 needs"),
+        (json.dumps([{**GOOD, "score": float("nan")}]), "row 0 needs"),
+        (json.dumps([{k: v for k, v in GOOD.items() if k != "image_id"}]), "row 0 needs"),
+        ("[3]", "row 0 needs"),
+        (json.dumps([GOOD, {**GOOD, "image_id": 4}]), "row 1 is of image 4"),
+        (json.dumps([{**GOOD, "category_id": 1}]), "row 0 is of category 1"),
+    ],
+)
+def test_what_is_no_results_file_is_one_line_that_names_the_row(validation, tmp_path, text, words):
+    truth, path = coco_ground_truth(validation), tmp_path / "found.json"
+    path.write_text(json.dumps([GOOD]))
+    assert load_results(path, truth) == [GOOD]
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as refused:
+        load_results(path, truth)
+    assert "found.json" in str(refused.value)
+    assert "\n" not in str(refused.value)

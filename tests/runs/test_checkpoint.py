@@ -1,0 +1,239 @@
+"""What is restored is what was saved, bit for bit; what cannot be restored is one line."""
+
+import contextlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ghm_jax import losses
+from ghm_jax.config import Config, ConfigError, Optimizer
+from ghm_jax.detection.loss import GHMStates
+from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.step import Skipped, TrainState
+
+# A state needs no network: this one has every kind of leaf, with names out of alphabetical order.
+
+
+def make_state(rng, width=3, optimizer=None):
+    optimizer = optimizer or make_optimizer(Config(optimizer=Optimizer(name="adamw")))
+    params = {
+        "z": {"kernel": rng.normal(size=(2, width)), "bias": rng.normal(size=width)},
+        "a": {"kernel": rng.normal(size=(width, 1))},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state, params)
+    ghm = losses.GHMState(jnp.asarray(rng.uniform(size=30), jnp.float32), jnp.array(7, jnp.int32))
+    return TrainState(
+        step=jnp.array(7, jnp.int32),
+        params=optax.apply_updates(params, updates),
+        batch_stats={"norm": {"mean": jnp.asarray(rng.normal(size=width), jnp.float32)}},
+        opt_state=state,
+        ghm=GHMStates(ghm, losses.init_ghm_state(10)),
+        ema_params=None,
+        skipped=Skipped(jnp.array(3, jnp.int32), jnp.array(0, jnp.int32)),
+    )
+
+
+def blank(state):
+    return jax.tree.map(jnp.zeros_like, state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y, jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_state_comes_back_bit_for_bit(rng, tmp_path, name):
+    state = make_state(rng, optimizer=make_optimizer(Config(optimizer=Optimizer(name=name))))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(7, state)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 7
+        assert_same(checkpoints.restore(blank(state)), state)
+
+
+def test_shapes_and_a_place_are_enough_to_restore(rng, tmp_path):
+    state, device = make_state(rng), jax.devices()[3]
+    place = jax.sharding.SingleDeviceSharding(device)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(7, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(like)
+    assert_same(restored, state)
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(restored))
+
+
+def test_the_newest_ones_are_kept(rng, tmp_path):
+    states = [make_state(rng) for _ in range(4)]
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for number, state in enumerate(states, 1):
+            checkpoints.save(10 * number, state)
+        checkpoints.wait()
+        assert checkpoints.latest == 40
+        assert_same(checkpoints.restore(blank(states[0])), states[-1])
+    assert {path.name for path in tmp_path.iterdir()} == {"30", "40"}
+
+
+def test_a_step_is_saved_once(rng, tmp_path):
+    first, second = make_state(rng), make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, first)
+        checkpoints.save(7, second)
+        checkpoints.wait()
+        assert_same(checkpoints.restore(blank(first)), first)
+
+
+def test_another_model_is_refused_in_one_line(rng, tmp_path):
+    state = make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+        checkpoints.wait()
+        others = [
+            make_state(rng, width=4),
+            state._replace(params={"z": state.params["z"]}),
+            state._replace(params={**state.params, "new": {"kernel": jnp.zeros(3)}}),
+            make_state(rng, optimizer=make_optimizer(Config(optimizer=Optimizer(name="sgd")))),
+        ]
+        for other in others:
+            with pytest.raises(ConfigError, match="does not fit") as refused:
+                checkpoints.restore(other)
+            assert "\n" not in str(refused.value)
+            assert str(tmp_path) in str(refused.value)
+        assert_same(checkpoints.restore(blank(state)), state)
+
+
+def test_without_a_checkpoint_the_remedy_is_named(rng, tmp_path):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ConfigError, match="no checkpoint; train the run first"),
+    ):
+        checkpoints.restore(make_state(rng))
+
+
+def test_a_save_cut_off_in_the_middle_is_not_taken_for_a_checkpoint(rng, tmp_path):
+    state = make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+    # Orbax writes under another name and renames it at the end; so a crash leaves these.
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "9.orbax-checkpoint-tmp" / "default").mkdir()
+    (tmp_path / "notes").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 7
+        assert_same(checkpoints.restore(blank(state)), state)
+
+
+def test_the_best_ones_are_kept_beside_the_newest(rng, tmp_path):
+    states = [make_state(rng) for _ in range(5)]
+    aps = [0.1, 0.4, None, 0.3, 0.2]
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:
+        for step, (state, ap) in enumerate(zip(states, aps, strict=True)):
+            checkpoints.save(step, state, ap)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 3, 4]
+        assert checkpoints.latest == 4
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:  # it is remembered
+        checkpoints.save(5, states[0], 0.35)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 5]
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    match how:
+        case "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "gone":
+            path.unlink()
+        case "flipped":
+            path.write_bytes(bytes(byte ^ 1 for byte in whole))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "gone", "flipped"])
+def test_a_damaged_checkpoint_is_skipped_and_can_be_put_aside(rng, tmp_path, how):
+    old, new = make_state(rng), make_state(rng)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, old)
+        checkpoints.save(9, new)
+    (data,) = (tmp_path / "9" / "default" / "d").iterdir()
+    damage(data, how)
+    skipped = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(blank(old), skipped=lambda *what: skipped.append(what))
+        assert_same(restored, old)
+        ((step, why),) = skipped
+        assert step == 9
+        assert "\n" not in why
+        assert checkpoints.set_aside(9).is_dir()
+        assert checkpoints.latest == 7
+        checkpoints.save(9, new)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(blank(new)), new)
+
+
+def test_nothing_but_damage_is_one_line(rng, tmp_path):
+    state = make_state(rng)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+    damage(tmp_path / "7" / "default" / "manifest.ocdbt", "truncated")
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ConfigError, match=r"7: cannot be read .*anew") as refused,
+    ):
+        checkpoints.restore(blank(state))
+    assert "\n" not in str(refused.value)
+
+
+@contextlib.contextmanager
+def full_disk(size=2000):
+    """No file of this process can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Orbax's threads end with the error as well, which pytest would report.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_costs_one_save_and_nothing_that_lies_there(rng, tmp_path):
+    first, second = make_state(rng, width=2000), make_state(rng, width=2000)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(7, first)
+        checkpoints.wait()
+        with full_disk(), pytest.raises(CheckpointFailed) as failed:  # noqa: PT012
+            checkpoints.save(9, second)
+            checkpoints.wait()  # whichever of the two notices
+        assert "\n" not in str(failed.value)
+        assert checkpoints.steps == [7]
+        assert_same(checkpoints.restore(blank(first)), first)
+        checkpoints.check()
+        checkpoints.save(9, second)  # there is room again
+        checkpoints.wait()
+        checkpoints.remove_fragments()  # a thread of the save that failed may have left one
+        assert {path.name for path in tmp_path.iterdir()} == {"9"}
+        assert_same(checkpoints.restore(blank(second)), second)
+
+
+def test_fragments_are_removed(rng, tmp_path):
+    (tmp_path / "9.orbax-checkpoint-tmp-1" / "default").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, make_state(rng))
+        checkpoints.wait()
+        checkpoints.remove_fragments()
+    assert {path.name for path in tmp_path.iterdir()} == {"7"}
