@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ghm_jax.config import Config
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 
 IMAGES = 117_280  # of an epoch in whole steps of 16
 base = load_experiment(Path(__file__).with_name("coco_r50_ghm.py"))

@@ -27,14 +27,16 @@ import tyro
 from matplotlib.figure import Figure
 
 from ghm_jax import losses
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection.matching import IGNORE, Targets
+from ghm_jax.detection.outputs import loss_inputs
 from ghm_jax.evaluation.detector import restore_variables
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.plots import gradients
 from ghm_jax.runs.directory import load_run
-from ghm_jax.training.step import loss_inputs, make_model
+from ghm_jax.training.build import make_model
 
 BINS = 100  # of the distributions in the paper
 REGIONS = 30  # of GHM-C in the paper, and here of GHM-R beside those of the run: not stated there

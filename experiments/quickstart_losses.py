@@ -39,7 +39,7 @@ from ghm_jax.config import Config
 from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.evaluate import evaluate
 from ghm_jax.progress import Bar
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 from ghm_jax.train import train
 
 LOSSES = {

@@ -13,13 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line: the key, what it is, the remedy."""
-
-
-class StoppedElsewhere(ConfigError):  # noqa: N818 (it is what happened)
-    """Another process of the job cannot go on. The message is what it says, which is enough."""
+from ghm_jax.exceptions import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

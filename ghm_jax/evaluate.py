@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ghm_jax.analysis.gradient_stats import measure_gradients
-from ghm_jax.config import Config, ConfigError, flatten
+from ghm_jax.config import Config, flatten
 from ghm_jax.data.dataset import Dataset, open_dataset
-from ghm_jax.data.loader import validation_batches
-from ghm_jax.data.transforms import decode_image
-from ghm_jax.detection.nms import Detections
-from ghm_jax.distributed.devices import Device, choose_devices, own_devices, replicate
-from ghm_jax.distributed.processes import all_or_none, computed_once, gather_rows, is_first
+from ghm_jax.distributed.devices import choose_devices, own_devices, replicate
+from ghm_jax.distributed.processes import all_or_none, computed_once, is_first
 from ghm_jax.evaluation.coco import (
     METRICS,
     Evaluator,
@@ -25,19 +21,17 @@ from ghm_jax.evaluation.coco import (
     match_images,
     score,
 )
-from ghm_jax.evaluation.detector import coco_results, make_detector, restore_state
+from ghm_jax.evaluation.detector import detect, restore_state
 from ghm_jax.evaluation.error_analysis import error_analysis
-from ghm_jax.plots.drawing import Sample
-from ghm_jax.plots.report import read_history, render_report
+from ghm_jax.evaluation.samples import make_samples
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.plots.report import render_report
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.directory import (
-    RunDirectory,
-    load_experiment,
-    load_run,
-    unused_directory,
-    write_text,
-)
-from ghm_jax.training.step import TrainState
+from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.runs.history import read_history
+from ghm_jax.runs.storage import unused_directory, write_text
+from ghm_jax.training.state import TrainState
 
 _SAMPLES = 12  # validation images drawn in the report
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` looks at more
@@ -238,35 +232,6 @@ def _open(config: Config, split: str, source: str | Path) -> tuple[Dataset, dict
     return dataset, truth
 
 
-def detect(
-    config: Config,
-    dataset: Dataset,
-    variables: dict[str, Any],
-    devices: list[Device],
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Detections of every image of a data set, once, in COCO results form.
-
-    Of several processes each looks at its share of the images, and all get all detections.
-    Boxes are in pixels of the original images, categories the original ids.
-    """
-    detector = make_detector(config, len(dataset.class_names), devices)
-    results, seen = [], []
-    batches = validation_batches(dataset, config, jax.process_index(), jax.process_count())
-    for batch in batches:
-        found = detector(variables, batch)
-        for i in np.flatnonzero(batch["valid"]):
-            seen.append(int(batch["image_id"][i]))
-            of_image = Detections(*(part[i] for part in found))
-            results += coco_results(seen[-1], of_image, dataset.category_ids)
-        of_all = min(len(seen) * jax.process_count(), len(dataset))
-        progress.update("evaluate", of_all, len(dataset), {})
-    results, seen = gather_rows(results), gather_rows(seen)
-    if len(seen) != len(dataset) or len(set(seen)) != len(seen):
-        raise AssertionError(f"{len(set(seen))} of {len(dataset)} images were evaluated once")
-    return results
-
-
 def report(
     run: RunDirectory,
     config: Config,
@@ -306,36 +271,3 @@ def _facts(dataset: Dataset, result: dict[str, Any]) -> dict[str, str]:
         "evaluated on": f"{result['images']} images, {dataset.name} {result['split']}",
         "versions": f"ghm-jax {metadata.version('ghm-jax')}, jax {jax.__version__}",
     }
-
-
-def make_samples(
-    dataset: Dataset, truth: dict[str, Any], detections: list[dict[str, Any]], count: int
-) -> list[Sample]:
-    """The first images of the data set with their boxes and detections."""
-    label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
-
-    def of_image(rows: list[dict[str, Any]], image_id: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = [row for row in rows if row["image_id"] == image_id]
-        boxes = np.array([row["bbox"] for row in rows], np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        return boxes, np.array([label_of[row["category_id"]] for row in rows], np.int32)
-
-    samples = []
-    for i in range(min(count, len(dataset))):
-        record = dataset.source[i]
-        image_id = int(record["image/id"])
-        boxes, labels = of_image(truth["annotations"], image_id)
-        detected_boxes, detected_labels = of_image(detections, image_id)
-        scores = [row["score"] for row in detections if row["image_id"] == image_id]
-        samples.append(
-            Sample(
-                image_id=image_id,
-                image=decode_image(record["image"]),
-                boxes=boxes,
-                labels=labels,
-                detected_boxes=detected_boxes,
-                detected_labels=detected_labels,
-                detected_scores=np.array(scores, np.float32),
-            )
-        )
-    return samples

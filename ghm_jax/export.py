@@ -10,13 +10,16 @@ import jax.export
 import numpy as np
 import safetensors.numpy
 
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config
+from ghm_jax.detection.outputs import predict_step
 from ghm_jax.distributed.devices import choose_devices
 from ghm_jax.evaluation.detector import category_ids_of_run, restore_variables
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.models.weight_conversion import export_detector
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.directory import RunDirectory, load_run, write_text
-from ghm_jax.training.step import make_model, predict_step
+from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.runs.storage import write_text
+from ghm_jax.training.build import make_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What a program can be written for, all of them at once."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.config import Config, Data
 from ghm_jax.data.batching import Example, collate, filler_example
 from ghm_jax.data.order import Groups, group_images, reading_order
 from ghm_jax.data.placement import choose_placement
@@ -24,9 +24,11 @@ from ghm_jax.evaluation.detector import (
     make_detector,
     restore_variables,
 )
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.directory import load_run, unused_directory
+from ghm_jax.runs.directory import load_run
+from ghm_jax.runs.storage import unused_directory
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHEET_IMAGES = 24

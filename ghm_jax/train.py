@@ -9,17 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ghm_jax.analysis.cost import ideal_seconds
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config
 from ghm_jax.data.batching import collate, filler_example
-from ghm_jax.data.dataset import Dataset, open_dataset
+from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import train_batches, training_groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.distributed.devices import (
     REPLICA,
-    Device,
     ProgramCount,
     choose_devices,
     compile_to_run_once,
@@ -28,22 +26,22 @@ from ghm_jax.distributed.devices import (
     replicate,
     split_batch,
 )
-from ghm_jax.distributed.processes import all_or_none, computed_once, is_first, largest
-from ghm_jax.evaluate import detect, make_samples
-from ghm_jax.evaluation.coco import load_ground_truth, score
-from ghm_jax.import_weights import load_backbone
-from ghm_jax.plots.drawing import sample_grid
+from ghm_jax.distributed.processes import all_or_none, is_first, largest
+from ghm_jax.evaluation.validation import Validation
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
-from ghm_jax.runs.directory import RunDirectory, claim_run, set_aside
+from ghm_jax.runs.directory import RunDirectory, claim_run
+from ghm_jax.runs.storage import set_aside
+from ghm_jax.training.build import make_model
 from ghm_jax.training.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.training.log import TrainingDiverged, TrainingLog
 from ghm_jax.training.metric_writers import check_boards
 from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.pretrained import load_backbone
 from ghm_jax.training.profiling import Profiler
-from ghm_jax.training.step import TrainState, init_state, make_model, train_step
-
-_PICTURES = 4  # of validation images, at each evaluation while training
+from ghm_jax.training.state import TrainState, init_state
+from ghm_jax.training.step import train_step
 
 
 def train(
@@ -267,27 +265,3 @@ def save_last(
                 ) from failed
             progress.say(f"step {done} was not saved ({failed}), trying again in {pause:.0f} s")
             time.sleep(pause)
-
-
-class Validation:
-    """Scores states on the validation split while a run trains."""
-
-    def __init__(self, config: Config, devices: list[Device]) -> None:
-        """Opens the data set, and raises ConfigError where that cannot work."""
-        self._config, self._devices = config, devices
-        self._dataset: Dataset = open_dataset(config.data, config.data.validation_split)
-        self._truth = load_ground_truth(config, self._dataset)
-
-    def score(
-        self, state: TrainState, progress: Progress
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """The twelve COCO figures of `ghm_jax.evaluate.METRICS`, and pictures of the first images
-        with their boxes and detections, uint8[H, W, 3] by name."""
-        dataset = self._dataset
-        detections = detect(self._config, dataset, state.variables, self._devices, progress)
-        samples = make_samples(dataset, self._truth, detections, _PICTURES)
-        pictures = {
-            f"image_{sample.image_id}": sample_grid([sample], dataset.class_names)
-            for sample in samples
-        }
-        return computed_once(lambda: score(self._truth, detections)[0]), pictures

@@ -64,7 +64,7 @@ import jax
 
 from ghm_jax.config import Config, differences
 from ghm_jax.distributed.devices import use_cpu_cores
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 
 config = load_experiment(root / "experiments/quickstart.py")
 config = replace(config, data=replace(config.data, dir=str(root / "data")))
@@ -151,8 +151,8 @@ from matplotlib.patches import Rectangle
 
 from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.matching import IGNORE
+from ghm_jax.detection.outputs import make_targets
 from ghm_jax.plots import class_color
-from ghm_jax.training.step import make_targets
 
 settings = config.anchors
 size = batch["images"].shape[1:3]
@@ -223,8 +223,9 @@ state = train(config, run.path, progress=Bar())
 # examples than the floor, and falls off where it holds fewer.
 
 # %%
-from ghm_jax.plots import harmonizing_panel, loss_curves, read_history
+from ghm_jax.plots import harmonizing_panel, loss_curves
 from ghm_jax.plots.figures import recent_histogram
+from ghm_jax.runs.history import read_history
 
 history = read_history(run.history)
 for key, title, norm in (
@@ -267,7 +268,7 @@ display(Markdown("\n".join(["| figure | percent | |", "| :-- | --: | :-- |", *ro
 import json
 
 from ghm_jax.data import coco_ground_truth
-from ghm_jax.evaluate import make_samples
+from ghm_jax.evaluation.samples import make_samples
 from ghm_jax.plots import sample_grid
 
 validation = open_dataset(config.data, config.data.validation_split)

@@ -75,7 +75,7 @@ from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.evaluate import evaluate
 from ghm_jax.losses import ghm_c_loss, ghm_softmax_loss, init_ghm_state
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, ORANGE, style
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 from ghm_jax.train import train
 
 SMOKE = bool(os.environ.get("GHM_NOTEBOOK_SMOKE"))  # the tests run the same cells, in seconds
@@ -157,7 +157,7 @@ print(f"AP {result['AP']:.3f}   AP50 {result['AP50']:.3f}")
 
 # %%
 from ghm_jax.data import coco_ground_truth
-from ghm_jax.evaluate import make_samples
+from ghm_jax.evaluation.samples import make_samples
 from ghm_jax.plots import sample_grid
 from ghm_jax.runs.directory import RunDirectory
 

@@ -77,11 +77,11 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from ghm_jax.analysis.cost import describe, table
-from ghm_jax.config import ConfigError
 from ghm_jax.distributed.devices import use_cpu_cores
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.models.weight_names import MMDETECTION
-from ghm_jax.runs.directory import load_experiment
-from ghm_jax.training.step import make_model
+from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.training.build import make_model
 
 SMOKE = bool(os.environ.get("GHM_NOTEBOOK_SMOKE"))  # the tests run the same cells, in seconds
 work = Path(tempfile.mkdtemp())
@@ -303,11 +303,11 @@ show(work / "found/contact_sheet.jpg")
 
 # %%
 from ghm_jax.data import open_dataset, train_batches
+from ghm_jax.detection.outputs import loss_inputs
 from ghm_jax.evaluation.detector import restore_variables
 from ghm_jax.losses import LossStats, ghm_c_loss
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, ORANGE, style
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.training.step import loss_inputs
 
 eight = replace(small, optimizer=replace(small.optimizer, batch_size=8))
 shapes = open_dataset(eight.data, "train")

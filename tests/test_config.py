@@ -7,15 +7,8 @@ import re
 
 import pytest
 
-from ghm_jax.config import (
-    Config,
-    ConfigError,
-    differences,
-    flatten,
-    from_dict,
-    to_dict,
-    unknown_key,
-)
+from ghm_jax.config import Config, differences, flatten, from_dict, to_dict, unknown_key
+from ghm_jax.exceptions import ConfigError
 
 
 def changed(**settings) -> Config:

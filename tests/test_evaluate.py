@@ -11,14 +11,16 @@ import pytest
 from coco_oracle import pycocotools_figures
 from tiny import Listener, tiny_config
 
-from ghm_jax.config import ConfigError, Run
+from ghm_jax.config import Run
 from ghm_jax.data import coco_ground_truth, open_dataset
+from ghm_jax.detection.outputs import make_targets
 from ghm_jax.distributed.devices import choose_devices
-from ghm_jax.evaluate import detect, evaluate, evaluate_file
+from ghm_jax.evaluate import evaluate, evaluate_file
 from ghm_jax.evaluation.coco import METRICS, load_results, score
+from ghm_jax.evaluation.detector import detect
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.training.step import make_targets
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -203,7 +205,7 @@ def test_a_perfect_network_finds_the_annotated_boxes_in_the_original_pixels(
         logits = jnp.where(classes[..., None] == jnp.arange(3)[None, None], 9.0, -9.0)
         return (logits, deltas), {}
 
-    monkeypatch.setattr("ghm_jax.training.step._apply", apply_perfectly)
+    monkeypatch.setattr("ghm_jax.detection.outputs.apply_network", apply_perfectly)
     variables = {"params": {}, "batch_stats": {}}
     results = detect(config, validation, variables, choose_devices(2), Silent())
 

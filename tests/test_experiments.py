@@ -18,9 +18,11 @@ from tiny import tiny_config
 from ghm_jax.analysis.cost import estimated_hours, training_operations
 from ghm_jax.config import Config
 from ghm_jax.losses import smooth_l1_loss
-from ghm_jax.runs.directory import experiment_name, load_experiment
+from ghm_jax.runs.experiments import experiment_name, load_experiment
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import init_state, make_model, train_step
+from ghm_jax.training.state import init_state
+from ghm_jax.training.step import train_step
 
 ROOT = Path(__file__).parents[1]
 FILES = [

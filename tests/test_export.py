@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny import CATEGORIES, SIDE, Listener, tiny_batch
 
-from ghm_jax.config import ConfigError
 from ghm_jax.evaluation.detector import make_detector, restore_variables
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.export import export
 from ghm_jax.runs.directory import load_run
 

@@ -17,18 +17,22 @@ from published_tensors import leaves_by_tensor, random_tensors
 from tiny import Listener, tiny_config
 
 from ghm_jax import import_weights as weights
-from ghm_jax.config import ConfigError, Model
+from ghm_jax.config import Model
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.evaluate import evaluate
 from ghm_jax.evaluation.detector import restore_variables
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.export import export
-from ghm_jax.import_weights import import_run, load_backbone, load_tensors, locate
+from ghm_jax.import_weights import import_run
+from ghm_jax.models.weight_files import load_tensors, locate
 from ghm_jax.models.weight_names import BACKBONE, MMDETECTION, TORCHVISION
 from ghm_jax.predict import predict
 from ghm_jax.runs.directory import load_run
 from ghm_jax.train import train
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import init_state, make_model
+from ghm_jax.training.pretrained import load_backbone
+from ghm_jax.training.state import init_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

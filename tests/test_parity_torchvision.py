@@ -27,11 +27,13 @@ from torchvision_oracle import (
 from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.boxes import box_iou, decode_boxes, encode_boxes
 from ghm_jax.detection.matching import match_anchors
+from ghm_jax.detection.outputs import predict_step
 from ghm_jax.models.resnet import ResNet
 from ghm_jax.models.weight_conversion import export_detector, import_backbone, import_detector
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import init_state, make_model, predict_step
+from ghm_jax.training.state import init_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import CATEGORIES, SIDE, Listener, draw_image
 
 from ghm_jax import predict as predict_module
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.predict import find_images, predict
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

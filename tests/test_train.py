@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from tiny import Listener, tiny_config
 
-from ghm_jax.config import ConfigError, from_dict
+from ghm_jax.config import from_dict
 from ghm_jax.evaluation.coco import METRICS
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.train import save_last, train
 from ghm_jax.training.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.training.log import TrainingDiverged, what_is_wrong
-from ghm_jax.training.step import init_state, train_step
+from ghm_jax.training.state import init_state
+from ghm_jax.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

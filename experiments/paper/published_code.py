@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ghm_jax.config import Loss
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).parents[1] / "coco_r50_ghm.py")
 base = replace(base, loss=Loss(preset="reference", ghm_scope="level"))

@@ -11,7 +11,7 @@ Estimated, not run: 7 to 9 hours a row on one A100 at an MFU of 30 %.
 from dataclasses import replace
 from pathlib import Path
 
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).with_name("recipe.py"))
 # The paper adds the four coordinates of a box, the package takes their mean: hence the 4.

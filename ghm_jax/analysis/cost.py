@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from ghm_jax.config import Config
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.models import RetinaNet
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import frozen_parameters
-from ghm_jax.training.step import make_model
 
 PARTS = ("backbone", "fpn", "class_head", "box_head")
 """Of the network, by their names among its parameters."""

@@ -15,14 +15,15 @@ import cv2
 import jax
 import numpy as np
 
-from ghm_jax.config import Config, ConfigError
-from ghm_jax.data.batching import CROWD
+from ghm_jax.config import Config
+from ghm_jax.data.batching import CROWD, Batch
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import train_batches
+from ghm_jax.detection.outputs import make_targets
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.plots.inspection import batch_picture, statistics_figure
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.directory import write_text
-from ghm_jax.training.step import Batch, make_targets
+from ghm_jax.runs.storage import write_text
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 

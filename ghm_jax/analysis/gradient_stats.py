@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax import losses
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config
+from ghm_jax.data.batching import Batch
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import GHMStates, detection_loss
 from ghm_jax.detection.matching import IGNORE, Targets
+from ghm_jax.detection.outputs import loss_inputs
 from ghm_jax.distributed.devices import (
     REPLICA,
     Device,
@@ -34,12 +36,14 @@ from ghm_jax.distributed.devices import (
     split_batch,
 )
 from ghm_jax.evaluation.detector import restore_state
-from ghm_jax.losses.density import region_index
-from ghm_jax.plots.figures import shares
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.losses.density import region_index, shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.directory import load_run, write_text
-from ghm_jax.training.step import Batch, TrainState, loss_inputs, make_model
+from ghm_jax.runs.directory import load_run
+from ghm_jax.runs.storage import write_text
+from ghm_jax.training.build import make_model
+from ghm_jax.training.state import TrainState
 
 DIFFICULTY = {"easy": (0.0, 0.1), "middle": (0.1, 0.5), "hard": (0.5, 0.9), "outlier": (0.9, 1.0)}
 """Ranges of gradient norm, [from, to); 1 is an outlier."""

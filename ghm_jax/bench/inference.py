@@ -17,6 +17,7 @@ import numpy as np
 
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.config import Config, Predict
+from ghm_jax.detection.outputs import choose_detections, network_outputs
 from ghm_jax.distributed.devices import (
     Device,
     compile_to_run_once,
@@ -25,8 +26,9 @@ from ghm_jax.distributed.devices import (
     split_batch,
 )
 from ghm_jax.evaluation.detector import make_detector
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import choose_detections, init_state, make_model, network_outputs
+from ghm_jax.training.state import init_state
 
 _PEAKED = 300  # (anchor, class) pairs an image that pass the threshold, if all do not
 

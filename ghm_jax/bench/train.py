@@ -18,16 +18,12 @@ from ghm_jax.bench.case import DetectorCase
 from ghm_jax.config import Config, Loss, Optimizer
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import detection_loss
+from ghm_jax.detection.outputs import loss_inputs, make_targets
 from ghm_jax.distributed.devices import REPLICA, compile_to_run_once, parallelize, split_batch
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import (
-    TrainState,
-    init_state,
-    loss_inputs,
-    make_model,
-    make_targets,
-    train_step,
-)
+from ghm_jax.training.state import TrainState, init_state
+from ghm_jax.training.step import train_step
 
 PARTS = ("networks", "losses", "devices", "image", "batch", "classes")
 """What can be compared; of the last three the growth of the time is given as well."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 try:
     from ghm_jax.cli import bench, data, doctor, predict, runs, stats
     from ghm_jax.cli.arguments import fail
-    from ghm_jax.config import ConfigError, StoppedElsewhere
+    from ghm_jax.exceptions import ConfigError, StoppedElsewhere
 except ModuleNotFoundError as missing:
     sys.exit(
         f"ghm-jax: {missing}; the detector needs more than the losses: "

@@ -9,7 +9,8 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from ghm_jax.config import Config, ConfigError, flatten, unknown_key
+from ghm_jax.config import Config, flatten, unknown_key
+from ghm_jax.exceptions import ConfigError
 
 # Settings by their dotted names; a switch is given like any other: --model.remat True.
 AllSettings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]

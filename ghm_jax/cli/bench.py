@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghm_jax.cli.arguments import parse
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 
 
 @dataclass

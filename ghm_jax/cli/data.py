@@ -8,8 +8,9 @@ from typing import Annotated
 import tyro
 
 from ghm_jax.cli.arguments import AllSettings, parse, positional
-from ghm_jax.config import Config, ConfigError
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.config import Config
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.runs.experiments import load_experiment
 
 
 @dataclass

@@ -8,8 +8,10 @@ from typing import Annotated
 import tyro
 
 from ghm_jax.cli.arguments import AllSettings, parse
-from ghm_jax.config import Config, ConfigError
-from ghm_jax.runs.directory import load_experiment, load_run
+from ghm_jax.config import Config
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.runs.directory import load_run
+from ghm_jax.runs.experiments import load_experiment
 
 
 @dataclass

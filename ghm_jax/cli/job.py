@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ghm_jax.cli.arguments import parse
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 
 PREFIX = "--distributed."
 

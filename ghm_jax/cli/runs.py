@@ -10,14 +10,11 @@ import tyro
 
 from ghm_jax.cli.arguments import AllSettings, fail, parse, positional
 from ghm_jax.cli.job import Distributed, hurried_exit, join_processes
-from ghm_jax.config import Config, ConfigError, Data
-from ghm_jax.runs.directory import (
-    RunDirectory,
-    cache_directory,
-    experiment_name,
-    load_experiment,
-    load_run,
-)
+from ghm_jax.config import Config, Data
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.runs.experiments import experiment_name, load_experiment
+from ghm_jax.runs.storage import cache_directory
 
 
 @dataclass

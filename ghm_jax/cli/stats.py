@@ -7,7 +7,7 @@ import tyro
 
 from ghm_jax.cli.arguments import parse, positional
 from ghm_jax.cli.runs import start_devices
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import load_run
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ghm_jax.config import ConfigError, Data
+from ghm_jax.config import Data
 from ghm_jax.data.placement import choose_placement
 from ghm_jax.data.schema import has_area, read_objects, trainable
 from ghm_jax.data.transforms import decode_image
+from ghm_jax.exceptions import ConfigError
 
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]

@@ -14,10 +14,11 @@ from urllib.parse import quote
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from ghm_jax.config import ConfigError, Data
+from ghm_jax.config import Data
 from ghm_jax.data.index import Index, read_index
 from ghm_jax.data.prepare.digit_scenes import DigitScenes
 from ghm_jax.data.schema import category_ids_of, detection_features
+from ghm_jax.exceptions import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.config import Config, Data
 from ghm_jax.data.batching import (
     Batch,
     Example,
@@ -24,6 +24,7 @@ from ghm_jax.data.batching import (
 )
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.order import Draw, Groups, group_images, reading_order, training_order
+from ghm_jax.exceptions import ConfigError
 
 Batches = Generator[Batch, None, None]
 """An iterator of batches; its `close()` stops the threads and processes that read ahead."""

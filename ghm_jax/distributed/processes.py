@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ghm_jax.config import StoppedElsewhere
+from ghm_jax.exceptions import StoppedElsewhere
 
 
 def start_processes(

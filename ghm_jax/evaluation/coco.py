@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ghm_jax.config import Config, ConfigError
+from ghm_jax.config import Config
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.ground_truth import coco_ground_truth
+from ghm_jax.exceptions import ConfigError
 
 Evaluator = Literal["hotcoco", "pycocotools"]
 

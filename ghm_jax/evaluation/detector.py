@@ -8,16 +8,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from ghm_jax.config import Config, ConfigError, Data
-from ghm_jax.data.dataset import data_set_names, open_dataset
+from ghm_jax.config import Config, Data
+from ghm_jax.data.batching import Batch
+from ghm_jax.data.dataset import Dataset, data_set_names, open_dataset
+from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.schema import category_ids_of
 from ghm_jax.detection.nms import Detections
+from ghm_jax.detection.outputs import predict_step
 from ghm_jax.distributed.devices import Device, merge_batch, num_local, parallelize, split_batch
+from ghm_jax.distributed.processes import gather_rows
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import Batch, TrainState, init_state, make_model, predict_step
+from ghm_jax.training.state import TrainState, init_state
 
 
 def restore_variables(
@@ -69,6 +75,35 @@ def _parallel_predict_step(
     model = make_model(config, num_classes)
     step = functools.partial(predict_step, config=config, model=model)
     return parallelize(step, list(devices), config.run.wrapper, split_output=True)
+
+
+def detect(
+    config: Config,
+    dataset: Dataset,
+    variables: dict[str, Any],
+    devices: list[Device],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Detections of every image of a data set, once, in COCO results form.
+
+    Of several processes each looks at its share of the images, and all get all detections.
+    Boxes are in pixels of the original images, categories the original ids.
+    """
+    detector = make_detector(config, len(dataset.class_names), devices)
+    results, seen = [], []
+    batches = validation_batches(dataset, config, jax.process_index(), jax.process_count())
+    for batch in batches:
+        found = detector(variables, batch)
+        for i in np.flatnonzero(batch["valid"]):
+            seen.append(int(batch["image_id"][i]))
+            of_image = Detections(*(part[i] for part in found))
+            results += coco_results(seen[-1], of_image, dataset.category_ids)
+        of_all = min(len(seen) * jax.process_count(), len(dataset))
+        progress.update("evaluate", of_all, len(dataset), {})
+    results, seen = gather_rows(results), gather_rows(seen)
+    if len(seen) != len(dataset) or len(set(seen)) != len(seen):
+        raise AssertionError(f"{len(set(seen))} of {len(dataset)} images were evaluated once")
+    return results
 
 
 def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:

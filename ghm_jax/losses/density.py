@@ -123,3 +123,9 @@ def _scatter_ones(index: jax.Array, slots: int) -> jax.Array:
 def _count_by_comparing(index: jax.Array, *, slots: int) -> jax.Array:
     equal = index[:, None] == jnp.arange(slots, dtype=index.dtype)[None, :]
     return jnp.sum(equal, axis=0, dtype=jnp.int32)
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """values / sum, or zeros where the sum is zero."""
+    total = values.sum()
+    return values / total if total > 0 else np.zeros_like(values)

@@ -9,7 +9,8 @@ from ghm_jax.plots.gradients import (
     reformulated_box_gradients,
     reformulated_class_gradients,
 )
-from ghm_jax.plots.report import read_history, render_report
+from ghm_jax.plots.report import render_report
+from ghm_jax.runs.history import read_history
 
 __all__ = [
     "Sample",

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ghm_jax.losses.density import shares
+
 # Structure; the report replaces these three to follow the colour scheme of the page.
 INK = "#24292f"
 MUTED = "#656d76"
@@ -142,12 +144,6 @@ def recent_histogram(
     counts = counts.mean(axis=0)
     mean = np.divide(weighted, counts, out=np.zeros_like(counts), where=counts > 0)
     return counts, mean, [record["step"] for record in records]
-
-
-def shares(values: np.ndarray) -> np.ndarray:
-    """values / sum, or zeros where the sum is zero."""
-    total = values.sum()
-    return values / total if total > 0 else np.zeros_like(values)
 
 
 def _column(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

@@ -1,10 +1,7 @@
 """One self-contained HTML page about a run. No scripts, no request to anywhere."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ghm_jax.plots import figures
@@ -31,30 +28,6 @@ _MERIT = {
     "ARm": ("AR medium", "AR 100 of objects from 32² to 96² pixels"),
     "ARl": ("AR large", "AR 100 of objects above 96² pixels"),
 }
-
-
-def read_history(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, by rising step.
-
-    A crash tears the last line; lines that are not a record are left out. A run that resumes from a
-    checkpoint logs some steps again: a record whose step is not after the one before it replaces
-    everything from that step on.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    history: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            continue
-        while history and history[-1]["step"] >= record["step"]:
-            history.pop()
-        history.append(record)
-    return history
 
 
 def render_report(

@@ -11,9 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from ghm_jax.config import ConfigError
 from ghm_jax.distributed.processes import all_or_none, is_first
-from ghm_jax.training.step import TrainState
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.training.state import TrainState
 
 
 class CheckpointFailed(RuntimeError):  # noqa: N818 (it is what happened)

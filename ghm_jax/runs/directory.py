@@ -14,13 +14,12 @@ runs/NAME/
 """
 
 import json
-import os
-import runpy
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghm_jax.config import Config, ConfigError, differences, from_dict, to_dict
+from ghm_jax.config import Config, differences, from_dict, to_dict
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.runs.storage import write_text
 
 
 @dataclass(frozen=True)
@@ -75,50 +74,6 @@ class RunDirectory:
         return self.path / "report.html"
 
 
-def load_experiment(path: str | Path) -> Config:
-    """The config of an experiment: FILE's `config`, or for FILE:ROW one of its `configs`.
-
-    Raises:
-        ConfigError: no such file or row, or the file does not define a `Config` there.
-    """
-    file, row = _split_experiment(path)
-    if not Path(file).is_file():
-        raise ConfigError(f"{file}: no such experiment file; see experiments/ for those there are")
-    try:
-        defined = runpy.run_path(file)
-    except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(f"{file}: {what}; mend the file") from error
-    config, configs = defined.get("config"), defined.get("configs")
-    if isinstance(configs, dict):
-        choice = f"choose from {', '.join(f'{file}:{name}' for name in configs)}"
-        if row:
-            config = configs.get(row)
-            if row not in configs:
-                raise ConfigError(f"{path}: no row {row!r}; {choice}")
-        elif config is None:
-            raise ConfigError(f"{file}: holds several configs; {choice}")
-    elif row:
-        raise ConfigError(f"{path}: the file has no `configs` to choose from; give {file}")
-    if not isinstance(config, Config):
-        raise ConfigError(
-            f"{path}: defines no `config = Config(...)`; see experiments/quickstart.py"
-        )
-    return config
-
-
-def experiment_name(path: str | Path) -> str:
-    """What runs of an experiment are called: `table1-bins_30` for a/table1.py:bins_30."""
-    file, row = _split_experiment(path)
-    return "-".join(filter(None, [Path(file).stem, row]))
-
-
-def _split_experiment(path: str | Path) -> tuple[str, str]:
-    """FILE and ROW, which may be empty."""
-    file, separator, row = str(path).rpartition(".py:")
-    return (f"{file}.py", row) if separator else (str(path), "")
-
-
 def load_run(path: str | Path) -> tuple[RunDirectory, Config]:
     """An existing run and its config.
 
@@ -167,36 +122,3 @@ def claim_run(path: str | Path, config: Config) -> RunDirectory:
             f"{path}: cannot be written ({error.strerror}); choose another --run-dir"
         ) from error
     return run
-
-
-def unused_directory(path: str | Path) -> Path:
-    """A directory for output that does not exist or is empty, so that nothing is written over.
-
-    Raises:
-        ConfigError: it is in use.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"--out: {path} is not empty; choose a new directory")
-    return path
-
-
-def set_aside(path: Path) -> Path:
-    """Renames an old run, so that nothing is lost; returns its new path."""
-    stem = f"{path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
-    new, number = path.with_name(stem), 2
-    while new.exists():
-        new, number = path.with_name(f"{stem}-{number}"), number + 1
-    return path.rename(new)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one: a crash between never tears it."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
-def cache_directory(kind: str) -> Path:
-    """Where to keep what can be made again: under $GHM_JAX_CACHE, or ~/.cache/ghm_jax."""
-    return Path(os.environ.get("GHM_JAX_CACHE") or Path.home() / ".cache/ghm_jax") / kind

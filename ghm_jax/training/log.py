@@ -1,10 +1,7 @@
 """What a run writes down while it trains."""
 
-import errno
-import json
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import numpy as np
 from ghm_jax.config import Config
 from ghm_jax.data.batching import Batch
 from ghm_jax.distributed.processes import is_first
-from ghm_jax.plots.report import read_history
 from ghm_jax.progress import Progress
-from ghm_jax.runs.directory import RunDirectory, write_text
+from ghm_jax.runs.directory import RunDirectory
+from ghm_jax.runs.history import append_line, read_history, rewrite
 from ghm_jax.training.metric_writers import Board, TensorBoard, WeightsAndBiases
 from ghm_jax.training.optimizer import learning_rate
 
@@ -224,21 +221,3 @@ def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
         if not weights[heaviest] < 100:  # common weights are below 10
             what += f", {name} weighs bin {heaviest} of {len(weights)} by {weights[heaviest]:.3g}"
     return what
-
-
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a record to a file of JSON lines, the whole line or nothing."""
-    with path.open("ab", buffering=0) as file:
-        size = file.seek(0, 2)
-        line = json.dumps(record).encode() + b"\n"
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-def rewrite(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines anew."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

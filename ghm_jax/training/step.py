@@ -1,110 +1,19 @@
 """What one replica does in a step of training or prediction: pure functions of arrays."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ghm_jax.config import Config
-from ghm_jax.detection.anchors import level_sizes, make_anchors
-from ghm_jax.detection.loss import GHMStates, detection_loss, init_ghm_states
-from ghm_jax.detection.matching import IGNORE, Targets, match_anchors
-from ghm_jax.detection.nms import Detections, select_detections
+from ghm_jax.data.batching import Batch
+from ghm_jax.detection.anchors import level_sizes
+from ghm_jax.detection.loss import detection_loss
+from ghm_jax.detection.outputs import apply_network, make_targets, padded_size
 from ghm_jax.models import RetinaNet
-
-Batch = dict[str, Any]
-"""Arrays of `ghm_jax.data.batching`."""
-
-# Channel means and standard deviations of ImageNet in 0..255, as torchvision and mmdetection.
-_MEAN = (123.675, 116.28, 103.53)
-_STD = (58.395, 57.12, 57.375)
-
-
-class Skipped(NamedTuple):
-    """Updates that were left out because the loss or the gradient was not finite."""
-
-    total: jax.Array
-    """i32[]. Since the first step."""
-    in_a_row: jax.Array
-    """i32[]. Up to this step; 0 when it was finite."""
-
-
-class TrainState(NamedTuple):
-    """All that training changes; one pytree, and what a checkpoint holds."""
-
-    step: jax.Array
-    """i32[], steps done."""
-    params: Any
-    batch_stats: Any
-    opt_state: optax.OptState
-    ghm: GHMStates
-    ema_params: Any
-    """Moving average of `params` to predict with; None without `optimizer.ema`."""
-    skipped: Skipped
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """What to predict with, and what is evaluated and exported."""
-        params = self.params if self.ema_params is None else self.ema_params
-        return {"params": params, "batch_stats": self.batch_stats}
-
-
-def make_model(config: Config, num_classes: int, axis_name: str | None = None) -> RetinaNet:
-    """The network a config describes; batch statistics are taken over `axis_name`."""
-    model = config.model
-    return RetinaNet(
-        num_classes=num_classes,
-        anchors_per_cell=config.anchors.octaves * len(config.anchors.ratios),
-        backbone_name=model.backbone,
-        width=model.width,
-        stem_kernel=model.stem_kernel,
-        norm=model.norm,
-        norm_epsilon=model.norm_epsilon,
-        frozen_stages=model.frozen_stages,
-        remat=model.remat,
-        channels=model.channels,
-        p6_from=model.p6_from,
-        relu_before_p7=model.relu_before_p7,
-        head_convs=model.head_convs,
-        head_norm=model.head_norm,
-        prior=model.prior,
-        axis_name=axis_name,
-        dtype=jnp.dtype(model.dtype),
-    )
-
-
-def init_state(
-    config: Config,
-    model: RetinaNet,
-    optimizer: optax.GradientTransformation,
-    pretrained: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """The state before the first step. To be jitted: the network runs.
-
-    Args:
-        config: fixes what is random by its `seed`.
-        model, optimizer: what to do, not traced.
-        pretrained: `params` and `batch_stats` of those parts of the network, such as `backbone`,
-            that do not start at random.
-    """
-    images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
-    variables = {"batch_stats": {}, **model.init(jax.random.key(config.seed), images)}
-    for kind, parts in (pretrained or {}).items():
-        variables[kind] = {**variables[kind], **parts}
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(params),
-        ghm=init_ghm_states(config),
-        # A copy: a buffer that is in the state twice cannot be given away twice.
-        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
-        skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
-    )
+from ghm_jax.training.state import Skipped, TrainState
 
 
 def train_step(
@@ -143,7 +52,7 @@ def train_step(
             targets,
             state.ghm,
             config=config,
-            level_sizes=level_sizes(_padded_size(batch), model.anchors_per_cell),
+            level_sizes=level_sizes(padded_size(batch), model.anchors_per_cell),
             axis_name=axis_name,
         )
         return parts.total, (parts, ghm, stats)
@@ -219,7 +128,7 @@ def _run(
     """
 
     def network(params: Any, batch_stats: Any, part: Batch) -> tuple[Any, Any]:
-        return _apply(model, params, batch_stats, part, train=True)
+        return apply_network(model, params, batch_stats, part, train=True)
 
     if parts == 1:
         outputs, pull_back, batch_stats = jax.vjp(
@@ -250,126 +159,3 @@ def _run(
         return jax.lax.scan(backward, zeros, (inputs, jax.tree.map(split, of_outputs)))[0]
 
     return outputs, batch_stats, gradient
-
-
-def predict_step(
-    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
-) -> Detections:
-    """Detections [b, D] in pixels of the padded image.
-
-    Args:
-        variables: `params` and `batch_stats`.
-        batch: images u8[b, H, W, 3] and image_size i32[b, 2] of one replica.
-    """
-    outputs = network_outputs(variables, batch, model=model)
-    return choose_detections(outputs, batch, config=config)
-
-
-def network_outputs(
-    variables: dict[str, Any], batch: Batch, *, model: RetinaNet
-) -> tuple[jax.Array, jax.Array]:
-    """Logits f32[b, A, K] and deltas f32[b, A, 4], as the network is in prediction.
-
-    Args:
-        variables: `params` and `batch_stats`.
-        batch: as for `predict_step`.
-    """
-    outputs, _ = _apply(model, variables["params"], variables["batch_stats"], batch, train=False)
-    return outputs
-
-
-def choose_detections(
-    outputs: tuple[jax.Array, jax.Array], batch: Batch, *, config: Config
-) -> Detections:
-    """Detections [b, D] of the network's outputs; `batch` as for `predict_step`."""
-    size = _padded_size(batch)
-    per_cell = config.anchors.octaves * len(config.anchors.ratios)
-    select = functools.partial(
-        select_detections,
-        anchors=_anchors(config, size),
-        level_sizes=level_sizes(size, per_cell),
-        score_threshold=config.predict.score_threshold,
-        candidates=config.predict.candidates,
-        nms_iou=config.predict.nms_iou,
-        max_detections=config.predict.max_detections,
-        soft_sigma=config.predict.nms_sigma,
-        agnostic=config.predict.nms_classes == "all",
-    )
-    return jax.vmap(lambda scores, moves, image_size: select(scores, moves, image_size=image_size))(
-        *outputs, batch["image_size"]
-    )
-
-
-def loss_inputs(
-    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
-) -> tuple[jax.Array, jax.Array, Targets]:
-    """What the losses would see of a batch, as the network is in prediction.
-
-    Args:
-        variables: `params` and `batch_stats`.
-        batch: as for `train_step`.
-
-    Returns:
-        Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4].
-    """
-    return *network_outputs(variables, batch, model=model), make_targets(batch, config)
-
-
-def make_targets(batch: Batch, config: Config) -> Targets:
-    """Targets [b, A] of a batch. Anchors whose centre lies in the padding are ignored.
-
-    An image counts as reaching to the next multiple of 32 pixels, as in the published code, where
-    every image is padded so far by itself before it is padded to the batch.
-    """
-    anchors = _anchors(config, _padded_size(batch))
-    match = functools.partial(
-        match_anchors,
-        anchors,
-        positive_iou=config.anchors.positive_iou,
-        negative_iou=config.anchors.negative_iou,
-        convention=config.anchors.convention,
-        crowd=config.anchors.crowd,
-    )
-    targets = jax.vmap(match)(batch["boxes"], batch["labels"])
-    reach = -(-batch["image_size"] // 32) * 32  # [b, 2] height, width
-    x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
-    inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
-    return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
-
-
-def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
-    """Images f32[b, H, W, 3] as the network takes them, of mean 0 and deviation 1 over ImageNet.
-
-    What lies beyond image_size i32[b, 2] (height, width) is padding and becomes 0, the mean colour:
-    weights trained elsewhere know it so, from pipelines that pad after this.
-
-    Args:
-        images: u8[b, H, W, 3], RGB.
-        image_size: pixels of each image that are not padding.
-    """
-    height, width = images.shape[1:3]
-    values = (images.astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
-        jnp.asarray(_STD)[None, None, None]
-    )
-    rows = jnp.arange(height)[None, :] < image_size[:, :1]  # [b, H]
-    columns = jnp.arange(width)[None, :] < image_size[:, 1:]  # [b, W]
-    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], values, 0.0)
-
-
-def _apply(
-    model: RetinaNet, params: Any, batch_stats: Any, batch: Batch, *, train: bool
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    images = normalize(batch["images"], batch["image_size"])
-    outputs, changed = model.apply(
-        {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
-    )
-    return outputs, changed.get("batch_stats", batch_stats)
-
-
-def _anchors(config: Config, size: tuple[int, int]) -> jax.Array:
-    a = config.anchors
-    return jnp.asarray(make_anchors(size, a.scale, a.octaves, a.ratios, a.convention))
-
-
-def _padded_size(batch: Batch) -> tuple[int, int]:
-    return batch["images"].shape[1], batch["images"].shape[2]

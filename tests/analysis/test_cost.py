@@ -8,7 +8,7 @@ from tiny import tiny_config
 
 from ghm_jax.analysis.cost import PARTS, describe, ideal_seconds, table, training_operations
 from ghm_jax.config import Anchors, Model
-from ghm_jax.runs.directory import load_experiment
+from ghm_jax.runs.experiments import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

@@ -15,10 +15,11 @@ from ghm_jax.cli import main
 from ghm_jax.config import Loss, Run, to_dict
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
+from ghm_jax.detection.outputs import loss_inputs
 from ghm_jax.evaluate import evaluate
 from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.runs.directory import load_run
-from ghm_jax.training.step import loss_inputs, make_model
+from ghm_jax.training.build import make_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,8 +13,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import Listener
 
-from ghm_jax.config import Config, ConfigError, Data, Predict, Run
+from ghm_jax.config import Config, Data, Predict, Run
 from ghm_jax.data import coco_ground_truth, open_dataset, prepare_folder, validation_batches
+from ghm_jax.exceptions import ConfigError
 
 CATEGORIES = [{"id": 40, "name": "猫"}, {"id": 3, "name": "traffic light"}, {"id": 7, "name": "ox"}]
 IMAGES = [  # id, file name, width, height

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny import Listener
 
-from ghm_jax.config import ConfigError, Data
+from ghm_jax.config import Data
 from ghm_jax.data import open_dataset, prepare_coco
 from ghm_jax.data.schema import COCO_CATEGORIES
+from ghm_jax.exceptions import ConfigError
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ghm_jax.config import Anchors, Config, ConfigError, Data, Optimizer, Run
+from ghm_jax.config import Anchors, Config, Data, Optimizer, Run
 from ghm_jax.data import Dataset, train_batches, validation_batches
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.data.transforms import decode_image, encoded_size
+from ghm_jax.exceptions import ConfigError
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:

@@ -9,10 +9,11 @@ import grain
 import numpy as np
 import pytest
 
-from ghm_jax.config import Config, ConfigError, Data, Optimizer, Run
+from ghm_jax.config import Config, Data, Optimizer, Run
 from ghm_jax.data import Dataset, train_batches, validation_batches
 from ghm_jax.data.index import read_index
 from ghm_jax.data.order import group_images, training_order
+from ghm_jax.exceptions import ConfigError
 
 BUCKETS = ((64, 96), (96, 64), (96, 96))
 

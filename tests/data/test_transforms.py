@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ghm_jax.config import ConfigError, Data
+from ghm_jax.config import Data
 from ghm_jax.data.batching import (
     CROWD,
     choose_bucket,
@@ -14,6 +14,7 @@ from ghm_jax.data.batching import (
 )
 from ghm_jax.data.placement import Placement, choose_placement, to_original
 from ghm_jax.data.transforms import decode_image, encoded_size
+from ghm_jax.exceptions import ConfigError
 
 
 def encode(image: np.ndarray, suffix: str = ".png") -> bytes:

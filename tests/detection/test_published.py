@@ -15,8 +15,8 @@ from ghm_jax.cli import main
 from ghm_jax.data import prepare_folder
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.models.weight_names import MMDETECTION
-from ghm_jax.runs.directory import load_experiment
-from ghm_jax.training.step import make_model
+from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.training.build import make_model
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments/coco_r50_ghm.py"
 NAME = "retinanet_ghm_r50_fpn_1x_coco_20200130-a437fda3"

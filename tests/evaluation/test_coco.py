@@ -8,9 +8,9 @@ import pytest
 from coco_oracle import pycocotools_figures
 from tiny import tiny_config
 
-from ghm_jax.config import ConfigError
 from ghm_jax.data import coco_ground_truth, open_dataset
 from ghm_jax.evaluation.coco import METRICS, load_ground_truth, load_results, score
+from ghm_jax.exceptions import ConfigError
 
 both_evaluators = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
 

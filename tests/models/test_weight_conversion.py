@@ -30,8 +30,8 @@ from ghm_jax.models.weight_names import (
     TORCHVISION,
     TORCHVISION_2020,
 )
-from ghm_jax.runs.directory import load_experiment
-from ghm_jax.training.step import make_model
+from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.training.build import make_model
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

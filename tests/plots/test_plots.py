@@ -13,11 +13,11 @@ from ghm_jax.plots import (
     draw_boxes,
     harmonizing_panel,
     loss_curves,
-    read_history,
     render_report,
     sample_grid,
 )
 from ghm_jax.plots.figures import recent_histogram
+from ghm_jax.runs.history import read_history
 
 NAMES = ("zero", "one", "two")
 MERIT = {

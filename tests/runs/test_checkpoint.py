@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from ghm_jax import losses
-from ghm_jax.config import Config, ConfigError, Optimizer
+from ghm_jax.config import Config, Optimizer
 from ghm_jax.detection.loss import GHMStates
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import Skipped, TrainState
+from ghm_jax.training.state import Skipped, TrainState
 
 # A state needs no network: this one has every kind of leaf, with names out of alphabetical order.
 

@@ -4,16 +4,11 @@ import dataclasses
 
 import pytest
 
-from ghm_jax.config import Config, ConfigError, Loss, Predict, Run
-from ghm_jax.runs.directory import (
-    RunDirectory,
-    claim_run,
-    experiment_name,
-    load_experiment,
-    load_run,
-    set_aside,
-    write_text,
-)
+from ghm_jax.config import Config, Loss, Predict, Run
+from ghm_jax.exceptions import ConfigError
+from ghm_jax.runs.directory import RunDirectory, claim_run, load_run
+from ghm_jax.runs.experiments import experiment_name, load_experiment
+from ghm_jax.runs.storage import set_aside, write_text
 
 
 def refusal(function, *args):

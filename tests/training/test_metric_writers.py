@@ -13,7 +13,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tiny import Listener, tiny_config
 
-from ghm_jax.config import ConfigError, to_dict
+from ghm_jax.config import to_dict
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.train import train
 from ghm_jax.training.log import TrainingLog

@@ -10,7 +10,7 @@ import pytest
 from tiny import Listener, tiny_config
 
 from ghm_jax.cli.runs import steps_to_profile
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.train import train
 from ghm_jax.training.profiling import Profiler
 

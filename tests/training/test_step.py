@@ -21,17 +21,12 @@ from ghm_jax import losses
 from ghm_jax.config import Anchors, Loss, Optimizer
 from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.loss import GHMStates
+from ghm_jax.detection.outputs import make_targets, normalize
 from ghm_jax.distributed.devices import REPLICA, parallelize, split_batch
+from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.step import (
-    Skipped,
-    TrainState,
-    init_state,
-    make_model,
-    make_targets,
-    normalize,
-    train_step,
-)
+from ghm_jax.training.state import Skipped, TrainState, init_state
+from ghm_jax.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from ghm_jax.analysis.doctor.finding import Finding, guarded
-from ghm_jax.config import Config, ConfigError, Data
+from ghm_jax.config import Config, Data
 from ghm_jax.data.batching import choose_bucket
 from ghm_jax.data.dataset import Dataset, data_set_names, open_dataset
 from ghm_jax.data.prepare.digit_scenes import DigitScenes
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.data.transforms import decode_image, encoded_size, resized_size
+from ghm_jax.exceptions import ConfigError
 
 _DECODED = 20  # images of a split that are decoded, beyond the headers of all
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ghm_jax.config import ConfigError
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress, Silent
 
 

@@ -12,10 +12,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.splits import SplitDict
 
-from ghm_jax.config import ConfigError
 from ghm_jax.data.dataset import refuse_bucket, write_array_record
 from ghm_jax.data.prepare.coco_annotations import AnnotatedImage, read_split
 from ghm_jax.data.schema import detection_features
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress, Silent
 
 Splits = Mapping[str, tuple[str | Path, str | Path]]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from ghm_jax.config import ConfigError
 from ghm_jax.data.dataset import refuse_bucket
 from ghm_jax.data.prepare.coco_folder import prepare_folder
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress, Silent
 
 # {split: (directory of images, JSON, images that the official JSON lists)}

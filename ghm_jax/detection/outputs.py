@@ -1,0 +1,145 @@
+"""From a batch to what the network says of it, what it should say, and the detections."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ghm_jax.config import Config
+from ghm_jax.data.batching import Batch
+from ghm_jax.detection.anchors import level_sizes, make_anchors
+from ghm_jax.detection.matching import IGNORE, Targets, match_anchors
+from ghm_jax.detection.nms import Detections, select_detections
+from ghm_jax.models import RetinaNet
+
+# Channel means and standard deviations of ImageNet in 0..255, as torchvision and mmdetection.
+_MEAN = (123.675, 116.28, 103.53)
+
+
+_STD = (58.395, 57.12, 57.375)
+
+
+def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
+    """Images f32[b, H, W, 3] as the network takes them, of mean 0 and deviation 1 over ImageNet.
+
+    What lies beyond image_size i32[b, 2] (height, width) is padding and becomes 0, the mean colour:
+    weights trained elsewhere know it so, from pipelines that pad after this.
+
+    Args:
+        images: u8[b, H, W, 3], RGB.
+        image_size: pixels of each image that are not padding.
+    """
+    height, width = images.shape[1:3]
+    values = (images.astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
+        jnp.asarray(_STD)[None, None, None]
+    )
+    rows = jnp.arange(height)[None, :] < image_size[:, :1]  # [b, H]
+    columns = jnp.arange(width)[None, :] < image_size[:, 1:]  # [b, W]
+    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], values, 0.0)
+
+
+def apply_network(
+    model: RetinaNet, params: Any, batch_stats: Any, batch: Batch, *, train: bool
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    images = normalize(batch["images"], batch["image_size"])
+    outputs, changed = model.apply(
+        {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
+    )
+    return outputs, changed.get("batch_stats", batch_stats)
+
+
+def network_outputs(
+    variables: dict[str, Any], batch: Batch, *, model: RetinaNet
+) -> tuple[jax.Array, jax.Array]:
+    """Logits f32[b, A, K] and deltas f32[b, A, 4], as the network is in prediction.
+
+    Args:
+        variables: `params` and `batch_stats`.
+        batch: as for `predict_step`.
+    """
+    outputs, _ = apply_network(
+        model, variables["params"], variables["batch_stats"], batch, train=False
+    )
+    return outputs
+
+
+def make_targets(batch: Batch, config: Config) -> Targets:
+    """Targets [b, A] of a batch. Anchors whose centre lies in the padding are ignored.
+
+    An image counts as reaching to the next multiple of 32 pixels, as in the published code, where
+    every image is padded so far by itself before it is padded to the batch.
+    """
+    anchors = _anchors(config, padded_size(batch))
+    match = functools.partial(
+        match_anchors,
+        anchors,
+        positive_iou=config.anchors.positive_iou,
+        negative_iou=config.anchors.negative_iou,
+        convention=config.anchors.convention,
+        crowd=config.anchors.crowd,
+    )
+    targets = jax.vmap(match)(batch["boxes"], batch["labels"])
+    reach = -(-batch["image_size"] // 32) * 32  # [b, 2] height, width
+    x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
+    inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
+    return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
+
+
+def loss_inputs(
+    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
+) -> tuple[jax.Array, jax.Array, Targets]:
+    """What the losses would see of a batch, as the network is in prediction.
+
+    Args:
+        variables: `params` and `batch_stats`.
+        batch: as for `train_step`.
+
+    Returns:
+        Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4].
+    """
+    return *network_outputs(variables, batch, model=model), make_targets(batch, config)
+
+
+def choose_detections(
+    outputs: tuple[jax.Array, jax.Array], batch: Batch, *, config: Config
+) -> Detections:
+    """Detections [b, D] of the network's outputs; `batch` as for `predict_step`."""
+    size = padded_size(batch)
+    per_cell = config.anchors.octaves * len(config.anchors.ratios)
+    select = functools.partial(
+        select_detections,
+        anchors=_anchors(config, size),
+        level_sizes=level_sizes(size, per_cell),
+        score_threshold=config.predict.score_threshold,
+        candidates=config.predict.candidates,
+        nms_iou=config.predict.nms_iou,
+        max_detections=config.predict.max_detections,
+        soft_sigma=config.predict.nms_sigma,
+        agnostic=config.predict.nms_classes == "all",
+    )
+    return jax.vmap(lambda scores, moves, image_size: select(scores, moves, image_size=image_size))(
+        *outputs, batch["image_size"]
+    )
+
+
+def predict_step(
+    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
+) -> Detections:
+    """Detections [b, D] in pixels of the padded image.
+
+    Args:
+        variables: `params` and `batch_stats`.
+        batch: images u8[b, H, W, 3] and image_size i32[b, 2] of one replica.
+    """
+    outputs = network_outputs(variables, batch, model=model)
+    return choose_detections(outputs, batch, config=config)
+
+
+def _anchors(config: Config, size: tuple[int, int]) -> jax.Array:
+    a = config.anchors
+    return jnp.asarray(make_anchors(size, a.scale, a.octaves, a.ratios, a.convention))
+
+
+def padded_size(batch: Batch) -> tuple[int, int]:
+    return batch["images"].shape[1], batch["images"].shape[2]

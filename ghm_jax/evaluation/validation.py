@@ -1,0 +1,42 @@
+"""Scores of a run on its validation split while it trains."""
+
+import numpy as np
+
+from ghm_jax.config import Config
+from ghm_jax.data.dataset import Dataset, open_dataset
+from ghm_jax.distributed.devices import (
+    Device,
+)
+from ghm_jax.distributed.processes import computed_once
+from ghm_jax.evaluation.coco import load_ground_truth, score
+from ghm_jax.evaluation.detector import detect
+from ghm_jax.evaluation.samples import make_samples
+from ghm_jax.plots.drawing import sample_grid
+from ghm_jax.progress import Progress
+from ghm_jax.training.state import TrainState
+
+_PICTURES = 4  # of validation images, at each evaluation while training
+
+
+class Validation:
+    """Scores states on the validation split while a run trains."""
+
+    def __init__(self, config: Config, devices: list[Device]) -> None:
+        """Opens the data set, and raises ConfigError where that cannot work."""
+        self._config, self._devices = config, devices
+        self._dataset: Dataset = open_dataset(config.data, config.data.validation_split)
+        self._truth = load_ground_truth(config, self._dataset)
+
+    def score(
+        self, state: TrainState, progress: Progress
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The twelve COCO figures of `ghm_jax.evaluate.METRICS`, and pictures of the first images
+        with their boxes and detections, uint8[H, W, 3] by name."""
+        dataset = self._dataset
+        detections = detect(self._config, dataset, state.variables, self._devices, progress)
+        samples = make_samples(dataset, self._truth, detections, _PICTURES)
+        pictures = {
+            f"image_{sample.image_id}": sample_grid([sample], dataset.class_names)
+            for sample in samples
+        }
+        return computed_once(lambda: score(self._truth, detections)[0]), pictures

@@ -1,0 +1,40 @@
+"""Files and directories: written whole, moved aside, never written over."""
+
+import os
+import time
+from pathlib import Path
+
+from ghm_jax.exceptions import ConfigError
+
+
+def unused_directory(path: str | Path) -> Path:
+    """A directory for output that does not exist or is empty, so that nothing is written over.
+
+    Raises:
+        ConfigError: it is in use.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"--out: {path} is not empty; choose a new directory")
+    return path
+
+
+def set_aside(path: Path) -> Path:
+    """Renames an old run, so that nothing is lost; returns its new path."""
+    stem = f"{path.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
+    new, number = path.with_name(stem), 2
+    while new.exists():
+        new, number = path.with_name(f"{stem}-{number}"), number + 1
+    return path.rename(new)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the old one: a crash between never tears it."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def cache_directory(kind: str) -> Path:
+    """Where to keep what can be made again: under $GHM_JAX_CACHE, or ~/.cache/ghm_jax."""
+    return Path(os.environ.get("GHM_JAX_CACHE") or Path.home() / ".cache/ghm_jax") / kind
