@@ -220,8 +220,8 @@ import jax.numpy as jnp
 import ghm_jax.train
 step = ghm_jax.train.train_step
 def poisoned(state, batch, **how):
-    images = jnp.where(state.step == {NAN_STEP}, jnp.nan, batch["images"].astype("float32"))
-    return step(state, {{**batch, "images": images}}, **how)
+    images = jnp.where(state.step == {NAN_STEP}, jnp.nan, batch.images.astype("float32"))
+    return step(state, batch._replace(images=images), **how)
 ghm_jax.train.train_step = poisoned
 """
         if self.train("poisoned", code=code).wait() == 0:

@@ -27,6 +27,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from ghm_jax import losses
+from ghm_jax.batch import Batch
 from ghm_jax.config import Config
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
@@ -152,17 +153,16 @@ def sum_over_images(
     model = make_model(config, len(config.data.classes))
 
     @jax.jit
-    def of_batch(variables: Any, batch: dict[str, jax.Array], used: jax.Array) -> dict[str, Any]:
+    def of_batch(variables: Any, batch: Batch, used: jax.Array) -> dict[str, Any]:
         logits, deltas, targets = loss_inputs(variables, batch, config=config, model=model)
         classes = jnp.where(used[:, None], targets.classes, IGNORE)
         return measure(logits, deltas, targets._replace(classes=classes))
 
     total, seen = {}, 0
     with contextlib.closing(validation_batches(dataset, config)) as batches:
-        for batch in batches:
-            used = batch["valid"] & (np.arange(len(batch["valid"])) < images - seen)
-            inputs = {key: batch[key] for key in ("images", "boxes", "labels", "image_size")}
-            for key, value in of_batch(variables, inputs, used).items():
+        for loaded in batches:
+            used = loaded.valid & (np.arange(len(loaded.valid)) < images - seen)
+            for key, value in of_batch(variables, loaded.batch, used).items():
                 total[key] = total.get(key, 0.0) + np.asarray(value, np.float64)
             seen += int(used.sum())
             if seen >= images:

@@ -10,6 +10,7 @@ import jax.export
 import numpy as np
 import safetensors.numpy
 
+from ghm_jax.batch import ModelInputs
 from ghm_jax.config import Config
 from ghm_jax.detection.outputs import predict_step
 from ghm_jax.distributed.devices import choose_devices
@@ -139,8 +140,8 @@ def _program(
 
     # The weights are constants of the program: one file that cannot be paired with a wrong one.
     def detect(images: jax.Array, image_size: jax.Array) -> dict[str, jax.Array]:
-        batch = {"images": images, "image_size": image_size}
-        found = predict_step(variables, batch, config=config, model=model)
+        inputs = ModelInputs(images, image_size)
+        found = predict_step(variables, inputs, config=config, model=model)
         return {**found._asdict(), "valid": found.labels >= 0}
 
     program = jax.export.export(jax.jit(detect), platforms=platforms)(

@@ -215,14 +215,8 @@ def _group(sizes: dict[int, tuple[int, int]], data: Data) -> Groups:
 
 def _example(image: np.ndarray, data: Data) -> Example:
     placement = choose_placement(image.shape[:2], data, None)
-    return filler_example() | {
-        "image": placement.place_image(image),
-        "image_size": placement.size,
-        "original_size": image.shape[:2],
-        "scale": placement.scale,
-        "offset": placement.offset,
-        "valid": True,
-    }
+    placed = placement.place_image(image)
+    return Example(placed, scale=placement.scale, offset=placement.offset, valid=True)
 
 
 def _drawing_scale(image: np.ndarray) -> float:

@@ -156,9 +156,9 @@ def train(
                 if signal_number:
                     break
                 profiler.before(done + 1)
-                batch = log.next_batch(batches)
-                replacements.record(batch)
-                state, metrics = step(state, split_batch(batch, num_local(devices)))
+                loaded = log.next_batch(batches)
+                replacements.record(loaded)
+                state, metrics = step(state, split_batch(loaded.batch, num_local(devices)))
                 done += 1
                 profiler.after(done, metrics)
                 log.record(done, metrics)
@@ -221,7 +221,7 @@ def compile_step(
         start = time.perf_counter()
         padding = collate([filler_example()] * size, bucket, config.data.max_boxes)
         copy = jax.tree.map(jnp.copy, state)
-        jax.block_until_ready(step(copy, split_batch(padding, replicas)))
+        jax.block_until_ready(step(copy, split_batch(padding.batch, replicas)))
         progress.say(f"... ready after {time.perf_counter() - start:.0f} s")
 
 

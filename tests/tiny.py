@@ -9,6 +9,7 @@ import cv2
 import jax
 import numpy as np
 
+from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.config import Anchors, Config, Data, Loss, Model, Optimizer, Predict, Run
 from ghm_jax.data import prepare_folder
 from ghm_jax.progress import Silent
@@ -101,20 +102,23 @@ def write_dataset(folder: Path) -> Path:
     return folder / "data"
 
 
-def tiny_batch(rng: np.random.Generator, size: int = 8) -> dict[str, np.ndarray]:
+def tiny_batch(rng: np.random.Generator, size: int = 8) -> Batch:
     """A batch as `ghm_jax.data.batching.collate` makes it; the second image has no boxes."""
-    batch = {
-        "images": np.zeros((size, SIDE, SIDE, 3), np.uint8),
-        "boxes": np.zeros((size, 4, 4), np.float32),
-        "labels": np.full((size, 4), -1, np.int32),
-        "image_size": np.full((size, 2), SIDE, np.int32),
-        "image_id": 100 + np.arange(size, dtype=np.int32),
-    }
+    batch = Batch(
+        images=np.zeros((size, SIDE, SIDE, 3), np.uint8),
+        image_size=np.full((size, 2), SIDE, np.int32),
+        image_id=100 + np.arange(size, dtype=np.int32),
+        truth=GroundTruth(
+            boxes=np.zeros((size, 4, 4), np.float32),
+            labels=np.full((size, 4), NO_CLASS, np.int32),
+            is_crowd=np.zeros((size, 4), bool),
+        ),
+    )
     for i in range(size):
         image, boxes, categories = draw_image(rng, SIDE, SIDE, 0 if i == 1 else 1 + i % 3)
-        batch["images"][i] = image
-        batch["boxes"][i, : len(boxes)] = boxes
-        batch["labels"][i, : len(boxes)] = [(2, 5).index(c) for c in categories]
+        batch.images[i] = image
+        batch.truth.boxes[i, : len(boxes)] = boxes
+        batch.truth.labels[i, : len(boxes)] = [(2, 5).index(c) for c in categories]
     return batch
 
 

@@ -15,8 +15,8 @@ import cv2
 import jax
 import numpy as np
 
+from ghm_jax.batch import Batch, LoadedBatch
 from ghm_jax.config import Config
-from ghm_jax.data.batching import CROWD, Batch
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import train_batches
 from ghm_jax.detection.outputs import make_targets
@@ -107,13 +107,13 @@ def inspect_data(
     shapes: dict[tuple[int, int], int] = {}
     batches = train_batches(dataset, config, 0)
     try:
-        for number, batch in zip(range(num_batches), batches, strict=False):
-            measured.append(_measure(batch, config))
-            shape = (batch["images"].shape[1], batch["images"].shape[2])
+        for number, loaded in zip(range(num_batches), batches, strict=False):
+            measured.append(_measure(loaded, config))
+            shape = loaded.batch.model_inputs().padded_size
             shapes[shape] = shapes.get(shape, 0) + 1
             if number < num_pictures:
                 files.append(out / f"batch_{number}.png")
-                _write_png(files[-1], batch_picture(batch, dataset.class_names))
+                _write_png(files[-1], batch_picture(loaded.batch, dataset.class_names))
             progress.update("inspect", number + 1, num_batches, {})
     finally:
         batches.close()
@@ -189,32 +189,28 @@ def _quantiles(values: np.ndarray) -> np.ndarray:
     return np.quantile(values, QUANTILES)
 
 
-def _measure(batch: Batch, config: Config) -> dict[str, np.ndarray]:
+def _measure(loaded: LoadedBatch, config: Config) -> dict[str, np.ndarray]:
     """The fields of `Inspection` for one batch."""
-    labels = batch["labels"]
-    boxes = batch["boxes"][labels >= 0].astype(np.float64)
+    batch, labels = loaded.batch, loaded.batch.truth.labels
+    boxes = batch.truth.boxes[labels >= 0].astype(np.float64)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    area = batch["images"].shape[1] * batch["images"].shape[2]
+    area = np.prod(batch.model_inputs().padded_size)
     return {
         "boxes_per_image": (labels >= 0).sum(axis=1),
         "positives_per_image": _positives(batch, config),
-        "padding": 1 - batch["image_size"].astype(np.float64).prod(axis=1) / area,
+        "padding": 1 - batch.image_size.astype(np.float64).prod(axis=1) / area,
         "sides": np.sqrt(width * height),
         "aspect_ratios": height / width,
         "labels": labels[labels >= 0].astype(np.int64),
-        "crowds": (labels == CROWD).sum(axis=1),
-        "dropped": batch["dropped_boxes"],
+        "crowds": batch.truth.is_crowd.sum(axis=1),
+        "dropped": loaded.dropped_boxes,
     }
 
 
 def _positives(batch: Batch, config: Config) -> np.ndarray:
     """Positive anchors of each image, i64[N]; one image at a time, which needs little memory."""
-    keys = ("images", "boxes", "labels", "image_size")
-    counts = [
-        _count_positives({key: batch[key][i : i + 1] for key in keys}, config)
-        for i in range(len(batch["labels"]))
-    ]
-    return np.array(counts, np.int64)
+    each = (jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(len(batch.image_id)))
+    return np.array([_count_positives(one, config) for one in each], np.int64)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax import losses
+from ghm_jax.batch import Batch
 from ghm_jax.config import Config
-from ghm_jax.data.batching import Batch
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection.anchors import level_sizes
@@ -169,14 +169,13 @@ def measure_gradients(
     )
     total, seen, done = {}, 0, 0
     with contextlib.closing(validation_batches(dataset, in_training)) as batches:
-        for batch in batches:
-            if done == wanted or (done and not batch["valid"].all()):
+        for loaded in batches:
+            if done == wanted or (done and not loaded.valid.all()):
                 break
-            keys = ("images", "boxes", "labels", "image_size", "valid")
-            found = step(carried, split_batch({key: batch[key] for key in keys}, len(devices)))
+            found = step(carried, split_batch((loaded.batch, loaded.valid), len(devices)))
             found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             total = jax.tree.map(np.add, total, found) if total else found
-            seen, done = seen + int(batch["valid"].sum()), done + 1
+            seen, done = seen + int(loaded.valid.sum()), done + 1
             progress.update("stats", seen, min(wanted * size, len(dataset)), {})
     summary = functools.partial(_summary, batches=done, config=config, states=state.ghm)
     return {
@@ -187,17 +186,20 @@ def measure_gradients(
 
 
 def _measure(
-    state: dict[str, Any], batch: Batch, *, config: Config, num_classes: int
+    state: dict[str, Any], seen: tuple[Batch, jax.Array], *, config: Config, num_classes: int
 ) -> dict[str, Any]:
-    """Sums over all replicas' examples, by regions of gradient norm; one replica's part of it."""
+    """Sums over all replicas' examples, by regions of gradient norm; one replica's part of it.
+
+    `seen` is a batch and which of its images count, bool[b].
+    """
+    batch, valid = seen
     model = make_model(config, num_classes)
     variables = {key: state[key] for key in ("params", "batch_stats")}
     logits, deltas, targets = loss_inputs(variables, batch, config=config, model=model)
-    classes = jnp.where(batch["valid"][:, None], targets.classes, IGNORE)
+    classes = jnp.where(valid[:, None], targets.classes, IGNORE)
     targets = Targets(classes, targets.deltas)
     positive = (classes >= 0)[..., None]
-    padded = batch["images"].shape[1], batch["images"].shape[2]
-    sizes = level_sizes(padded, model.anchors_per_cell)
+    sizes = level_sizes(batch.model_inputs().padded_size, model.anchors_per_cell)
 
     def ours(logits: jax.Array, deltas: jax.Array) -> tuple[jax.Array, Any]:
         parts, _, stats = detection_loss(

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from ghm_jax.config import Config, Data, Optimizer, Run
-from ghm_jax.data.batching import choose_bucket, collate, make_example
+from ghm_jax.data.batching import Example, choose_bucket, collate, make_example
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.loader import train_batches
 from ghm_jax.data.placement import choose_placement
@@ -182,7 +182,7 @@ def _stages(records: list[dict[str, Any]], data: Data) -> dict[str, Callable[[],
 
     bucket = choose_bucket((height, width), data.buckets)
 
-    def batch(of: list[dict[str, Any]]) -> None:
+    def batch(of: list[Example]) -> None:
         for start in range(0, len(of), _BATCH):
             collate(of[start : start + _BATCH], bucket, data.max_boxes)
 

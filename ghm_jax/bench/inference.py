@@ -17,6 +17,7 @@ import numpy as np
 
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.config import Config, Predict
+from ghm_jax.data.batching import Example, collate
 from ghm_jax.detection.outputs import choose_detections, network_outputs
 from ghm_jax.distributed.devices import (
     Device,
@@ -163,18 +164,15 @@ def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
     config, model = case.config, make_model(case.config, case.num_classes)
     initialize = functools.partial(init_state, config, model, make_optimizer(config))
     state = compile_to_run_once(initialize, devices[0])()
-    batch = {
-        "images": _images(case),
-        "image_size": np.full((case.batch_size, 2), case.image_size, np.int32),
-        "scale": np.ones((case.batch_size, 2), np.float32),
-    }
-    on_devices = split_batch(batch, len(devices))
+    examples = [Example(image, valid=True) for image in _images(case)]
+    loaded = collate(examples, case.image_size, max_boxes=1)
+    on_devices = split_batch(loaded.batch.model_inputs(), len(devices))
     over_devices = functools.partial(
         parallelize, devices=list(devices), wrapper=config.run.wrapper, split_output=True
     )
     detector = make_detector(config, case.num_classes, devices)
     network: Any = over_devices(functools.partial(network_outputs, model=model))
-    select: Any = over_devices(lambda _, b: choose_detections(b["outputs"], b, config=config))
+    select: Any = over_devices(lambda _, given: choose_detections(*given, config=config))
 
     variables = replicate(state.variables, list(devices))
     threshold = config.predict.score_threshold
@@ -191,18 +189,18 @@ def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
     timed = []
     for scores, bias in biases.items():
         shifted = with_last(factor, bias)
-        given = {**on_devices, "outputs": network(shifted, on_devices)}
-        found = detector(shifted, batch)
+        outputs = network(shifted, on_devices)
+        found = detector(shifted, loaded)
         timed.append(
             _Timed(
                 detector="ghm-jax",
                 scores=scores,
-                candidates=_count_passing(given["outputs"][0], case.batch_size, threshold),
+                candidates=_count_passing(outputs[0], case.batch_size, threshold),
                 detections=float(np.sum(found.labels >= 0)) / case.batch_size,
                 calls=(
-                    functools.partial(detector, shifted, batch),
+                    functools.partial(detector, shifted, loaded),
                     functools.partial(_wait, network, shifted, on_devices),
-                    functools.partial(_wait, select, {}, given),
+                    functools.partial(_wait, select, {}, (outputs, on_devices)),
                 ),
             )
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax.analysis.cost import peak_flops, training_operations
+from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.config import Config, Loss, Optimizer
 from ghm_jax.detection.anchors import level_sizes
@@ -237,7 +238,7 @@ def _planned_bytes(plan: Any) -> int | None:
     return kept + plan.temp_size_in_bytes
 
 
-def random_batch(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(case: Case, seed: int = 0) -> Batch:
     """Noise with seven boxes an image, a little more than COCO has on average."""
     rng = np.random.default_rng(seed)
     (height, width), images, most, count = case.image_size, case.batch_size, 100, 7
@@ -246,15 +247,14 @@ def random_batch(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     boxes = np.zeros((images, most, 4), np.float32)
     scale = np.array([width, height, width, height])
     boxes[:, :count] = np.concatenate([corners, corners + sides], -1) * scale
-    labels = np.full((images, most), -1, np.int32)
+    labels = np.full((images, most), NO_CLASS, np.int32)
     labels[:, :count] = rng.integers(0, case.num_classes, (images, count))
-    return {
-        "images": rng.integers(0, 256, (images, height, width, 3), np.uint8),
-        "boxes": boxes,
-        "labels": labels,
-        "image_size": np.full((images, 2), case.image_size, np.int32),
-        "image_id": np.arange(images, dtype=np.int32),
-    }
+    return Batch(
+        images=rng.integers(0, 256, (images, height, width, 3), np.uint8),
+        image_size=np.full((images, 2), case.image_size, np.int32),
+        image_id=np.arange(images, dtype=np.int32),
+        truth=GroundTruth(boxes, labels, np.zeros((images, most), bool)),
+    )
 
 
 def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str, float]:

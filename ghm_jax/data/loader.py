@@ -5,17 +5,17 @@ another number of workers or hosts if need be, without any state of the input to
 """
 
 import functools
-import re
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
+from ghm_jax.batch import LoadedBatch
 from ghm_jax.config import Config, Data
 from ghm_jax.data.batching import (
-    Batch,
     Example,
     collate,
     filler_example,
@@ -24,9 +24,9 @@ from ghm_jax.data.batching import (
 )
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.order import Draw, Groups, group_images, reading_order, training_order
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
-Batches = Generator[Batch, None, None]
+Batches = Generator[LoadedBatch, None, None]
 """An iterator of batches; its `close()` stops the threads and processes that read ahead."""
 
 
@@ -124,8 +124,9 @@ def training_groups(dataset: Dataset, data: Data) -> Groups:
     images = np.flatnonzero(readable & (data.keep_empty | (objects > 0)))
     if not len(images):
         raise ConfigError(
-            f"data.train_split: no image of {dataset.name} has an object to learn from; "
-            "annotate some or choose another split"
+            "data.train_split",
+            f"no image of {dataset.name} has an object to learn from",
+            "annotate some or choose another split",
         )
     return group_images(sizes, images, data)
 
@@ -145,13 +146,16 @@ def _train_batch(
     groups: Groups,
     config: Config,
     share: _Share,
-) -> Batch:
+) -> LoadedBatch | DataError:
     # One seed for each image of the global batch: the same whichever host builds the image.
     seeds = rng.integers(2**63, size=len(draw.images))
-    examples = [
-        _train_example(image, seed, groups[draw.bucket], dataset, config)
-        for image, seed in zip(draw.images[share.slots], seeds[share.slots], strict=True)
-    ]
+    try:
+        examples = [
+            _train_example(image, seed, groups[draw.bucket], dataset, config)
+            for image, seed in zip(draw.images[share.slots], seeds[share.slots], strict=True)
+        ]
+    except DataError as error:
+        return error  # `_read` raises it: Grain would make a text of it
     return collate(examples, draw.bucket, config.data.max_boxes)
 
 
@@ -165,17 +169,22 @@ def _train_example(
         rng = np.random.default_rng(seed)
         try:
             example = make_example(dataset.source[image], data, rng, keep_crowd=keep_crowd)
-        except ConfigError:
+        except DataError:
             if attempt + 1 == attempts:
                 raise
             image = int(np.random.default_rng((seed, attempt)).choice(group))
         else:
-            return {**example, "replaced": attempt > 0}
+            return example._replace(replaced=attempt > 0)
     raise AssertionError("not reached")
 
 
-def _validation_batch(draw: Draw, *, dataset: Dataset, data: Data, share: _Share) -> Batch:
-    examples = [make_example(dataset.source[i], data, None) for i in draw.images[share.slots]]
+def _validation_batch(
+    draw: Draw, *, dataset: Dataset, data: Data, share: _Share
+) -> LoadedBatch | DataError:
+    try:
+        examples = [make_example(dataset.source[i], data, None) for i in draw.images[share.slots]]
+    except DataError as error:
+        return error
     examples += [filler_example()] * (share.size - len(examples))
     return collate(examples, draw.bucket, data.max_boxes)
 
@@ -192,15 +201,16 @@ def _read(batches: grain.MapDataset, workers: int) -> Batches:
     iterator = iter(iterable)
     try:
         for batch in iterator:
+            if isinstance(batch, DataError):
+                raise batch
             # Out of the workers' shared memory, which complains if it outlives the interpreter.
-            yield {key: np.array(value) for key, value in batch.items()} if workers else batch
-    except Exception as error:
-        # Grain adds lines of its own, and gives an error of a worker as the text of its traceback,
-        # in an error of its own or, in older versions, of the same class.
-        if found := re.search(r"ConfigError: (.+)", str(error)):
-            raise ConfigError(found[1]) from None
-        if isinstance(error, ConfigError):
-            raise ConfigError(str(error).splitlines()[0]) from None
-        raise
+            yield _copy(batch) if workers else batch
     finally:
         iterator.close()
+
+
+def _copy(tree: Any) -> Any:
+    """Arrays of its own, in the same named tuples."""
+    if isinstance(tree, tuple):
+        return type(tree)(*map(_copy, tree))
+    return np.array(tree)

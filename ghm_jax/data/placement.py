@@ -88,12 +88,13 @@ def choose_placement(original: Size, data: Data, rng: np.random.Generator | None
 
 
 def to_original(boxes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Boxes of a batch in pixels of the stored image.
+    """Boxes of a batch in pixels of the stored images, the inverse of `Placement.place_boxes`.
 
     Args:
-        boxes: [N, 4], x0, y0, x1, y1 in pixels of the batch.
-        scale: [2], x and y, of the image in the batch.
-        offset: [2], likewise.
+        boxes: [..., N, 4], x0, y0, x1, y1 in pixels of the batch.
+        scale: [..., 2], x and y, of each image in the batch.
+        offset: [..., 2], likewise.
     """
-    corners = (boxes - np.tile(offset, 2)) / np.tile(scale, 2)
-    return corners[:, [2, 1, 0, 3]] if scale[0] < 0 else corners
+    scale, offset = (np.concatenate([xy, xy], -1)[..., None, :] for xy in (scale, offset))
+    corners = (boxes - offset) / scale
+    return np.where(scale[..., :1] < 0, corners[..., [2, 1, 0, 3]], corners)

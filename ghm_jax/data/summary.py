@@ -1,9 +1,8 @@
 """What a person should know about the input of a run: never silent about what is left out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import numpy as np
-
+from ghm_jax.batch import LoadedBatch
 from ghm_jax.config import Config
 from ghm_jax.data.dataset import Dataset
 
@@ -41,9 +40,9 @@ class ReplacementLog:
         self.count = 0
         self._say, self._next = say, 1
 
-    def record(self, batch: Mapping[str, np.ndarray]) -> None:
+    def record(self, batch: LoadedBatch) -> None:
         """Takes a batch, before it goes to the devices."""
-        self.count += int(batch["replaced"].sum())
+        self.count += int(batch.replaced.sum())
         if self.count >= self._next:
             self._say(
                 f"warning: {self.count} images so far could not be decoded; others of the data set "

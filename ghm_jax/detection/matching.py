@@ -11,8 +11,6 @@ from ghm_jax.detection.boxes import box_coverage, box_iou, encode_boxes
 BACKGROUND = -1
 IGNORE = -2
 
-CROWD = -2
-"""Label of a box that is a crowd region; any other negative label is padding."""
 _CROWD_COVERAGE = 0.5
 
 
@@ -29,11 +27,11 @@ def match_anchors(
     anchors: jax.Array,
     boxes: jax.Array,
     labels: jax.Array,
+    is_crowd: jax.Array | None = None,
     *,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
     convention: Literal["mmdetection", "torchvision"] = "mmdetection",
-    crowd: Literal["drop", "ignore"] = "drop",
 ) -> Targets:
     """Matches the anchors of one image to its boxes by IoU; `vmap` it over a batch.
 
@@ -47,18 +45,18 @@ def match_anchors(
     - "torchvision": the one it overlaps most. (There a box that no anchor touches claims all of
       them; here it claims none.)
 
-    Crowd regions never match. With `crowd="ignore"` anchors that lie in one by half of their area
-    or more are ignored instead of being background; positive ones stay positive, other than under
+    Boxes without a class never match. Anchors that lie in a crowd region by half of their area or
+    more are ignored instead of being background; positive ones stay positive, other than under
     mmdetection's `ignore_iof_thr`, which the published recipe does not set.
 
     Args:
         anchors: f32[A, 4].
         boxes: f32[M, 4], padded.
-        labels: i32[M], class indices; CROWD (-2) for crowd regions, -1 for padding.
+        labels: i32[M], class indices; NO_CLASS (-1) for padding and crowd regions.
+        is_crowd: bool[M], crowd regions; None: none.
         positive_iou: in [negative_iou, 1].
         negative_iou: in [0, positive_iou].
         convention: whose rule for claimed anchors.
-        crowd: "drop" leaves crowd regions out.
 
     Returns:
         Targets. An image without boxes is all background.
@@ -80,8 +78,8 @@ def match_anchors(
 
     positive = claimed | (overlap >= positive_iou)
     background = overlap < negative_iou
-    if crowd == "ignore":
-        covered = jnp.where(labels[None, :] == CROWD, box_coverage(anchors, boxes), 0.0)
+    if is_crowd is not None:
+        covered = jnp.where(is_crowd[None, :], box_coverage(anchors, boxes), 0.0)
         background &= covered.max(axis=1) < _CROWD_COVERAGE
     classes = jnp.where(positive, labels[chosen], jnp.where(background, BACKGROUND, IGNORE))
     deltas = encode_boxes(boxes[chosen], anchors)

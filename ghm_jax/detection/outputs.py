@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ghm_jax.batch import Batch, ModelInputs
 from ghm_jax.config import Config
-from ghm_jax.data.batching import Batch
 from ghm_jax.detection.anchors import level_sizes, make_anchors
 from ghm_jax.detection.matching import IGNORE, Targets, match_anchors
 from ghm_jax.detection.nms import Detections, select_detections
@@ -15,8 +15,6 @@ from ghm_jax.models import RetinaNet
 
 # Channel means and standard deviations of ImageNet in 0..255, as torchvision and mmdetection.
 _MEAN = (123.675, 116.28, 103.53)
-
-
 _STD = (58.395, 57.12, 57.375)
 
 
@@ -40,9 +38,10 @@ def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
 
 
 def apply_network(
-    model: RetinaNet, params: Any, batch_stats: Any, batch: Batch, *, train: bool
+    model: RetinaNet, params: Any, batch_stats: Any, inputs: ModelInputs, *, train: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    images = normalize(batch["images"], batch["image_size"])
+    """Logits f32[b, A, K] and deltas f32[b, A, 4], and the next batch statistics."""
+    images = normalize(inputs.images, inputs.image_size)
     outputs, changed = model.apply(
         {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
     )
@@ -50,16 +49,16 @@ def apply_network(
 
 
 def network_outputs(
-    variables: dict[str, Any], batch: Batch, *, model: RetinaNet
+    variables: dict[str, Any], inputs: ModelInputs, *, model: RetinaNet
 ) -> tuple[jax.Array, jax.Array]:
     """Logits f32[b, A, K] and deltas f32[b, A, 4], as the network is in prediction.
 
     Args:
         variables: `params` and `batch_stats`.
-        batch: as for `predict_step`.
+        inputs: images of one replica.
     """
     outputs, _ = apply_network(
-        model, variables["params"], variables["batch_stats"], batch, train=False
+        model, variables["params"], variables["batch_stats"], inputs, train=False
     )
     return outputs
 
@@ -70,17 +69,18 @@ def make_targets(batch: Batch, config: Config) -> Targets:
     An image counts as reaching to the next multiple of 32 pixels, as in the published code, where
     every image is padded so far by itself before it is padded to the batch.
     """
-    anchors = _anchors(config, padded_size(batch))
+    anchors = _anchors(config, batch.model_inputs().padded_size)
     match = functools.partial(
         match_anchors,
         anchors,
         positive_iou=config.anchors.positive_iou,
         negative_iou=config.anchors.negative_iou,
         convention=config.anchors.convention,
-        crowd=config.anchors.crowd,
     )
-    targets = jax.vmap(match)(batch["boxes"], batch["labels"])
-    reach = -(-batch["image_size"] // 32) * 32  # [b, 2] height, width
+    # Not given, a crowd region is background.
+    is_crowd = batch.truth.is_crowd if config.anchors.crowd == "ignore" else None
+    targets = jax.vmap(match)(batch.truth.boxes, batch.truth.labels, is_crowd)
+    reach = -(-batch.image_size // 32) * 32  # [b, 2] height, width
     x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
     inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
     return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
@@ -98,14 +98,15 @@ def loss_inputs(
     Returns:
         Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4].
     """
-    return *network_outputs(variables, batch, model=model), make_targets(batch, config)
+    outputs = network_outputs(variables, batch.model_inputs(), model=model)
+    return *outputs, make_targets(batch, config)
 
 
 def choose_detections(
-    outputs: tuple[jax.Array, jax.Array], batch: Batch, *, config: Config
+    outputs: tuple[jax.Array, jax.Array], inputs: ModelInputs, *, config: Config
 ) -> Detections:
-    """Detections [b, D] of the network's outputs; `batch` as for `predict_step`."""
-    size = padded_size(batch)
+    """Detections [b, D] of the network's outputs for these images, in pixels of them."""
+    size = inputs.padded_size
     per_cell = config.anchors.octaves * len(config.anchors.ratios)
     select = functools.partial(
         select_detections,
@@ -118,28 +119,24 @@ def choose_detections(
         soft_sigma=config.predict.nms_sigma,
         agnostic=config.predict.nms_classes == "all",
     )
-    return jax.vmap(lambda scores, moves, image_size: select(scores, moves, image_size=image_size))(
-        *outputs, batch["image_size"]
-    )
+    return jax.vmap(
+        lambda logits, deltas, image_size: select(logits, deltas, image_size=image_size)
+    )(*outputs, inputs.image_size)
 
 
 def predict_step(
-    variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
+    variables: dict[str, Any], inputs: ModelInputs, *, config: Config, model: RetinaNet
 ) -> Detections:
     """Detections [b, D] in pixels of the padded image.
 
     Args:
         variables: `params` and `batch_stats`.
-        batch: images u8[b, H, W, 3] and image_size i32[b, 2] of one replica.
+        inputs: images of one replica.
     """
-    outputs = network_outputs(variables, batch, model=model)
-    return choose_detections(outputs, batch, config=config)
+    outputs = network_outputs(variables, inputs, model=model)
+    return choose_detections(outputs, inputs, config=config)
 
 
 def _anchors(config: Config, size: tuple[int, int]) -> jax.Array:
     a = config.anchors
     return jnp.asarray(make_anchors(size, a.scale, a.octaves, a.ratios, a.convention))
-
-
-def padded_size(batch: Batch) -> tuple[int, int]:
-    return batch["images"].shape[1], batch["images"].shape[2]

@@ -134,7 +134,10 @@ class ProgramCount:
         """Traces the step; to be given to `parallelize`."""
         self.count += 1
         if self.count > self._expected:
-            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(batch.items()))
+            shapes = ", ".join(
+                f"{jax.tree_util.keystr(path, simple=True, separator='.')} {list(x.shape)}"
+                for path, x in jax.tree.leaves_with_path(batch)
+            )
             self._say(
                 f"warning: compiling program {self.count} of the step, {self._expected} were "
                 f"expected; training waits for it each time (batch: {shapes})"
@@ -142,9 +145,9 @@ class ProgramCount:
         return self._step(state, batch)
 
 
-def split_batch(batch: dict[str, np.ndarray], replicas: int) -> dict[str, np.ndarray]:
+def split_batch(batch: Any, replicas: int) -> Any:
     """[B, ...] -> [replicas, B / replicas, ...] for every array; B must be a multiple."""
-    return {k: v.reshape(replicas, v.shape[0] // replicas, *v.shape[1:]) for k, v in batch.items()}
+    return jax.tree.map(lambda x: x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:]), batch)
 
 
 def merge_batch(tree: Any) -> Any:

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from ghm_jax.batch import LoadedBatch
 from ghm_jax.config import Config, Data
-from ghm_jax.data.batching import Batch
 from ghm_jax.data.dataset import Dataset, data_set_names, open_dataset
 from ghm_jax.data.loader import validation_batches
+from ghm_jax.data.placement import to_original
 from ghm_jax.data.schema import category_ids_of
 from ghm_jax.detection.nms import Detections
 from ghm_jax.detection.outputs import predict_step
@@ -49,7 +50,7 @@ def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainSta
 
 def make_detector(
     config: Config, num_classes: int, devices: Sequence[Device]
-) -> Callable[[dict[str, Any], Batch], Detections]:
+) -> Callable[[dict[str, Any], LoadedBatch], Detections]:
     """The detector of a config as one compiled function over devices.
 
     Returns:
@@ -59,10 +60,10 @@ def make_detector(
     """
     step = _parallel_predict_step(config, num_classes, tuple(devices))
 
-    def run(variables: dict[str, Any], batch: Batch) -> Detections:
-        found = merge_batch(step(variables, split_batch(batch, num_local(list(devices)))))
-        scale = np.tile(batch["scale"], 2)[:, None, :]  # [B, 1, 4], from original to padded pixels
-        return found._replace(boxes=found.boxes / scale)
+    def run(variables: dict[str, Any], loaded: LoadedBatch) -> Detections:
+        inputs = split_batch(loaded.batch.model_inputs(), num_local(list(devices)))
+        found = merge_batch(step(variables, inputs))
+        return found._replace(boxes=to_original(found.boxes, loaded.scale, loaded.offset))
 
     return run
 
@@ -92,10 +93,10 @@ def detect(
     detector = make_detector(config, len(dataset.class_names), devices)
     results, seen = [], []
     batches = validation_batches(dataset, config, jax.process_index(), jax.process_count())
-    for batch in batches:
-        found = detector(variables, batch)
-        for i in np.flatnonzero(batch["valid"]):
-            seen.append(int(batch["image_id"][i]))
+    for loaded in batches:
+        found = detector(variables, loaded)
+        for i in np.flatnonzero(loaded.valid):
+            seen.append(int(loaded.batch.image_id[i]))
             of_image = Detections(*(part[i] for part in found))
             results += coco_results(seen[-1], of_image, dataset.category_ids)
         of_all = min(len(seen) * jax.process_count(), len(dataset))

@@ -7,23 +7,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ghm_jax.batch import Batch
 from ghm_jax.plots.drawing import draw_boxes
 from ghm_jax.plots.figures import BLUE, DPI, GREY, INK, MUTED, WIDTH, plain, style
 
 _CELL = 480  # long side of an image in the grid, pixels
 _GAP = 6
 _GAP_COLOR = (208, 215, 222)  # padding is black: the gap must not be
-_CROWD = -2
 _CLASSES = 20  # bars; more are summed up
 
 
-def batch_picture(
-    batch: Mapping[str, np.ndarray], class_names: Sequence[str], columns: int = 4
-) -> np.ndarray:
+def batch_picture(batch: Batch, class_names: Sequence[str], columns: int = 4) -> np.ndarray:
     """The images of a batch with their boxes, in a grid; padding stays black.
 
     Args:
-        batch: of `ghm_jax.data.batching.collate`: images, boxes and labels.
+        batch: on the host.
         class_names: names in label order.
         columns: images in a row.
 
@@ -33,9 +31,9 @@ def batch_picture(
     # Crowd regions get a name of their own, behind the classes.
     names, crowd = [*class_names, "crowd"], len(class_names)
     cells = []
-    for image, boxes, labels in zip(batch["images"], batch["boxes"], batch["labels"], strict=True):
-        shown = (labels >= 0) | (labels == _CROWD)
-        labels = np.where(labels == _CROWD, crowd, labels)[shown]
+    for image, boxes, labels, is_crowd in zip(batch.images, *batch.truth, strict=True):
+        shown = (labels >= 0) | is_crowd
+        labels = np.where(is_crowd, crowd, labels)[shown]
         scale = _CELL / max(image.shape[:2])
         cells.append(draw_boxes(image, boxes[shown], labels, names, scale=scale))
     columns = min(columns, len(cells))

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ghm_jax.batch import LoadedBatch
 from ghm_jax.config import Config
-from ghm_jax.data.batching import Batch
 from ghm_jax.distributed.processes import is_first
 from ghm_jax.progress import Progress
 from ghm_jax.runs.directory import RunDirectory
@@ -70,18 +70,18 @@ class TrainingLog:
         self._ideal = self._waited = 0.0  # seconds since the last record
         self._latest: Any = None  # an array of the last step (type checkers do not know `is_ready`)
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+    def next_batch(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
         """The next batch. The time until it comes is a wait for data if the devices are idle then.
 
         The loop runs ahead of the devices: while they have a step to do, waiting costs nothing.
         """
         start = time.perf_counter()
-        batch = next(batches)
+        loaded = next(batches)
         if self._latest is None or self._latest.is_ready():
             self._waited += time.perf_counter() - start
-        size = batch["images"].shape[1:3]
+        size = loaded.batch.model_inputs().padded_size
         self._ideal += self._config.optimizer.batch_size * self._ideal_seconds.get(size, 0.0)
-        return batch
+        return loaded
 
     def record(self, done: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of a step; those of an earlier one may be written now."""

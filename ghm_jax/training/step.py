@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ghm_jax.batch import Batch, ModelInputs
 from ghm_jax.config import Config
-from ghm_jax.data.batching import Batch
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import detection_loss
-from ghm_jax.detection.outputs import apply_network, make_targets, padded_size
+from ghm_jax.detection.outputs import apply_network, make_targets
 from ghm_jax.models import RetinaNet
 from ghm_jax.training.state import Skipped, TrainState
 
@@ -32,8 +32,7 @@ def train_step(
 
     Args:
         state: the same on all replicas.
-        batch: images u8[b, H, W, 3], boxes f32[b, M, 4], labels i32[b, M], image_size i32[b, 2],
-            image_id i32[b]: this replica's part.
+        batch: this replica's part.
         config, model, optimizer: what to do, not traced.
         axis_name: replica axis; None: a single device.
 
@@ -44,7 +43,7 @@ def train_step(
         the ids of images for which the network's outputs were not finite, -1 for the others; and
         for a GHM loss a dict ghm_c or ghm_r with `counts` and `weights` f32[bins].
     """
-    targets = make_targets(batch, config)
+    targets, inputs = make_targets(batch, config), batch.model_inputs()
 
     def total_loss(outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         parts, ghm, stats = detection_loss(
@@ -52,18 +51,18 @@ def train_step(
             targets,
             state.ghm,
             config=config,
-            level_sizes=level_sizes(padded_size(batch), model.anchors_per_cell),
+            level_sizes=level_sizes(inputs.padded_size, model.anchors_per_cell),
             axis_name=axis_name,
         )
         return parts.total, (parts, ghm, stats)
 
-    outputs, batch_stats, pull_back = _run(model, state, batch, config.optimizer.accumulate)
+    outputs, batch_stats, pull_back = _run(model, state, inputs, config.optimizer.accumulate)
     gradient, (parts, ghm, stats) = jax.grad(total_loss, has_aux=True)(outputs)
     grads = pull_back(gradient)
     num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
     logits, deltas = outputs
     finite_images = jnp.isfinite(logits).all(axis=(1, 2)) & jnp.isfinite(deltas).all(axis=(1, 2))
-    nonfinite_images = jnp.where(finite_images, -1, batch["image_id"])
+    nonfinite_images = jnp.where(finite_images, -1, batch.image_id)
     if axis_name is not None:
         # Sums, not means: the losses already divide by the count of the whole batch.
         grads, parts = jax.lax.psum((grads, parts), axis_name)
@@ -110,7 +109,7 @@ def train_step(
 
 
 def _run(
-    model: RetinaNet, state: TrainState, batch: Batch, parts: int
+    model: RetinaNet, state: TrainState, inputs: ModelInputs, parts: int
 ) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[[Any], Any]]:
     """The network on a batch, for training.
 
@@ -119,7 +118,8 @@ def _run(
     are exactly those of one part; for the gradients the network runs a second time.
 
     Args:
-        model, state, batch: as for `train_step`.
+        model, state: as for `train_step`.
+        inputs: images of one replica.
         parts: must divide b.
 
     Returns:
@@ -127,35 +127,35 @@ def _run(
         the gradient with respect to the outputs to that with respect to the parameters.
     """
 
-    def network(params: Any, batch_stats: Any, part: Batch) -> tuple[Any, Any]:
+    def network(params: Any, batch_stats: Any, part: ModelInputs) -> tuple[Any, Any]:
         return apply_network(model, params, batch_stats, part, train=True)
 
     if parts == 1:
         outputs, pull_back, batch_stats = jax.vjp(
-            lambda params: network(params, state.batch_stats, batch), state.params, has_aux=True
+            lambda params: network(params, state.batch_stats, inputs), state.params, has_aux=True
         )
         return outputs, batch_stats, lambda gradient: pull_back(gradient)[0]
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
 
-    def forward(batch_stats: Any, part: Batch) -> tuple[Any, Any]:
+    def forward(batch_stats: Any, part: ModelInputs) -> tuple[Any, Any]:
         outputs, batch_stats = network(state.params, batch_stats, part)
         return batch_stats, outputs
 
-    def backward(total: Any, of_part: tuple[Batch, Any]) -> tuple[Any, None]:
+    def backward(total: Any, of_part: tuple[ModelInputs, Any]) -> tuple[Any, None]:
         part, gradient = of_part
         _, pull_back, _ = jax.vjp(
             lambda params: network(params, state.batch_stats, part), state.params, has_aux=True
         )
         return jax.tree.map(jnp.add, total, pull_back(gradient)[0]), None
 
-    inputs = {name: split(batch[name]) for name in ("images", "image_size")}
-    batch_stats, outputs = jax.lax.scan(forward, state.batch_stats, inputs)
+    each = jax.tree.map(split, inputs)
+    batch_stats, outputs = jax.lax.scan(forward, state.batch_stats, each)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
     def gradient(of_outputs: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        return jax.lax.scan(backward, zeros, (inputs, jax.tree.map(split, of_outputs)))[0]
+        return jax.lax.scan(backward, zeros, (each, jax.tree.map(split, of_outputs)))[0]
 
     return outputs, batch_stats, gradient
