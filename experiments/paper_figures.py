@@ -33,7 +33,7 @@ from ghm_jax.data.dataset import open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection.matching import IGNORE, Targets
 from ghm_jax.detection.outputs import loss_inputs
-from ghm_jax.evaluation.detector import restore_variables
+from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.plots import gradients
 from ghm_jax.runs.directory import load_run
@@ -74,7 +74,7 @@ def draw(run: Path, images: int) -> dict[str, Figure]:
     if images < 1:
         raise ConfigError(f"--images: must be positive, got {images}")
     directory, config = load_run(run)
-    variables, _ = restore_variables(directory, config, jax.devices()[0])
+    variables = restore_state(directory, config, jax.devices()[0]).variables
     sum_over = functools.partial(sum_over_images, config, variables, images)
     loss = config.loss
 

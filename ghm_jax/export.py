@@ -14,8 +14,8 @@ from ghm_jax.batch import ModelInputs
 from ghm_jax.config import Config
 from ghm_jax.detection.outputs import predict_step
 from ghm_jax.distributed.devices import choose_devices
-from ghm_jax.evaluation.detector import category_ids_of_run, restore_variables
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.evaluation.detector import category_ids_of_run, restore_state
+from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.models.weight_conversion import export_detector
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
@@ -43,7 +43,7 @@ def export(
     out: str | Path,
     *,
     batch_size: int | None = None,
-    image_size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
     platforms: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -60,28 +60,21 @@ def export(
     Args:
         run_dir: of a run that has a checkpoint.
         out: the file; an old one is replaced when the new one is whole.
-        batch_size: .stablehlo: images a call (1).
-        image_size: .stablehlo: (height, width) of the images, multiples of 32 (the run's first
+        batch_size: .stablehlo: images per call (1).
+        size: .stablehlo: padded (height, width) of the images, multiples of 32 (the run's first
             bucket).
         platforms: .stablehlo: where it can run, of `PLATFORMS` (all of them).
-        progress: who hears about it.
+        progress: receives progress updates.
 
     Returns:
         The files.
 
     Raises:
-        ConfigError: no run, no checkpoint, an unknown suffix, a network that torchvision lacks
+        UserError: no run, no checkpoint, an unknown suffix, a network that torchvision lacks
             (.safetensors), or a shape that cannot be (.stablehlo).
     """
     out = Path(out)
-    shape = {"--batch-size": batch_size, "--size": image_size, "--platforms": platforms}
-    given = [name for name, value in shape.items() if value is not None]
-    if out.suffix not in (".safetensors", ".stablehlo"):
-        raise ConfigError(f"--out: {out} does not end in .safetensors or .stablehlo")
-    if out.suffix == ".safetensors" and given:
-        raise ConfigError(f"{given[0]}: {out} holds weights only; leave it out, or use .stablehlo")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out: no directory {out.parent}; create it first")
+    _check(out, batch_size=batch_size, size=size, platforms=platforms)
     run, config = load_run(run_dir)
     files, notes = [out], None
     if out.suffix == ".safetensors":
@@ -92,29 +85,53 @@ def export(
             run,
             config,
             batch_size=1 if batch_size is None else batch_size,
-            image_size=image_size or config.data.buckets[0],
+            size=size or config.data.buckets[0],
             platforms=PLATFORMS if platforms is None else tuple(dict.fromkeys(platforms)),
             progress=progress or Silent(),
         )
+    _write(out, data, notes)
+    return files
+
+
+def _check(out: Path, **shape: Any) -> None:
+    """Raises ArgumentError where the arguments of `export` cannot work together."""
+    given = [name for name, value in shape.items() if value is not None]
+    if out.suffix not in (".safetensors", ".stablehlo"):
+        raise ArgumentError("out", f"{out} does not end in .safetensors or .stablehlo")
+    if out.suffix == ".safetensors" and given:
+        raise ArgumentError(given[0], f"{out} holds weights only", "omit it, or use .stablehlo")
+    if not out.parent.is_dir():
+        raise ArgumentError("out", f"no directory {out.parent}", "create it first")
+    batch_size, size, platforms = shape["batch_size"], shape["size"], shape["platforms"]
+    if batch_size is not None and batch_size < 1:
+        raise ArgumentError("batch_size", f"must be positive, got {batch_size}")
+    if size is not None and any(side < 32 or side % 32 for side in size):
+        raise ArgumentError("size", f"{size} is not a height and width in multiples of 32")
+    if platforms is not None and not (platforms and set(platforms) <= set(PLATFORMS)):
+        wanted = ", ".join(PLATFORMS)
+        raise ArgumentError("platforms", f"got {tuple(platforms)}", f"choose from {wanted}")
+
+
+def _write(out: Path, data: bytes, notes: dict[str, Any] | None) -> None:
+    """Writes the file, and the notes beside it; an old file stays until the new one is whole."""
     scratch = out.with_name(out.name + ".part")
     try:
         scratch.write_bytes(data)
         if notes:
-            write_text(files[1], json.dumps(notes, indent=2) + "\n")
+            write_text(out.with_name(out.name + ".json"), json.dumps(notes, indent=2) + "\n")
         scratch.replace(out)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from error
-    return files
+        raise ArgumentError("out", f"{out} cannot be written ({error.strerror})") from error
 
 
 def _weights(run: RunDirectory, config: Config) -> bytes:
-    variables, _ = restore_variables(run, config, choose_devices(1)[0])
+    state = restore_state(run, config, choose_devices(1)[0])
     try:
-        tensors = export_detector(variables)
+        tensors = export_detector(state.variables)
     except ValueError as error:
         raise ConfigError(
-            f"{run.path}: cannot be exported as .safetensors: {error}; use .stablehlo"
+            str(run.path), f"cannot be exported as .safetensors: {error}", "use .stablehlo"
         ) from error
     return safetensors.numpy.save(tensors, {"classes": json.dumps(config.data.classes)})
 
@@ -124,36 +141,30 @@ def _program(
     config: Config,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    size: tuple[int, int],
     platforms: tuple[str, ...],
     progress: Progress,
 ) -> tuple[bytes, dict[str, Any]]:
     """The serialized program, and what a caller must know."""
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size: must be positive, got {batch_size}")
-    if any(side < 32 or side % 32 for side in image_size):
-        raise ConfigError(f"--size: {image_size} is not a height and width in multiples of 32")
-    if not platforms or not set(platforms) <= set(PLATFORMS):
-        raise ConfigError(f"--platforms: choose from {', '.join(PLATFORMS)}, got {platforms}")
-    variables, step = restore_variables(run, config, choose_devices(1)[0])
+    state = restore_state(run, config, choose_devices(1)[0])
     model = make_model(config, len(config.data.classes))
 
     # The weights are constants of the program: one file that cannot be paired with a wrong one.
     def detect(images: jax.Array, image_size: jax.Array) -> dict[str, jax.Array]:
         inputs = ModelInputs(images, image_size)
-        found = predict_step(variables, inputs, config=config, model=model)
+        found = predict_step(state.variables, inputs, config=config, model=model)
         return {**found._asdict(), "valid": found.labels >= 0}
 
     program = jax.export.export(jax.jit(detect), platforms=platforms)(
-        jax.ShapeDtypeStruct((batch_size, *image_size, 3), np.uint8),
+        jax.ShapeDtypeStruct((batch_size, *size, 3), np.uint8),
         jax.ShapeDtypeStruct((batch_size, 2), np.int32),
     )
     notes = {
         "inputs": _INPUTS,
         "outputs": _OUTPUTS,
         "batch": batch_size,
-        "height": image_size[0],
-        "width": image_size[1],
+        "height": size[0],
+        "width": size[1],
         "detections": config.predict.max_detections,
         "scaling": {
             "short_side": config.data.short_side,
@@ -165,7 +176,7 @@ def _program(
         "classes": config.data.classes,
         "category_ids": category_ids_of_run(config.data, progress),
         "platforms": program.platforms,
-        "step": step,
+        "step": int(state.step),
         "jax": jax.__version__,
     }
     return bytes(program.serialize()), notes

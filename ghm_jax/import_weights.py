@@ -1,10 +1,5 @@
-"""Files of published weights: read without running what is in them, looked up, kept converted.
+"""From published weights of a whole detector to a run."""
 
-What their tensors mean is `ghm_jax.models.weight_conversion`'s. A source is the path of a file, or
-`hf://OWNER/NAME[/FILE]` for a file on the Hugging Face Hub (`model.safetensors` by default).
-"""
-
-import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +13,7 @@ from ghm_jax.models.weight_conversion import class_rows_of, import_detector
 from ghm_jax.models.weight_files import load_tensors, locate
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory, claim_run
-from ghm_jax.training.build import make_model
-from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.state import init_state
+from ghm_jax.training.build import build
 
 
 def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory:
@@ -35,26 +28,26 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
         run_dir: where the run goes.
 
     Raises:
-        ConfigError: the weights cannot be had or do not fit, or the place is taken. Nothing is
-            left behind then.
+        ConfigError: the weights cannot be read or do not fit, or the directory is in use. Nothing
+            is left behind then.
     """
     config.check()
     config = replace(config, data=_resolved(config.data))
     if RunDirectory(Path(run_dir)).has_checkpoint:
-        raise ConfigError(f"{run_dir}: holds a checkpoint already; choose another --run-dir")
+        raise ConfigError(str(run_dir), "already holds a checkpoint", "choose another `run_dir`")
 
     path = locate(source)
     tensors = load_tensors(path)
-    model, optimizer = make_model(config, len(config.data.classes)), make_optimizer(config)
-    blank = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
+    trainer = build(config, len(config.data.classes))
+    blank = trainer.abstract_state
     try:
         rows = class_rows_of(tensors, config.data.classes, COCO_CATEGORIES)
         like = {"params": blank.params, "batch_stats": blank.batch_stats}
         variables = import_detector(tensors, like, rows)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(str(path), str(error)) from error
 
-    state = jax.jit(functools.partial(init_state, config, model, optimizer))(variables)
+    state = jax.jit(trainer.init_state)(variables)
     run = claim_run(run_dir, config)
     with Checkpoints(run.checkpoints, config.run.keep) as checkpoints:
         checkpoints.save(0, state)
@@ -63,8 +56,8 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
 
 
 def _resolved(data: Data) -> Data:
-    """With the data set's name and classes. COCO need not be at hand, for predictions on images of
-    one's own."""
+    """With the data set's name and classes. COCO need not be prepared, so that a person can predict
+    on their own images."""
     if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(Path(data.dir)):
         return replace(data, classes=tuple(COCO_CATEGORIES))
     dataset = open_dataset(data, data.validation_split)

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,13 +18,8 @@ from ghm_jax.data.placement import choose_placement
 from ghm_jax.data.transforms import decode_image, encoded_size
 from ghm_jax.detection.nms import Detections
 from ghm_jax.distributed.devices import choose_devices, replicate
-from ghm_jax.evaluation.detector import (
-    category_ids_of_run,
-    coco_results,
-    make_detector,
-    restore_variables,
-)
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.evaluation.detector import Detector, category_ids_of_run, coco_results, restore_state
+from ghm_jax.exceptions import ArgumentError, DataError, UserError
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
@@ -44,7 +39,31 @@ class Prediction(NamedTuple):
     """Images with detections drawn on them."""
     detections: int
     unreadable: tuple[str, ...]
-    """Files that are no images, with why."""
+    """Files that cannot be read as images, with the reason."""
+
+
+class _Found(NamedTuple):
+    """One image and its detections."""
+
+    number: int
+    """Of the file, from 0."""
+    image: np.ndarray
+    """u8[H, W, 3], RGB, as stored."""
+    detections: Detections
+    """[D], boxes in pixels of the stored image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What to look for, on which files."""
+
+    config: Config
+    files: list[Path]
+    sizes: dict[int, tuple[int, int]]
+    """(height, width) of each readable file, by its number."""
+    unreadable: dict[int, str]
+    """Files that cannot be read as images, with the reason; grows while images are decoded."""
+    progress: Progress
 
 
 def predict(
@@ -60,85 +79,106 @@ def predict(
 
     Writes into `out`: every image with its detections under its own name, `predictions.json` (COCO
     results with `file_name`; boxes in pixels of the stored image; `image_id` is the number that
-    the file is named by, as COCO's are, or else its place from 1) and `contact_sheet.jpg` of the
-    first images. Files that are no images are left out.
+    the file is named by, as COCO's are, or else its position from 1) and `contact_sheet.jpg` of the
+    first images. Files that are no images are skipped.
 
     Args:
         run_dir: of a run that has a checkpoint.
         sources: image files, folders (the images directly in them) and glob patterns.
-        out: a new or empty directory, so that nothing is ever written over.
-        batch_size: images a step; 0: the run's `predict.batch_size`. No more than there are.
-        threshold: least score of a detection.
-        progress: who hears about it.
+        out: a new or empty directory, so that nothing is ever overwritten.
+        batch_size: images per step; 0: the run's `predict.batch_size`. No more than there are.
+        threshold: lowest score of a detection.
+        progress: receives progress updates.
 
     Raises:
-        ConfigError: no run, no checkpoint, no image that can be read, or `out` is in use or cannot
-            be written to.
+        UserError: no run, no checkpoint, no image that can be read, or `out` is in use or cannot be
+            written to.
     """
     progress = progress or Silent()
     run, config = load_run(run_dir)
     files = find_images(sources)
-    if not 0 <= threshold <= 1 or batch_size < 0:
-        raise ConfigError("--threshold: must be in [0, 1], and --batch-size not negative")
+    if not 0 <= threshold <= 1:
+        raise ArgumentError("threshold", f"must be in [0, 1], got {threshold}")
+    if batch_size < 0:
+        raise ArgumentError("batch_size", f"must not be negative, got {batch_size}")
     out = unused_directory(out)
     settings = dataclasses.replace(config.predict, score_threshold=threshold)
     config = dataclasses.replace(config, predict=settings)
     devices = choose_devices(config.run.devices)
-    variables = replicate(restore_variables(run, config, devices[0])[0], devices)
+    variables = replicate(restore_state(run, config, devices[0]).variables, devices)
     sizes, unreadable = _read_sizes(files, progress)
     if not sizes:
         raise _none_readable(unreadable)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written ({error.strerror})") from error
+        raise ArgumentError("out", f"{out} cannot be written ({error.strerror})") from error
 
     category_ids = category_ids_of_run(config.data, progress)
-    detector = make_detector(config, len(config.data.classes), devices)
-    ids, names = _image_ids(files), _output_names(files)
-    groups = _group(sizes, config.data)
+    detector = Detector(config, len(config.data.classes), devices)
+    task = _Task(config, files, sizes, unreadable, progress)
+    found = _detect(task, detector, variables, batch_size, len(devices))
+    rows = _write_results(task, found, out, category_ids)
+    progress.close()
+    if not rows:
+        raise _none_readable(unreadable)
+    in_order = [row for number in sorted(rows) for row in rows[number]]
+    _write(out / "predictions.json", json.dumps(in_order).encode())
+    skipped = tuple(unreadable[number] for number in sorted(unreadable))
+    return Prediction(len(rows), len(in_order), skipped)
+
+
+def _detect(
+    task: _Task, detector: Detector, variables: dict[str, Any], batch_size: int, devices: int
+) -> Iterator[_Found]:
+    """The detections of each image, one bucket after the other."""
+    config, done = task.config, 0
+    groups = _group(task.sizes, config.data)
     size = min(batch_size or config.predict.batch_size, max(map(len, groups.values())))
-    size = -(-size // len(devices)) * len(devices)  # every device gets as many
-    rows, sheet, done = {}, {}, 0
+    size = -(-size // devices) * devices  # the same number on every device
     for bucket, numbers in reading_order(groups, size):
         images = {}
         for number in numbers:
             try:
-                images[number] = decode_image(files[number].read_bytes())
+                images[number] = decode_image(task.files[number].read_bytes())
             except (OSError, ValueError, cv2.error) as error:
-                unreadable[number] = f"{files[number]}: {error}"
+                task.unreadable[number] = f"{task.files[number]}: {error}"
         examples = [_example(image, config.data) for image in images.values()]
         examples += [filler_example()] * (size - len(examples))
         found = detector(variables, collate(examples, bucket, config.data.max_boxes))
         for i, (number, image) in enumerate(images.items()):
-            of_image = Detections(*(part[i] for part in found))
-            of_file = coco_results(ids[number], of_image, category_ids)
-            rows[number] = [{**row, "file_name": str(files[number])} for row in of_file]
-            drawn = _draw(image, of_image, config, _drawing_scale(image))
-            _write_image(out / names[number], drawn)
-            # Drawn anew: names of classes on a large image would be too small to read.
-            small = _draw(image, of_image, config, _SHEET_SIDE / max(image.shape[:2]))
-            sheet[number] = small, f"{files[number].name}: {len(of_file)}"
-            if len(sheet) > SHEET_IMAGES:
-                del sheet[max(sheet)]
+            yield _Found(number, image, Detections(*(part[i] for part in found)))
         done += len(numbers)
-        progress.update("predict", done, len(sizes), {})
-    progress.close()
-    if not sheet:
-        raise _none_readable(unreadable)
-    in_order = [row for number in sorted(rows) for row in rows[number]]
-    _write(out / "predictions.json", json.dumps(in_order).encode())
-    small = [sheet[number] for number in sorted(sheet)]
-    _write_image(out / "contact_sheet.jpg", contact_sheet(small, side=_SHEET_SIDE))
-    skipped = tuple(unreadable[number] for number in sorted(unreadable))
-    return Prediction(len(rows), len(in_order), skipped)
+        task.progress.update("predict", done, len(task.sizes), {})
+
+
+def _write_results(
+    task: _Task, found: Iterator[_Found], out: Path, category_ids: Sequence[int]
+) -> dict[int, list[dict[str, Any]]]:
+    """Draws every image as it comes, and the contact sheet; COCO results by number of the file."""
+    ids, names = _image_ids(task.files), _output_names(task.files)
+    rows, sheet = {}, {}
+    for number, image, detections in found:
+        of_file = coco_results(ids[number], detections, category_ids)
+        rows[number] = [{**row, "file_name": str(task.files[number])} for row in of_file]
+        drawn = _draw(image, detections, task.config, _drawing_scale(image))
+        _write_image(out / names[number], drawn)
+        # Drawn again: class names on a large image would be too small to read here.
+        small = _draw(image, detections, task.config, _SHEET_SIDE / max(image.shape[:2]))
+        sheet[number] = small, f"{task.files[number].name}: {len(of_file)}"
+        if len(sheet) > SHEET_IMAGES:
+            del sheet[max(sheet)]
+    if sheet:
+        small = [sheet[number] for number in sorted(sheet)]
+        _write_image(out / "contact_sheet.jpg", contact_sheet(small, side=_SHEET_SIDE))
+    return rows
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
     """The files that files, folders and glob patterns name, each once.
 
     Raises:
-        ConfigError: one of them names none.
+        UserError: one of them names none.
     """
     files: dict[Path, Path] = {}
     for source in sources:
@@ -152,10 +192,10 @@ def find_images(sources: Sequence[str]) -> list[Path]:
             found = [p for p in found if p.is_file()]
         if not found:
             what = f"no image ({', '.join(SUFFIXES)})" if path.is_dir() else "no such file"
-            raise ConfigError(f"{source}: {what}; give image files, folders or glob patterns")
+            raise UserError(source, what, "give image files, folders or glob patterns")
         files |= {p.resolve(): p for p in found if p.resolve() not in files}
     if not files:
-        raise ConfigError("no images given; give image files, folders or glob patterns")
+        raise UserError("images", "none given", "give image files, folders or glob patterns")
     return list(files.values())
 
 
@@ -167,7 +207,7 @@ def _image_ids(files: Sequence[Path]) -> list[int]:
 
 
 def _output_names(files: Sequence[Path]) -> list[str]:
-    """File names that differ, also on systems that take A for a; PNG stays PNG."""
+    """File names that differ, also on case-insensitive file systems; PNG stays PNG."""
     taken, names = {"contact_sheet.jpg", "predictions.json"}, []
     for path in files:
         suffix = ".png" if path.suffix.lower() == ".png" else ".jpg"
@@ -182,7 +222,7 @@ def _output_names(files: Sequence[Path]) -> list[str]:
 def _read_sizes(
     files: Sequence[Path], progress: Progress
 ) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
-    """(height, width) of each file by its number; of those that are no images, why."""
+    """(height, width) of each file by its number; for files that are no images, the reason."""
     sizes, unreadable = {}, {}
     for number, path in enumerate(files):
         try:
@@ -193,16 +233,16 @@ def _read_sizes(
     return sizes, unreadable
 
 
-def _none_readable(unreadable: dict[int, str]) -> ConfigError:
+def _none_readable(unreadable: dict[int, str]) -> DataError:
     first = unreadable[min(unreadable)]
-    return ConfigError(f"none of {len(unreadable)} files can be read as an image: {first}")
+    return DataError("images", f"none of {len(unreadable)} files can be read as an image: {first}")
 
 
 def _group(sizes: dict[int, tuple[int, int]], data: Data) -> Groups:
     """File numbers by bucket.
 
-    A run may have buckets for one orientation only, and these files another: a square as large as
-    the longest side, which `data.long_side` never exceeds, takes what fits in no other bucket.
+    A run may have buckets for one orientation only, and these files another: a square with the
+    longest side, which `data.long_side` never exceeds, takes what fits in no other bucket.
     """
     largest = max(max(bucket) for bucket in data.buckets)
     buckets = tuple(dict.fromkeys([*data.buckets, (largest, largest)]))
@@ -220,7 +260,7 @@ def _example(image: np.ndarray, data: Data) -> Example:
 
 
 def _drawing_scale(image: np.ndarray) -> float:
-    """Neither so small that names cover everything, nor larger than anyone looks at."""
+    """Not so small that names cover everything, and not larger than a screen."""
     side = max(image.shape[:2])
     return max(1, _SHORTEST // side) if side < _LONGEST else _LONGEST / side
 
@@ -236,10 +276,10 @@ def _write_image(path: Path, image: np.ndarray) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of a file or nothing of it."""
+    """Writes a whole file or nothing."""
     try:
         path.write_bytes(content)
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise ConfigError(f"--out: {path} cannot be written ({error.strerror})") from error
+        raise ArgumentError("out", f"{path} cannot be written ({error.strerror})") from error

@@ -1,9 +1,10 @@
-"""Training, in reading order."""
+"""Training a run: prepare, resume, loop, finish."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,69 @@ import jax.numpy as jnp
 from ghm_jax.analysis.cost import ideal_seconds
 from ghm_jax.config import Config
 from ghm_jax.data.batching import collate, filler_example
-from ghm_jax.data.dataset import open_dataset
-from ghm_jax.data.loader import train_batches, training_groups
+from ghm_jax.data.dataset import Dataset, open_dataset
+from ghm_jax.data.loader import Batches, train_batches, training_groups
+from ghm_jax.data.order import Groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.distributed.devices import (
     REPLICA,
+    Device,
     ProgramCount,
     choose_devices,
-    compile_to_run_once,
+    jit_init,
     num_local,
     parallelize,
     replicate,
     split_batch,
 )
-from ghm_jax.distributed.processes import all_or_none, is_first, largest
+from ghm_jax.distributed.processes import global_max, is_first, raise_together
 from ghm_jax.evaluation.validation import Validation
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
+from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory, claim_run
 from ghm_jax.runs.storage import set_aside
-from ghm_jax.training.build import make_model
-from ghm_jax.training.interrupt import TrainingInterrupted, stop_on_signal
+from ghm_jax.training.build import Trainer, build
+from ghm_jax.training.interrupt import StopRequest, TrainingInterrupted, stop_on_signal
 from ghm_jax.training.log import TrainingDiverged, TrainingLog
-from ghm_jax.training.metric_writers import check_boards
-from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.metric_writers import check_writers
 from ghm_jax.training.pretrained import load_backbone
 from ghm_jax.training.profiling import Profiler
-from ghm_jax.training.state import TrainState, init_state
-from ghm_jax.training.step import train_step
+from ghm_jax.training.saving import Saver
+from ghm_jax.training.state import TrainState
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+"""The training step on all devices, of a split batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that can start: whatever a person can get wrong has been checked."""
+
+    run: RunDirectory
+    config: Config
+    """Resolved: with the name and the classes of the data set."""
+    progress: Progress
+    profile: tuple[int, int] | None
+    devices: list[Device]
+    dataset: Dataset
+    groups: Groups
+    """The images to train on, by bucket."""
+    trainer: Trainer
+    validation: Validation | None
+    """Scores states while the run trains, if it is to."""
+    pretrained: Mapping[str, Any] | None
+    """Weights that a new run starts from."""
+
+    @property
+    def replicas(self) -> int:
+        """Devices of this process."""
+        return num_local(self.devices)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.config.optimizer.steps
 
 
 def train(
@@ -52,216 +87,239 @@ def train(
     profile: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> TrainState:
-    """Trains a detector, or goes on with a run that was stopped.
+    """Trains a detector, or resumes a run that was stopped.
 
     Args:
         config: what to do.
         run_dir: where checkpoints, logs and the resolved config go; see `ghm_jax.runs.directory`.
-        restart: move an existing run aside and start anew.
-        profile: first and last step of which a JAX profile is written, beside TensorBoard's files.
-        progress: who hears about it.
+        restart: move an existing run aside and train from scratch.
+        profile: first and last step of a JAX profile, written beside TensorBoard's files.
+        progress: receives progress updates.
 
     Returns:
         The state after the last step.
 
     Raises:
-        ConfigError: something that was asked for cannot work; nothing has been computed.
-        TrainingDiverged: too many updates in a row were not finite.
+        UserError: something that was asked for cannot work; nothing has been computed.
+        TrainingDiverged: too many consecutive updates held NaN or Inf.
         TrainingInterrupted: Ctrl-C or SIGTERM; the run can be resumed.
-        CheckpointFailed: the last state could not be written; the run can be resumed from the one
-            before.
+        CheckpointFailed: the last state could not be written; the run can be resumed from the
+            checkpoint before.
     """
-    run, processes = RunDirectory(Path(run_dir)), jax.process_count()
     progress = progress if progress and is_first() else Silent()
+    job = prepare(config, RunDirectory(Path(run_dir)), restart, profile, progress)
+    step = compile_lazily(job)
+    with (
+        stop_on_signal(progress) as stopping,
+        Checkpoints(job.run.checkpoints, job.config.run.keep, job.config.run.keep_best) as saved,
+    ):
+        state, start = resume(job, saved)
+        if start >= job.steps:
+            progress.say(
+                f"{job.run.path}: complete at step {start}, nothing to train (use `restart` to "
+                "train from scratch)"
+            )
+            return state
+        compile_step(job, step, state)
+        state, done, signal_number = loop(job, step, state, start, saved, stopping)
+    if done < job.steps:
+        raise TrainingInterrupted(
+            f"stopped at step {done} of {job.steps}, checkpoint written", signal_number
+        )
+    return state
 
-    # Everything that a person can get wrong, before any compute.
-    with all_or_none():
+
+def prepare(
+    config: Config,
+    run: RunDirectory,
+    restart: bool,
+    profile: tuple[int, int] | None,
+    progress: Progress,
+) -> Job:
+    """Checks whatever a person can get wrong, before any compute, and claims the run's directory.
+
+    Raises:
+        UserError: it cannot work; nothing has been written.
+    """
+    with raise_together():
         devices = choose_devices(config.run.devices)
         config.check(len(devices))
-        check_boards(config)
-        if profile and not 1 <= profile[0] <= profile[1] <= config.optimizer.steps:
-            raise ConfigError(
-                f"--profile: {profile[0]}:{profile[1]} are not steps of this run, which has "
-                f"{config.optimizer.steps}; give the first and the last one, such as 10:12"
-            )
+        check_writers(config)
+        check_profile(profile, config.optimizer.steps)
         dataset = open_dataset(config.data, config.data.train_split)
         data = dataclasses.replace(config.data, name=dataset.name, classes=dataset.class_names)
         config = dataclasses.replace(config, data=data)
-        groups = training_groups(dataset, config.data)
-        notes = input_notes(dataset, config)
-        validation = Validation(config, devices) if config.run.eval_every else None
-        optimizer = make_optimizer(config)
-        model = make_model(config, len(dataset.class_names), REPLICA)
-        initialize = functools.partial(init_state, config, model, optimizer)
+        trainer = build(config, len(dataset.class_names), REPLICA)
         pretrained = None
         if config.model.weights and (restart or not run.has_checkpoint):
-            blank = jax.eval_shape(initialize)
+            blank = trainer.abstract_state
             like = {"params": blank.params, "batch_stats": blank.batch_stats}
             pretrained = load_backbone(config.model, like)
-    with all_or_none():
+        job = Job(
+            run=run,
+            config=config,
+            progress=progress,
+            profile=profile,
+            devices=devices,
+            dataset=dataset,
+            groups=training_groups(dataset, config.data),
+            trainer=trainer,
+            validation=Validation(config, devices) if config.run.eval_every else None,
+            pretrained=pretrained,
+        )
+    with raise_together():
         if is_first():
             if restart and run.path.exists():
                 progress.say(f"moved the old run to {set_aside(run.path)}")
-            claim_run(run_dir, config)
+            claim_run(run.path, config)
+    return job
 
-    # The step of one replica, on all devices.
-    step = functools.partial(
-        train_step, config=config, model=model, optimizer=optimizer, axis_name=REPLICA
-    )
-    step = ProgramCount(step, len(groups), progress.say)
-    step = parallelize(step, devices, config.run.wrapper, donate=True)
-    state = compile_to_run_once(initialize, devices[0])(pretrained)
-    # As the step returns it: from another placement it would be compiled a second time.
-    state = replicate(state, devices)
-    # pmap of several processes gives each a state of its own, all the same; Orbax wants one.
-    shared = functools.partial(replicate, devices=devices)
 
-    with (
-        stop_on_signal(progress) as stopping,
-        Checkpoints(run.checkpoints, config.run.keep, config.run.keep_best) as checkpoints,
-    ):
-        checkpoints.remove_fragments()
-        new = checkpoints.latest is None
-        if not new:
-            state = restore(checkpoints, state, progress)
-        start, total = int(state.step), config.optimizer.steps  # 0: an imported detector
-        if start >= total:
-            progress.say(
-                f"{run.path}: complete at step {start}, nothing to train (--restart: anew)"
-            )
-            return state
-        progress.say(
-            f"{run.path}: {'new run' if new else f'resuming at step {start}'} of {total} steps on "
-            f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}, "
-            f"{len(dataset)} images of {dataset.name}"
+def check_profile(profile: tuple[int, int] | None, steps: int) -> None:
+    """Raises ArgumentError for a first and a last step that the run does not have."""
+    if profile and not 1 <= profile[0] <= profile[1] <= steps:
+        raise ArgumentError(
+            "profile",
+            f"{profile[0]}:{profile[1]} are not steps of this run, which has {steps}",
+            "give the first and the last one, such as 10:12",
         )
-        for note in notes:
-            progress.say(note)
-        compile_step(step, state, config, tuple(groups), num_local(devices), progress)
 
-        done, retry, signal_number = start, None, 0
-        kinds = [device.device_kind for device in devices]
-        ideal = ideal_seconds(config, len(dataset.class_names), groups, kinds)
-        log = TrainingLog(run, config, start, progress, ideal)
-        profiler = Profiler(run.tensorboard, profile if is_first() else None, progress.say)
-        replacements = ReplacementLog(progress.say)
-        batches = train_batches(
-            dataset, config, start, jax.process_index(), processes, groups=groups
+
+def compile_lazily(job: Job) -> Step:
+    """The step of one replica, on all devices; compiled at its first call with a shape."""
+    counted = ProgramCount(job.trainer.step, len(job.groups), job.progress.say)
+    return parallelize(counted, job.devices, job.config.run.wrapper, donate=True)
+
+
+def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The newest state that can be read, or the first one, and its step.
+
+    Damaged checkpoints that are newer are moved aside.
+    """
+    initial = jit_init(job.trainer.init_state, job.devices[0])(job.pretrained)
+    # Placed as the step returns it: from another placement it would be compiled a second time.
+    state = replicate(initial, job.devices)
+    checkpoints.remove_fragments()
+    new = checkpoints.latest is None
+    if not new:
+        damaged: list[int] = []
+
+        def skipped(step: int, why: str) -> None:
+            damaged.append(step)
+            job.progress.say(f"skipped the checkpoint of step {step}: {why}")
+
+        state = checkpoints.restore(state, skipped=skipped)
+        for step in damaged:
+            job.progress.say(f"... and moved it to {checkpoints.set_aside(step)}")
+    start = int(state.step)  # 0: an imported detector
+    if start < job.steps:
+        devices = job.devices
+        job.progress.say(
+            f"{job.run.path}: {'new run' if new else f'resuming at step {start}'} of {job.steps} "
+            f"steps on {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}, "
+            f"{len(job.dataset)} images of {job.dataset.name}"
         )
-        try:
-            while done < total:
-                # All processes must stop at the same step; to ask them costs a wait.
-                if processes == 1 or done % config.run.log_every == 0:
-                    signal_number = largest(stopping.number)
-                if signal_number:
-                    break
-                profiler.before(done + 1)
-                loaded = log.next_batch(batches)
-                replacements.record(loaded)
-                state, metrics = step(state, split_batch(loaded.batch, num_local(devices)))
-                done += 1
-                profiler.after(done, metrics)
-                log.record(done, metrics)
-                ap = None
-                if validation and (done % config.run.eval_every == 0 or done == total):
-                    log.flush()
-                    figures, pictures = validation.score(state, progress)
-                    log.evaluated(done, figures, pictures)
-                    ap = figures["AP"]
-                try:
-                    checkpoints.check()
-                    if done % config.run.checkpoint_every == 0 or ap is not None or done == retry:
-                        log.flush()  # so that a logged step is checked before its state is saved
-                        checkpoints.save(done, shared(state), ap)
-                except CheckpointFailed as failed:
-                    if processes > 1:  # the others do not know, and cannot be asked
-                        raise
-                    retry = done + config.run.log_every
-                    progress.say(
-                        f"a checkpoint was not written ({failed}); older ones are kept, the next "
-                        f"try is at step {retry}"
-                    )
-            log.flush()
-            save_last(checkpoints, done, shared(state), progress, tries=3 if processes == 1 else 1)
-        except TrainingDiverged as diverged:
-            newest = checkpoints.latest
-            kept = "there is no checkpoint" if newest is None else f"checkpoint {newest} is kept"
-            raise TrainingDiverged(f"{diverged} ({kept})") from None
-        finally:
-            profiler.close()
-            batches.close()
-            log.close()
-            progress.close()
-    if done < total:
-        raise TrainingInterrupted(
-            f"stopped at step {done} of {total}, checkpoint written", signal_number
-        )
-    return state
+        for note in input_notes(job.dataset, job.config):
+            job.progress.say(note)
+    return state, start
 
 
-def compile_step(
-    step: Callable[[Any, Any], Any],
-    state: TrainState,
-    config: Config,
-    buckets: tuple[tuple[int, int], ...],
-    replicas: int,
-    progress: Progress,
-) -> None:
-    """Compiles the step for each bucket, by doing one with images that are all padding.
+def compile_step(job: Job, step: Step, state: TrainState) -> None:
+    """Compiles the step for each bucket, by running it once on images that are all padding.
 
-    Training then never stops for it, and what the memory cannot hold shows now. `step` may take
+    Training then never stops to compile, and running out of memory shows now. The step may reuse
     the memory of the state that it is given: it gets a copy.
     """
-    size = config.optimizer.batch_size // jax.process_count()
-    for number, bucket in enumerate(buckets, 1):
-        progress.say(
+    size = job.config.optimizer.batch_size // jax.process_count()
+    for number, bucket in enumerate(job.groups, 1):
+        job.progress.say(
             f"compiling the training step for images of {bucket[0]}x{bucket[1]} pixels"
-            f"{f' ({number} of {len(buckets)})' * (len(buckets) > 1)}, half a minute or so ..."
+            f"{f' ({number} of {len(job.groups)})' * (len(job.groups) > 1)}, about half a minute"
         )
         start = time.perf_counter()
-        padding = collate([filler_example()] * size, bucket, config.data.max_boxes)
+        padding = collate([filler_example()] * size, bucket, job.config.data.max_boxes).batch
         copy = jax.tree.map(jnp.copy, state)
-        jax.block_until_ready(step(copy, split_batch(padding.batch, replicas)))
-        progress.say(f"... ready after {time.perf_counter() - start:.0f} s")
+        jax.block_until_ready(step(copy, split_batch(padding, job.replicas)))
+        job.progress.say(f"... compiled in {time.perf_counter() - start:.0f} s")
 
 
-def restore(checkpoints: Checkpoints, like: TrainState, progress: Progress) -> TrainState:
-    """The newest state that can be read; damaged ones that are newer are put aside."""
-    damaged: list[int] = []
-
-    def skipped(step: int, why: str) -> None:
-        damaged.append(step)
-        progress.say(f"the checkpoint of step {step} is skipped: {why}")
-
-    state = checkpoints.restore(like, skipped=skipped)
-    for step in damaged:
-        progress.say(f"... and moved to {checkpoints.set_aside(step)}")
-    return state
-
-
-def save_last(
-    checkpoints: Checkpoints,
-    done: int,
+def loop(
+    job: Job,
+    step: Step,
     state: TrainState,
-    progress: Progress,
-    tries: int = 3,
-    pause: float = 10.0,
-) -> None:
-    """Saves and waits for it; tries again after `pause` seconds, as a disk may be full for a while.
+    start: int,
+    checkpoints: Checkpoints,
+    stopping: StopRequest,
+) -> tuple[TrainState, int, int]:
+    """Trains until the last step or a signal, and saves the last state.
 
-    Raises:
-        CheckpointFailed: the last try failed.
+    Returns:
+        The state, the steps done, and the signal (0: none).
     """
-    for left in reversed(range(tries)):
-        try:
-            checkpoints.save(done, state)
-            checkpoints.wait()
-            return
-        except CheckpointFailed as failed:
-            if not left:
-                raise CheckpointFailed(
-                    f"step {done} could not be saved ({failed}); the newest checkpoint is that of "
-                    f"step {checkpoints.latest}: make room and give the same command to go on there"
-                ) from failed
-            progress.say(f"step {done} was not saved ({failed}), trying again in {pause:.0f} s")
-            time.sleep(pause)
+    config, done, signal_number = job.config, start, 0
+    saver = Saver(
+        checkpoints,
+        job.progress,
+        every=config.run.checkpoint_every,
+        retry_after=config.run.log_every,
+        alone=jax.process_count() == 1,
+        place=functools.partial(replicate, devices=job.devices),
+    )
+    with logging(job, start, checkpoints) as (log, profiler, batches):
+        replacements = ReplacementLog(job.progress.say)
+        while done < job.steps:
+            # All processes must stop at the same step; to ask them costs a wait.
+            if jax.process_count() == 1 or done % config.run.log_every == 0:
+                signal_number = global_max(stopping.number)
+            if signal_number:
+                break
+            profiler.before(done + 1)
+            loaded = log.next_batch(batches)
+            replacements.record(loaded)
+            state, metrics = step(state, split_batch(loaded.batch, job.replicas))
+            done += 1
+            profiler.after(done, metrics)
+            log.record(done, metrics)
+            ap = evaluate_if_due(job, log, state, done)
+            # A logged step is checked for NaN and Inf before its state is saved.
+            saver.save_if_due(done, state, ap=ap, before=log.flush)
+        log.flush()
+        saver.save_last(done, state)
+    return state, done, signal_number
+
+
+@contextlib.contextmanager
+def logging(
+    job: Job, start: int, checkpoints: Checkpoints
+) -> Iterator[tuple[TrainingLog, Profiler, Batches]]:
+    """What a loop writes to and reads from; closed however it ends."""
+    config = job.config
+    kinds = [device.device_kind for device in job.devices]
+    ideal = ideal_seconds(config, len(job.dataset.class_names), job.groups, kinds)
+    log = TrainingLog(job.run, config, start, job.progress, ideal)
+    profile = job.profile if is_first() else None
+    profiler = Profiler(job.run.tensorboard, profile, job.progress.say)
+    process, processes = jax.process_index(), jax.process_count()
+    batches = train_batches(job.dataset, config, start, process, processes, groups=job.groups)
+    try:
+        yield log, profiler, batches
+    except TrainingDiverged as diverged:
+        newest = checkpoints.latest
+        kept = "there is no checkpoint" if newest is None else f"checkpoint {newest} is kept"
+        raise TrainingDiverged(f"{diverged} ({kept})") from None
+    finally:
+        profiler.close()
+        batches.close()
+        log.close()
+        job.progress.close()
+
+
+def evaluate_if_due(job: Job, log: TrainingLog, state: TrainState, done: int) -> float | None:
+    """The AP of the state on the validation split, which is logged; None: not this step."""
+    every = job.config.run.eval_every
+    if job.validation is None or not (done % every == 0 or done == job.steps):
+        return None
+    log.flush()
+    figures, pictures = job.validation.score(state, job.progress)
+    log.evaluated(done, figures, pictures)
+    return figures["AP"]

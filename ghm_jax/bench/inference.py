@@ -21,15 +21,13 @@ from ghm_jax.data.batching import Example, collate
 from ghm_jax.detection.outputs import choose_detections, network_outputs
 from ghm_jax.distributed.devices import (
     Device,
-    compile_to_run_once,
+    jit_init,
     parallelize,
     replicate,
     split_batch,
 )
-from ghm_jax.evaluation.detector import make_detector
-from ghm_jax.training.build import make_model
-from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.state import init_state
+from ghm_jax.evaluation.detector import Detector
+from ghm_jax.training.build import build
 
 _PEAKED = 300  # (anchor, class) pairs an image that pass the threshold, if all do not
 
@@ -161,17 +159,17 @@ def _last_layer(logits: np.ndarray, threshold: float) -> tuple[float, dict[str, 
 
 
 def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
-    config, model = case.config, make_model(case.config, case.num_classes)
-    initialize = functools.partial(init_state, config, model, make_optimizer(config))
-    state = compile_to_run_once(initialize, devices[0])()
+    config = case.config
+    trainer = build(config, case.num_classes)
+    state = jit_init(trainer.init_state, devices[0])()
     examples = [Example(image, valid=True) for image in _images(case)]
     loaded = collate(examples, case.image_size, max_boxes=1)
     on_devices = split_batch(loaded.batch.model_inputs(), len(devices))
     over_devices = functools.partial(
         parallelize, devices=list(devices), wrapper=config.run.wrapper, split_output=True
     )
-    detector = make_detector(config, case.num_classes, devices)
-    network: Any = over_devices(functools.partial(network_outputs, model=model))
+    detector = Detector(config, case.num_classes, devices)
+    network: Any = over_devices(functools.partial(network_outputs, model=trainer.model))
     select: Any = over_devices(lambda _, given: choose_detections(*given, config=config))
 
     variables = replicate(state.variables, list(devices))

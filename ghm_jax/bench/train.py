@@ -20,11 +20,9 @@ from ghm_jax.config import Config, Loss, Optimizer
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import detection_loss
 from ghm_jax.detection.outputs import loss_inputs, make_targets
-from ghm_jax.distributed.devices import REPLICA, compile_to_run_once, parallelize, split_batch
-from ghm_jax.training.build import make_model
-from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.state import TrainState, init_state
-from ghm_jax.training.step import train_step
+from ghm_jax.distributed.devices import REPLICA, jit_init, parallelize, split_batch
+from ghm_jax.training.build import build
+from ghm_jax.training.state import TrainState
 
 PARTS = ("networks", "losses", "devices", "image", "batch", "classes")
 """What can be compared; of the last three the growth of the time is given as well."""
@@ -201,11 +199,8 @@ def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _C
     """A compiled step that goes on from where its last call ended, as in training."""
     config, devices = case.config, jax.devices()[: case.devices]
     axis_name = REPLICA if case.collectives else None
-    model, optimizer = make_model(config, case.num_classes, axis_name), make_optimizer(config)
-    step = functools.partial(
-        train_step, config=config, model=model, optimizer=optimizer, axis_name=axis_name
-    )
-    replicated: Any = parallelize(step, devices, config.run.wrapper, donate=True)
+    trainer = build(config, case.num_classes, axis_name)
+    replicated: Any = parallelize(trainer.step, devices, config.run.wrapper, donate=True)
     batch = split_batch(random_batch(case), case.devices)
     state = first_state(config, case.num_classes)
     compiled = replicated.lower(state, batch).compile()
@@ -226,9 +221,8 @@ def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _C
 
 def _first_state(config: Config, num_classes: int) -> TrainState:
     """On the host, as steps take the memory of the state that they are given."""
-    model, optimizer = make_model(config, num_classes), make_optimizer(config)
-    initialize = functools.partial(init_state, config, model, optimizer)
-    return jax.device_get(compile_to_run_once(initialize, jax.devices()[0])())
+    trainer = build(config, num_classes)
+    return jax.device_get(jit_init(trainer.init_state, jax.devices()[0])())
 
 
 def _planned_bytes(plan: Any) -> int | None:
@@ -260,7 +254,8 @@ def random_batch(case: Case, seed: int = 0) -> Batch:
 def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str, float]:
     """Milliseconds of the parts of a step on one device."""
     config = case.config
-    model, optimizer = make_model(config, case.num_classes), make_optimizer(config)
+    trainer = build(config, case.num_classes)
+    model, optimizer = trainer.model, trainer.optimizer
     state = jax.device_put(state)
     host_batch = random_batch(case)
     batch = jax.device_put(host_batch)

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,9 @@ from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.experiments import experiment_name, load_experiment
 from ghm_jax.runs.storage import cache_directory
+
+if TYPE_CHECKING:
+    from ghm_jax.evaluation.results import Evaluation
 
 
 @dataclass
@@ -35,13 +38,15 @@ class Train:
 
 def train_command(args: list[str]) -> None:
     """`ghm-jax train`."""
-    from ghm_jax.distributed.processes import all_or_none, is_first
+    from ghm_jax.distributed.processes import is_first, raise_together
     from ghm_jax.progress import Bar
-    from ghm_jax.train import CheckpointFailed, TrainingInterrupted, train
+    from ghm_jax.runs.checkpoint import CheckpointFailed
+    from ghm_jax.train import train
+    from ghm_jax.training.interrupt import TrainingInterrupted
     from ghm_jax.training.log import TrainingDiverged
 
     job = join_processes(args)
-    with all_or_none() if job else contextlib.nullcontext():
+    with raise_together() if job else contextlib.nullcontext():
         experiment = positional(args, "ghm-jax train EXPERIMENT")
         default = load_experiment(experiment) if experiment else Config()
         arguments = parse(Train, args, "ghm-jax train", Train(experiment or "", config=default))
@@ -98,11 +103,11 @@ class Evaluate:
 
 def evaluate_command(args: list[str]) -> None:
     """`ghm-jax evaluate`."""
-    from ghm_jax.distributed.processes import all_or_none, is_first
+    from ghm_jax.distributed.processes import is_first, raise_together
     from ghm_jax.progress import Bar
 
     job = join_processes(args)
-    with all_or_none() if job else contextlib.nullcontext():
+    with raise_together() if job else contextlib.nullcontext():
         directory = positional(args, "ghm-jax evaluate RUN")
         a = parse(Evaluate, args, "ghm-jax evaluate", Evaluate(directory or ""))
         if a.out and not a.detections:
@@ -116,6 +121,7 @@ def evaluate_command(args: list[str]) -> None:
             start_devices(config, joined=job)
 
     from ghm_jax.evaluate import evaluate, evaluate_file
+    from ghm_jax.evaluation.results import Submission
 
     data = {"split": a.split or None, "annotations": a.annotations or None}
     if a.detections:
@@ -128,21 +134,21 @@ def evaluate_command(args: list[str]) -> None:
         result = evaluate(a.run, evaluator=a.evaluator, progress=Bar(), **data)
     if not is_first():
         return
-    if "submission" in result:
-        print(f"{result['submission']}: written, {result['images']} images, for COCO's server")
+    if isinstance(result, Submission):
+        print(f"{result.path}: written, {result.images} images, for COCO's server")
         return
     _print_figures(result)
     print(f"report: {RunDirectory(Path(a.run)).report}")
 
 
-def _print_figures(result: dict[str, Any]) -> None:
+def _print_figures(result: "Evaluation") -> None:
     """The twelve figures with what they mean, and AP by class in columns."""
     from ghm_jax.evaluation.coco import METRICS
 
     for name, meaning in METRICS.items():
-        print(f"  {name:<6} {_percent(result[name]):>6}  {meaning}")
+        print(f"  {name:<6} {_percent(result.metrics[name]):>6}  {meaning}")
     print("by class (AP):")
-    cells = [f"  {_percent(ap):>5} {name}" for name, ap in result["per_class"].items()]
+    cells = [f"  {_percent(ap):>5} {name}" for name, ap in result.per_class.items()]
     columns = 4 if len(cells) > 12 else 1
     width = max(map(len, cells)) + 1
     for start in range(0, len(cells), columns):
@@ -202,7 +208,7 @@ def export_command(args: list[str]) -> None:
     from ghm_jax.export import export
     from ghm_jax.progress import Bar
 
-    shape = {"batch_size": a.batch_size, "image_size": a.size, "platforms": a.platforms}
+    shape = {"batch_size": a.batch_size, "size": a.size, "platforms": a.platforms}
     for path in export(a.run, a.out, progress=Bar(), **shape):
         print(f"{path}: written")
 

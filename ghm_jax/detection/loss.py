@@ -22,7 +22,7 @@ class GHMStates(NamedTuple):
     box: GHMState
 
 
-class LossParts(NamedTuple):
+class LossTerms(NamedTuple):
     """This replica's share of a loss and of its parts, f32[]: sum them over the replicas."""
 
     total: jax.Array
@@ -46,7 +46,7 @@ def detection_loss(
     config: Config,
     level_sizes: tuple[int, ...],
     axis_name: str | None = None,
-) -> tuple[LossParts, GHMStates, tuple[LossStats, LossStats]]:
+) -> tuple[LossTerms, GHMStates, tuple[LossStats, LossStats]]:
     """Classification loss of all anchors that are not ignored, box loss of the positive ones.
 
     Args:
@@ -75,7 +75,7 @@ def detection_loss(
         deltas, targets.deltas, positive, states.box, axis_name=axis_name
     )
     total = config.loss.weight * loss_class + config.loss.box_weight * loss_box
-    parts = LossParts(total, loss_class, loss_box)
+    parts = LossTerms(total, loss_class, loss_box)
     return parts, GHMStates(state_class, state_box), (stats_class, stats_box)
 
 

@@ -1,4 +1,4 @@
-"""How a per-device step meets the devices. Nothing else in the package knows of them.
+"""How a per-device step runs on all devices. The rest of the package knows one replica only.
 
 A step is written for one replica, with explicit collectives over `REPLICA`. The state goes in and
 comes out un-stacked and replicated; batches are split along their first axis.
@@ -84,7 +84,7 @@ def parallelize(
 def replicate(tree: Any, devices: list[Device]) -> Any:
     """The same arrays on every device, as a state that both wrappers take without a copy.
 
-    Of several processes each gives the same arrays, its own or those of a step.
+    Each of several processes passes the same arrays, its own or those of a step.
     """
     mesh = jax.sharding.Mesh(np.asarray(devices), (REPLICA,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -101,26 +101,27 @@ def replicate(tree: Any, devices: list[Device]) -> Any:
 
 
 def own_devices(devices: list[Device]) -> list[Device]:
-    """Those of the devices that are this process's."""
+    """The devices of this process among these."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def num_local(devices: list[Device]) -> int:
-    """How many of the devices are this process's."""
+    """How many of the devices belong to this process."""
     return len(own_devices(devices))
 
 
-def compile_to_run_once(function: Callable[..., Any], device: Device) -> Callable[..., Any]:
-    """`jax.jit` without optimizing on CPU, whose compiler is slow on random initializers."""
+def jit_init(function: Callable[..., Any], device: Device) -> Callable[..., Any]:
+    """`jax.jit` for a function that runs once, without optimization on CPU, whose compiler is slow
+    on random initializers."""
     options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(function, compiler_options=options)
 
 
 class ProgramCount:
-    """A step that knows how many programs it was compiled to, and says when there are too many.
+    """A step that counts the programs it is compiled to, and warns about too many.
 
-    JAX runs the Python of a step once for each program, when it traces it. A shape that changes
-    from batch to batch is a program each time, and minutes of compilation that look like slow
+    JAX runs the Python of a step once per program, when it traces it. A shape that changes from
+    batch to batch means a new program each time: minutes of compilation that look like slow
     training.
     """
 
@@ -131,7 +132,7 @@ class ProgramCount:
         self._step, self._expected, self._say = step, expected, say
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        """Traces the step; to be given to `parallelize`."""
+        """Traces the step; pass the object to `parallelize`."""
         self.count += 1
         if self.count > self._expected:
             shapes = ", ".join(
@@ -139,8 +140,8 @@ class ProgramCount:
                 for path, x in jax.tree.leaves_with_path(batch)
             )
             self._say(
-                f"warning: compiling program {self.count} of the step, {self._expected} were "
-                f"expected; training waits for it each time (batch: {shapes})"
+                f"warning: compiling program {self.count} of the step, expected {self._expected}; "
+                f"training waits for each compilation (batch: {shapes})"
             )
         return self._step(state, batch)
 
@@ -151,8 +152,8 @@ def split_batch(batch: Any, replicas: int) -> Any:
 
 
 def merge_batch(tree: Any) -> Any:
-    """[replicas, b, ...] -> NumPy [replicas * b, ...] for every array of a split output; of several
-    processes, each gets the replicas that are its own."""
+    """[replicas, b, ...] -> NumPy [replicas * b, ...] for every array of a split output; each of
+    several processes gets its own replicas."""
 
     def local(x: Any) -> np.ndarray:
         if jax.process_count() == 1:
@@ -164,7 +165,7 @@ def merge_batch(tree: Any) -> Any:
 
 
 def choose_devices(count: int) -> list[Device]:
-    """The first `count` devices, or all for 0. A job of several processes uses all it has."""
+    """The first `count` devices, or all for 0. Jobs of several processes use all devices."""
     devices = jax.devices()
     return devices[: count or len(devices)] if jax.process_count() == 1 else devices
 
@@ -172,8 +173,8 @@ def choose_devices(count: int) -> list[Device]:
 def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
     """Gives the CPU backend one device per core, as many as divide every batch size.
 
-    Call it before JAX is used. XLA runs one convolution on few threads, so replicas are the better
-    use of cores. No effect on accelerators, when the user set a count, or when JAX runs already.
+    Call it before JAX is used. XLA runs one convolution on few threads, so replicas use the cores
+    better. No effect on accelerators, if the user set a count, or if JAX is already running.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
@@ -187,10 +188,10 @@ def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
 
 
 def keep_programs(directory: Path) -> None:
-    """Lets JAX keep compiled programs there, so that the next run of the same step starts at once.
+    """Lets JAX keep compiled programs there, so that the next run of the same step starts quickly.
 
-    No effect when the user chose a directory for JAX (JAX_COMPILATION_CACHE_DIR). Programs for a
-    CPU are kept by host: they use what its CPU has, and the directory may be shared. No effect in a
+    No effect if the user chose a directory for JAX (JAX_COMPILATION_CACHE_DIR). Programs for a CPU
+    are kept per host: they use what its CPU has, and the directory may be shared. No effect in a
     job of several processes either: JAX keeps them for the first one alone, which would then wait
     for the others while they compile, on CPUs for no more than 30 seconds.
     """

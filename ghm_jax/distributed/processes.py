@@ -1,6 +1,6 @@
-"""How the processes of a job agree: one process a host (or a device), all with the same program.
+"""How the processes of a job agree: one process per host (or device), all with the same program.
 
-All processes call each of these functions at the same point. Alone, a process pays nothing for it.
+All processes call each of these functions at the same point. A single process pays nothing for it.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from ghm_jax.exceptions import StoppedElsewhere
 def start_processes(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of a job into one; call it before JAX is used.
+    """Joins the processes of a job; call it before JAX is used.
 
     Args:
-        coordinator: HOST:PORT of process 0; each process then has all devices of its host. None, as
-            the others: `jax.distributed` finds them all on TPU pods (one process a host), under
-            SLURM and under Open MPI 4 (one process a GPU).
+        coordinator: HOST:PORT of process 0; each process then has all devices of its host. None
+            (for all three): `jax.distributed` detects them on TPU pods (one process per host),
+            under SLURM and under Open MPI 4 (one process per GPU).
         num_processes: of the job.
-        process_id: of this one, from 0.
+        process_id: of this process, from 0.
 
     Raises:
-        ValueError, RuntimeError: nothing was found, or the others did not answer.
+        ValueError, RuntimeError: nothing was detected, or the other processes did not answer.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs only
-    # What SLURM and Open MPI tell would leave a process one GPU, whatever was asked for here.
+    # SLURM and Open MPI detection would leave a process one GPU, whatever was asked for here.
     detection = None if coordinator is None else "deactivate"
     jax.distributed.initialize(
         coordinator, num_processes, process_id, cluster_detection_method=detection
@@ -43,15 +43,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def largest(number: int) -> int:
-    """The largest of the processes' numbers. The devices finish what they were given before."""
+def global_max(number: int) -> int:
+    """The largest number of all processes. Waits until the devices have finished their work."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.array(number)).max())
 
 
 def gather_rows(rows: list[Any]) -> list[Any]:
-    """Rows of all processes, in their order, in each of them. Rows are what JSON can hold."""
+    """The rows of all processes, in process order, in each of them. Rows must be JSON data."""
     if jax.process_count() == 1:
         return rows
     data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
@@ -66,16 +66,16 @@ def gather_rows(rows: list[Any]) -> list[Any]:
     ]
 
 
-def computed_once(compute: Callable[[], Any]) -> Any:
-    """What the first process computes, in all of them. It is what JSON can hold."""
+def on_first_process(compute: Callable[[], Any]) -> Any:
+    """What the first process computes, in all of them. It must be JSON data."""
     return gather_rows([compute()] if is_first() else [])[0]
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """All processes leave the block without an error, or none does.
 
-    An error is raised where it happened; of several the first process's is, and the others raise
+    The error of the first process that had one is raised there; all others raise StoppedElsewhere.
 
     Raises:
         StoppedElsewhere: there was an error in another process.

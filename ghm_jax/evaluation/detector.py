@@ -1,7 +1,7 @@
-"""A run's network as a function from batches to detections."""
+"""A run's network as a function from batches to detections, and detections in COCO's form."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +22,44 @@ from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory
-from ghm_jax.training.build import make_model
-from ghm_jax.training.optimizer import make_optimizer
-from ghm_jax.training.state import TrainState, init_state
+from ghm_jax.training.build import build, make_model
+from ghm_jax.training.state import TrainState
 
 
-def restore_variables(
-    run: RunDirectory, config: Config, device: Device
-) -> tuple[dict[str, Any], int]:
-    """The `params` and `batch_stats` of a run's newest checkpoint, and the steps done."""
-    state = restore_state(run, config, device)
-    return state.variables, int(state.step)
+class Detector:
+    """The network and the suppression of a config over devices, compiled once per bucket."""
 
+    def __init__(self, config: Config, num_classes: int, devices: Sequence[Device]) -> None:
+        """Computes nothing yet; the batches' size must be a multiple of the number of devices."""
+        self._replicas = num_local(list(devices))
+        model = make_model(config, num_classes)
+        step = functools.partial(predict_step, config=config, model=model)
+        self._step = parallelize(step, list(devices), config.run.wrapper, split_output=True)
 
-def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
-    """The state in a run's newest checkpoint, on one device."""
-    if not run.checkpoints.is_dir():
-        raise ConfigError(f"{run.path}: no checkpoint yet; train the run first")
-    model = make_model(config, len(config.data.classes))
-    optimizer = make_optimizer(config)
-    shapes = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
-    place = jax.sharding.SingleDeviceSharding(device)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    with Checkpoints(run.checkpoints) as checkpoints:
-        return checkpoints.restore(like)
+    def __call__(self, variables: dict[str, Any], loaded: LoadedBatch) -> Detections:
+        """Detections [B, D] in NumPy, with boxes in pixels of the stored images.
 
-
-def make_detector(
-    config: Config, num_classes: int, devices: Sequence[Device]
-) -> Callable[[dict[str, Any], LoadedBatch], Detections]:
-    """The detector of a config as one compiled function over devices.
-
-    Returns:
-        A function of variables (`params`, `batch_stats`) and a batch of
-        `ghm_jax.data.batching.collate`, whose size is a multiple of the number of devices, to
-        `Detections` [B, D] in NumPy, with boxes in pixels of the original images.
-    """
-    step = _parallel_predict_step(config, num_classes, tuple(devices))
-
-    def run(variables: dict[str, Any], loaded: LoadedBatch) -> Detections:
-        inputs = split_batch(loaded.batch.model_inputs(), num_local(list(devices)))
-        found = merge_batch(step(variables, inputs))
+        Args:
+            variables: `params` and `batch_stats`.
+            loaded: of `ghm_jax.data.batching.collate`.
+        """
+        inputs = split_batch(loaded.batch.model_inputs(), self._replicas)
+        found = merge_batch(self._step(variables, inputs))
         return found._replace(boxes=to_original(found.boxes, loaded.scale, loaded.offset))
-
-    return run
-
-
-@functools.lru_cache(maxsize=1)
-def _parallel_predict_step(
-    config: Config, num_classes: int, devices: tuple[Device, ...]
-) -> Callable[[Any, Any], Any]:
-    """Kept, because training evaluates many times and should compile once."""
-    model = make_model(config, num_classes)
-    step = functools.partial(predict_step, config=config, model=model)
-    return parallelize(step, list(devices), config.run.wrapper, split_output=True)
 
 
 def detect(
+    detector: Detector,
     config: Config,
     dataset: Dataset,
     variables: dict[str, Any],
-    devices: list[Device],
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Detections of every image of a data set, once, in COCO results form.
 
-    Of several processes each looks at its share of the images, and all get all detections.
-    Boxes are in pixels of the original images, categories the original ids.
+    Each of several processes takes its share of the images, and all get all detections. Boxes are
+    in pixels of the stored images, categories the original ids.
     """
-    detector = make_detector(config, len(dataset.class_names), devices)
     results, seen = [], []
     batches = validation_batches(dataset, config, jax.process_index(), jax.process_count())
     for loaded in batches:
@@ -107,30 +76,10 @@ def detect(
     return results
 
 
-def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:
-    """Category id of each label: those of the run's data set where it is at hand, since a run keeps
-    the names only.
-
-    Args:
-        data: of the run's config.
-        progress: is told when the ids are made of the names.
-    """
-    # Asked for by name, because opening the embedded data set would build it.
-    if data.name in data_set_names(Path(data.dir)):
-        dataset = open_dataset(data, data.train_split)
-        if dataset.class_names == data.classes:
-            return dataset.category_ids
-    progress.say(
-        f"category ids are by class names (COCO's, or else from 1): no {data.name!r} with "
-        f"the classes of the run in {data.dir}"
-    )
-    return category_ids_of(data.classes)
-
-
 def coco_results(
     image_id: int, found: Detections, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections of one image in COCO results form; rows that are not used are left out.
+    """Detections of one image in COCO results form, without unused rows.
 
     Args:
         image_id: of the image.
@@ -149,3 +98,40 @@ def coco_results(
         )
         if label >= 0
     ]
+
+
+def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
+    """The state in a run's newest checkpoint, on one device.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    if not run.checkpoints.is_dir():
+        raise ConfigError(str(run.path), "no checkpoint yet", "train the run first")
+    place = jax.sharding.SingleDeviceSharding(device)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        build(config, len(config.data.classes)).abstract_state,
+    )
+    with Checkpoints(run.checkpoints) as checkpoints:
+        return checkpoints.restore(like)
+
+
+def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:
+    """Category id of each label: those of the run's data set if it is available, since a run
+    stores only the names.
+
+    Args:
+        data: of the run's config.
+        progress: receives a message if the ids are derived from the names.
+    """
+    # Asked for by name, because opening the embedded data set would build it.
+    if data.name in data_set_names(Path(data.dir)):
+        dataset = open_dataset(data, data.train_split)
+        if dataset.class_names == data.classes:
+            return dataset.category_ids
+    progress.say(
+        f"category ids are derived from class names (COCO's, or else from 1): no {data.name!r} "
+        f"with the classes of the run in {data.dir}"
+    )
+    return category_ids_of(data.classes)

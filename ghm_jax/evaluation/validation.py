@@ -3,40 +3,39 @@
 import numpy as np
 
 from ghm_jax.config import Config
-from ghm_jax.data.dataset import Dataset, open_dataset
-from ghm_jax.distributed.devices import (
-    Device,
-)
-from ghm_jax.distributed.processes import computed_once
+from ghm_jax.data.dataset import open_dataset
+from ghm_jax.distributed.devices import Device
+from ghm_jax.distributed.processes import on_first_process
 from ghm_jax.evaluation.coco import load_ground_truth, score
-from ghm_jax.evaluation.detector import detect
+from ghm_jax.evaluation.detector import Detector, detect
 from ghm_jax.evaluation.samples import make_samples
 from ghm_jax.plots.drawing import sample_grid
 from ghm_jax.progress import Progress
 from ghm_jax.training.state import TrainState
 
-_PICTURES = 4  # of validation images, at each evaluation while training
+_PICTURES = 4  # validation images drawn at each evaluation
 
 
 class Validation:
-    """Scores states on the validation split while a run trains."""
+    """Scores states on the validation split; the detector is compiled once."""
 
     def __init__(self, config: Config, devices: list[Device]) -> None:
-        """Opens the data set, and raises ConfigError where that cannot work."""
-        self._config, self._devices = config, devices
-        self._dataset: Dataset = open_dataset(config.data, config.data.validation_split)
+        """Opens the data set; raises ConfigError if that cannot work."""
+        self._config = config
+        self._dataset = open_dataset(config.data, config.data.validation_split)
         self._truth = load_ground_truth(config, self._dataset)
+        self._detector = Detector(config, len(self._dataset.class_names), devices)
 
     def score(
         self, state: TrainState, progress: Progress
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """The twelve COCO figures of `ghm_jax.evaluate.METRICS`, and pictures of the first images
-        with their boxes and detections, uint8[H, W, 3] by name."""
+        """The twelve COCO figures by name, and pictures of the first images with their boxes and
+        detections, uint8[H, W, 3] by name."""
         dataset = self._dataset
-        detections = detect(self._config, dataset, state.variables, self._devices, progress)
+        detections = detect(self._detector, self._config, dataset, state.variables, progress)
         samples = make_samples(dataset, self._truth, detections, _PICTURES)
         pictures = {
             f"image_{sample.image_id}": sample_grid([sample], dataset.class_names)
             for sample in samples
         }
-        return computed_once(lambda: score(self._truth, detections)[0]), pictures
+        return on_first_process(lambda: score(self._truth, detections)[0]), pictures

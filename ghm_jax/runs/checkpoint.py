@@ -1,29 +1,31 @@
-"""Checkpoints of the train state, by Orbax. All use of Orbax is in this file."""
+"""Checkpoints of a state, a named tuple of arrays, by Orbax. All use of Orbax is in this file."""
 
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from ghm_jax.distributed.processes import all_or_none, is_first
+from ghm_jax.distributed.processes import is_first, raise_together
 from ghm_jax.exceptions import ConfigError
-from ghm_jax.training.state import TrainState
+
+State = TypeVar("State", bound=Any)
+"""A named tuple of arrays."""
 
 
 class CheckpointFailed(RuntimeError):  # noqa: N818 (it is what happened)
-    """A checkpoint was not written; those before are there. The message is one line."""
+    """A checkpoint could not be written; older ones are kept. The message is one line."""
 
 
 class Checkpoints:
     """The checkpoints of a run; use it as a context manager, so that pending saves finish.
 
-    A checkpoint appears under its step when it is whole, and only then older ones are removed:
+    A checkpoint appears under its step once it is complete, and only then are older ones removed:
     all but the newest `keep` and the `keep_best` of highest AP.
     """
 
@@ -60,12 +62,12 @@ class Checkpoints:
         """Steps done at every checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, ap: float | None = None) -> None:
-        """Starts to save in the background; a step that is saved already is not saved again.
+    def save(self, step: int, state: Any, ap: float | None = None) -> None:
+        """Starts to save in the background; a step that is already saved is not saved again.
 
         Args:
             step: steps done.
-            state: to be saved; may be given away as soon as this returns.
+            state: to be saved; its memory may be reused as soon as this returns.
             ap: its AP, if it was evaluated.
 
         Raises:
@@ -86,21 +88,21 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until what was saved lies on disk.
+        """Waits until what was saved is on disk.
 
         Raises:
-            CheckpointFailed: it does not.
+            CheckpointFailed: it could not be written.
         """
         with self._failing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Whatever Orbax and the file system raise becomes one line, and saving can go on."""
+        """Whatever Orbax and the file system raise becomes one line, and saving can continue."""
         try:
             yield
         except Exception as error:  # OSError, ValueError of tensorstore, ...: the disk is full
-            if jax.process_count() == 1:  # otherwise the others wait: they must all start anew
+            if jax.process_count() == 1:  # otherwise the others wait: all must start again
                 with contextlib.suppress(Exception):
                     self._manager.close()
                 self.remove_fragments()
@@ -109,14 +111,14 @@ class Checkpoints:
             raise CheckpointFailed(f"{type(error).__name__}: {reason}"[:200]) from error
 
     def remove_fragments(self) -> None:
-        """Removes what saves left that were cut off. Not while another process saves."""
+        """Removes what interrupted saves left behind. Not while another process saves."""
         if is_first():
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def restore(
-        self, like: TrainState, *, skipped: Callable[[int, str], None] = lambda step, why: None
-    ) -> TrainState:
+        self, like: State, *, skipped: Callable[[int, str], None] = lambda step, why: None
+    ) -> State:
         """The newest state that can be read, shaped and placed as `like`.
 
         Args:
@@ -126,7 +128,7 @@ class Checkpoints:
         Raises:
             ConfigError: there is none, or it does not fit `like`.
         """
-        problem = ConfigError(f"{self._directory}: no checkpoint; train the run first")
+        problem = ConfigError(str(self._directory), "no checkpoint", "train the run first")
         for step in reversed(self.steps):
             path = self._directory / str(step)
             try:
@@ -135,31 +137,35 @@ class Checkpoints:
                 problem, why = error, str(error)
             except Exception as error:  # whatever a parser finds in half a file
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                problem = ConfigError(f"{path}: cannot be read ({why[:100]}); train the run anew")
+                problem = ConfigError(
+                    str(path), f"cannot be read ({why[:100]})", "train the run from scratch"
+                )
             skipped(step, why[:200])
         raise problem
 
-    def _restore(self, step: int, like: TrainState) -> TrainState:
+    def _restore(self, step: int, like: State) -> State:
         _read_through(self._directory / str(step) / "default")
         # Compared first: Orbax itself fails in the middle of reading, with pages of details.
         saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(_plain(like))
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise ConfigError(
-                    f"{self._directory / str(step)}: does not fit the run's model: "
-                    f"{name} is {saved.get(name)}, not {wanted.get(name)}; train the run anew"
+                    str(self._directory / str(step)),
+                    f"does not fit the run's model: {name} is {saved.get(name)}, "
+                    f"not {wanted.get(name)}",
+                    "train the run from scratch",
                 )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
         plain = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        return TrainState(**plain)
+        return type(like)(**plain)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that its step can be saved again; its new path."""
+        """Renames a damaged checkpoint, so that its step can be saved again; gives the new path."""
         path = self._directory / str(step)
         new, number = path.with_name(f"{step}.damaged"), 2
         while new.exists():
             new, number = path.with_name(f"{step}.damaged{number}"), number + 1
-        with all_or_none():  # the others must not look before it is gone
+        with raise_together():  # the others must not look before it is gone
             if is_first():
                 path.rename(new)
         self._manager.reload()
@@ -174,8 +180,8 @@ def _average_precision(metrics: Any) -> float:
 
 
 class _Best(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the `count` checkpoints of highest AP. Orbax's BestN would take those that were not
-    evaluated for the best, or complain about each."""
+    """Keeps the `count` checkpoints of highest AP. Orbax's BestN would take checkpoints without an
+    AP for the best, or complain about each."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -189,9 +195,9 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def _read_through(path: Path) -> None:
-    """Reads all that a checkpoint holds, and raises what is wrong with it.
+    """Reads everything in a checkpoint, and raises what is wrong with it.
 
-    Orbax finds the same, but reads everything at once and leaves the rest of it to fail aloud.
+    Orbax finds the same faults, but reads everything at once and logs every other failure.
     """
     store = ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
     for key in store.list().result():
@@ -199,9 +205,9 @@ def _read_through(path: Path) -> None:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Saves arrays that are no state, by this process alone; `path` must not exist.
+    """Saves any tree of arrays, by this process alone; `path` must not exist.
 
-    It appears under its name when it is whole.
+    It appears under its name once it is complete.
     """
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(path.resolve(), tree)
@@ -215,14 +221,14 @@ def restore_tree(path: Path, like: Any) -> Any:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Without waiting for other processes, which may have found their file already."""
+    """Options to save without waiting for other processes, which may already have their file."""
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}"
     )
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
+def _plain(state: Any) -> dict[str, Any]:
     """The state as a dict of its fields, so that the names on disk are those in the code."""
     return state._asdict()
 

@@ -1,15 +1,15 @@
-"""A run's directory: what lies where, and whether a new start may use it.
+"""A run's directory: which file is where, and whether a run may use it.
 
 runs/NAME/
     config.json      the resolved config
     checkpoints/     Orbax checkpoints by step
-    metrics.jsonl    one record of training a line
-    evaluations.jsonl  the COCO figures of one evaluation during training a line
+    metrics.jsonl    training metrics, one record per line
+    evaluations.jsonl  COCO figures of the evaluations during training, one per line
     tensorboard/     the same for TensorBoard, with pictures of the evaluations
     wandb/, wandb_id  what Weights & Biases keeps, if it is used
-    metrics.json     the COCO figures of the last evaluation
+    metrics.json     COCO figures of the last evaluation
     detections.json  its detections in COCO results form
-    errors.json      what is wrong with them
+    errors.json      analysis of its errors
     report.html      all of it to look at
 """
 
@@ -38,7 +38,7 @@ class RunDirectory:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether a state to go on from lies there."""
+        """Whether there is a state to resume from."""
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
     @property
@@ -78,29 +78,31 @@ def load_run(path: str | Path) -> tuple[RunDirectory, Config]:
     """An existing run and its config.
 
     Raises:
-        ConfigError: the directory is no run, or its config cannot be read.
+        ConfigError: the directory is not a run, or its config cannot be read.
     """
     run = RunDirectory(Path(path))
     if not run.config.is_file():
-        raise ConfigError(f"{path}: not a run (no config.json in it); give the directory of a run")
+        raise ConfigError(
+            str(path), "not a run (it has no config.json)", "give the directory of a run"
+        )
     try:
         values = json.loads(run.config.read_text())
         if not isinstance(values, dict):
             raise ValueError("holds no settings")
         return run, from_dict(values)
     except ValueError as error:
-        raise ConfigError(f"{run.config}: {error}") from error
+        raise ConfigError(str(run.config), str(error)) from error
 
 
 def claim_run(path: str | Path, config: Config) -> RunDirectory:
-    """The directory for a run of `config`: a new one, or one to go on in.
+    """The directory for a run of `config`: a new one, or one to resume.
 
     Args:
         path: of the run.
         config: resolved.
 
     Raises:
-        ConfigError: something else lies there, or a run of another config.
+        ConfigError: it holds something else, or a run of another config.
     """
     run = RunDirectory(Path(path))
     if run.config.is_file():
@@ -109,16 +111,17 @@ def claim_run(path: str | Path, config: Config) -> RunDirectory:
             key, (old, new) = next(iter(changed.items()))
             others = f" (and {', '.join(list(changed)[1:])})" if len(changed) > 1 else ""
             raise ConfigError(
-                f"{path}: was started with {key} {old!r}, not {new!r}{others}; "
-                "choose another --run-dir, or --restart to move it aside and start anew"
+                str(path),
+                f"was started with {key} {old!r}, not {new!r}{others}",
+                "choose another `run_dir`, or `restart` to move it aside and train from scratch",
             )
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise ConfigError(f"{path}: exists and is not a run; choose another --run-dir")
+        raise ConfigError(str(path), "exists and is not a run", "choose another `run_dir`")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config, json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}); choose another --run-dir"
+            str(path), f"cannot be written ({error.strerror})", "choose another `run_dir`"
         ) from error
     return run

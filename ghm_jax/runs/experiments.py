@@ -11,36 +11,38 @@ def load_experiment(path: str | Path) -> Config:
     """The config of an experiment: FILE's `config`, or for FILE:ROW one of its `configs`.
 
     Raises:
-        ConfigError: no such file or row, or the file does not define a `Config` there.
+        ConfigError: no such file or row, or the file defines no `Config` there.
     """
     file, row = _split_experiment(path)
     if not Path(file).is_file():
-        raise ConfigError(f"{file}: no such experiment file; see experiments/ for those there are")
+        raise ConfigError(file, "no such experiment file", "see experiments/ for a list")
     try:
         defined = runpy.run_path(file)
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(f"{file}: {what}; mend the file") from error
+        raise ConfigError(file, what, "fix the file") from error
     config, configs = defined.get("config"), defined.get("configs")
     if isinstance(configs, dict):
         choice = f"choose from {', '.join(f'{file}:{name}' for name in configs)}"
         if row:
             config = configs.get(row)
             if row not in configs:
-                raise ConfigError(f"{path}: no row {row!r}; {choice}")
+                raise ConfigError(str(path), f"no row {row!r}", choice)
         elif config is None:
-            raise ConfigError(f"{file}: holds several configs; {choice}")
+            raise ConfigError(file, "holds several configs", choice)
     elif row:
-        raise ConfigError(f"{path}: the file has no `configs` to choose from; give {file}")
+        raise ConfigError(
+            str(path), "the file has no dict 'configs' to choose from", f"give {file}"
+        )
     if not isinstance(config, Config):
         raise ConfigError(
-            f"{path}: defines no `config = Config(...)`; see experiments/quickstart.py"
+            str(path), "defines no 'config = Config(...)'", "see experiments/quickstart.py"
         )
     return config
 
 
 def experiment_name(path: str | Path) -> str:
-    """What runs of an experiment are called: `table1-bins_30` for a/table1.py:bins_30."""
+    """The name of an experiment's runs: `table1-bins_30` for a/table1.py:bins_30."""
     file, row = _split_experiment(path)
     return "-".join(filter(None, [Path(file).stem, row]))
 

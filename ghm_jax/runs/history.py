@@ -14,9 +14,9 @@ from ghm_jax.runs.storage import write_text
 def read_history(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, by rising step.
 
-    A crash tears the last line; lines that are not a record are left out. A run that resumes from a
-    checkpoint logs some steps again: a record whose step is not after the one before it replaces
-    everything from that step on.
+    A crash can leave half of a last line; lines that are not a record are skipped. A run that
+    resumes from a checkpoint logs some steps again: a record whose step is not after the one before
+    it replaces everything from that step on.
 
     Raises:
         OSError: the file cannot be read.
@@ -49,5 +49,5 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def rewrite(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines anew."""
+    """Replaces a file of JSON lines."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -4,18 +4,18 @@ import os
 import time
 from pathlib import Path
 
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError
 
 
 def unused_directory(path: str | Path) -> Path:
-    """A directory for output that does not exist or is empty, so that nothing is written over.
+    """A directory for output that does not exist or is empty, so that nothing is overwritten.
 
     Raises:
-        ConfigError: it is in use.
+        ArgumentError: it is in use.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"--out: {path} is not empty; choose a new directory")
+        raise ArgumentError("out", f"{path} is not empty", "choose a new directory")
     return path
 
 
@@ -29,12 +29,12 @@ def set_aside(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one: a crash between never tears it."""
+    """Writes a whole file or leaves the old one: a crash never leaves half of it."""
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 
 def cache_directory(kind: str) -> Path:
-    """Where to keep what can be made again: under $GHM_JAX_CACHE, or ~/.cache/ghm_jax."""
+    """Where to keep what can be recomputed: under $GHM_JAX_CACHE, or ~/.cache/ghm_jax."""
     return Path(os.environ.get("GHM_JAX_CACHE") or Path.home() / ".cache/ghm_jax") / kind

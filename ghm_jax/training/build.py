@@ -1,13 +1,71 @@
 """From a config to what trains: the network, the optimizer, the state and the step."""
 
-import jax.numpy as jnp
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+
+from ghm_jax.batch import Batch
 from ghm_jax.config import Config
 from ghm_jax.models import RetinaNet
+from ghm_jax.training.optimizer import make_optimizer
+from ghm_jax.training.state import TrainState, init_state
+from ghm_jax.training.step import train_step
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a config trains, and how. Nothing is computed until a method is called."""
+
+    config: Config
+    model: RetinaNet
+    optimizer: optax.GradientTransformation
+    axis_name: str | None
+
+    def init_state(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
+        """The state before the first step; see `ghm_jax.training.state.init_state`. To be jitted.
+
+        Args:
+            pretrained: `params` and `batch_stats` of those parts of the network, such as
+                `backbone`, that do not start at random.
+        """
+        return init_state(self.config, self.model, self.optimizer, pretrained)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """The shapes and dtypes of the state, as ShapeDtypeStructs."""
+        return jax.eval_shape(self.init_state)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """One step of one replica; see `ghm_jax.training.step.train_step`."""
+        return train_step(
+            state,
+            batch,
+            config=self.config,
+            model=self.model,
+            optimizer=self.optimizer,
+            axis_name=self.axis_name,
+        )
+
+
+def build(config: Config, num_classes: int, axis_name: str | None = None) -> Trainer:
+    """Puts together what a config describes: the one place where that happens.
+
+    Args:
+        config: network, loss and optimizer.
+        num_classes: of the data set.
+        axis_name: replica axis that the step and batch statistics reduce over; None: one device.
+    """
+    model = make_model(config, num_classes, axis_name)
+    return Trainer(config, model, make_optimizer(config), axis_name)
 
 
 def make_model(config: Config, num_classes: int, axis_name: str | None = None) -> RetinaNet:
-    """The network a config describes; batch statistics are taken over `axis_name`."""
+    """The network of a config; batch statistics are taken over `axis_name`."""
     model = config.model
     return RetinaNet(
         num_classes=num_classes,

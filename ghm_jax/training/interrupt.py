@@ -10,16 +10,16 @@ from ghm_jax.progress import Progress
 
 
 class TrainingInterrupted(RuntimeError):  # noqa: N818 (it is what happened)
-    """Someone asked the run to stop; a checkpoint is written. The message is one line."""
+    """The run was asked to stop and wrote a checkpoint. The message is one line."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.preempted = number == signal.SIGTERM
-        """SIGTERM: the machine is wanted elsewhere, which is no failure of the run."""
+        """SIGTERM: the machine was preempted, which is no failure of the run."""
 
 
 class StopRequest(threading.Event):
-    """Set when the run shall stop."""
+    """Set when the run should stop."""
 
     number: int = 0
     """The signal that set it."""
@@ -29,8 +29,8 @@ class StopRequest(threading.Event):
 def stop_on_signal(progress: Progress) -> Iterator[StopRequest]:
     """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once.
 
-    In the middle of a step the old state is already given away, so a run can only stop between
-    steps. Outside the main thread nothing is caught.
+    In the middle of a step the memory of the old state is already reused, so a run can only stop
+    between steps. Outside the main thread nothing is caught.
     """
     stopping = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -42,7 +42,7 @@ def stop_on_signal(progress: Progress) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         stopping.number = number
         stopping.set()
-        progress.say("stopping after this step ... (once more: at once, without a checkpoint)")
+        progress.say("stopping after this step ... (press Ctrl-C again to quit without saving)")
 
     old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

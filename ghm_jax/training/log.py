@@ -1,4 +1,4 @@
-"""What a run writes down while it trains."""
+"""The training log: metrics.jsonl, metric writers, the progress line, and NaN or Inf."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,26 +14,26 @@ from ghm_jax.distributed.processes import is_first
 from ghm_jax.progress import Progress
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.runs.history import append_line, read_history, rewrite
-from ghm_jax.training.metric_writers import Board, TensorBoard, WeightsAndBiases
+from ghm_jax.training.metric_writers import MetricWriter, TensorBoard, WeightsAndBiases
 from ghm_jax.training.optimizer import learning_rate
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
-    """Too many updates in a row were not finite. The message is one line with the remedy."""
+    """Too many consecutive updates held NaN or Inf. The message is one line with the remedy."""
 
 
 class TrainingLog:
-    """Writes metrics to `metrics.jsonl` and the boards, and says what was not finite.
-    Of several processes the first one writes.
+    """Writes metrics to `metrics.jsonl` and the metric writers, and warns about NaN and Inf.
 
-    Metrics of a step are fetched from the devices one step later, so that the devices never wait.
+    Of several processes the first one writes. Metrics of a step are fetched from the devices one
+    step later, so that the devices never wait.
 
     Args:
-        run: where to.
+        run: the run to write to.
         config: resolved.
-        start: steps that are done; what was written of later ones is taken back.
-        progress: who hears about it.
-        ideal_seconds: of an image at the peak of the devices, by (height, width), for the MFU; see
+        start: steps done; records of later steps are removed.
+        progress: receives progress updates.
+        ideal_seconds: per image at the peak of the devices, by (height, width), for the MFU; see
             `ghm_jax.analysis.cost.ideal_seconds`.
     """
 
@@ -55,13 +55,14 @@ class TrainingLog:
         if self._writes and run.evaluations.is_file():
             scores = read_history(run.evaluations)
             rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
-        self._boards: list[Board] = []
+        self._writers: list[MetricWriter] = []
         if self._writes:
-            self._boards.append(TensorBoard(run.tensorboard, start))
+            self._writers.append(TensorBoard(run.tensorboard, start))
         if self._writes and config.run.wandb:
-            self._boards.append(WeightsAndBiases(run, config))
-        self._complained = False
-        self._skipped = history[-1].get("skipped", 0) if history else 0  # those have been said
+            self._writers.append(WeightsAndBiases(run, config))
+        self._warned = False
+        # Skipped updates that a warning was given for.
+        self._skipped = history[-1].get("skipped", 0) if history else 0
         self._seconds = history[-1]["seconds"] if history else 0.0
         self._pending: tuple[int, Any, float] | None = None
         self._since = time.perf_counter()
@@ -71,7 +72,7 @@ class TrainingLog:
         self._latest: Any = None  # an array of the last step (type checkers do not know `is_ready`)
 
     def next_batch(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
-        """The next batch. The time until it comes is a wait for data if the devices are idle then.
+        """The next batch. Time spent here counts as waiting for data if the devices are idle.
 
         The loop runs ahead of the devices: while they have a step to do, waiting costs nothing.
         """
@@ -84,7 +85,7 @@ class TrainingLog:
         return loaded
 
     def record(self, done: int, metrics: dict[str, Any]) -> None:
-        """Takes the metrics of a step; those of an earlier one may be written now."""
+        """Takes the metrics of a step, and writes those of the step before if they are due."""
         self.flush()
         self._latest = metrics["loss"]
         optimizer, run = self._config.optimizer, self._config.run
@@ -93,10 +94,10 @@ class TrainingLog:
             self._ideal = 0.0
 
     def flush(self) -> None:
-        """Writes what is pending. A step that was skipped is said instead.
+        """Writes what is pending; for a skipped step there is a warning instead.
 
         Raises:
-            TrainingDiverged: `run.max_skipped` updates in a row, or more, were skipped.
+            TrainingDiverged: `run.max_skipped` consecutive updates, or more, were skipped.
         """
         if self._pending is None:
             return
@@ -104,53 +105,56 @@ class TrainingLog:
         self._pending = None
         values = jax.tree.map(lambda x: np.asarray(x).tolist(), jax.device_get(metrics))
         images_at_fault = [number for number in values.pop("nonfinite_images") if number >= 0]
+        record = self._make_record(done, values, ideal)
+        if values["skipped"] > self._skipped:
+            self._skipped = values["skipped"]
+            self._warn_about_skipped(done, values, images_at_fault)
+        if values["skipped_in_a_row"]:
+            return
+        self._write(self._run.history, record)
+        steps = self._config.optimizer.steps
+        self._progress.update("train", done, steps, progress_fields(record))
+
+    def _make_record(self, done: int, values: dict[str, Any], ideal: float) -> dict[str, Any]:
+        """A line of metrics.jsonl; the clock starts again for the next one."""
         now = time.perf_counter()
-        images = (done - self._last_step) * self._config.optimizer.batch_size
-        self._seconds += now - self._since
+        elapsed = now - self._since
+        self._seconds += elapsed
         record = {
             "step": done,
             **values,
             "learning_rate": np.asarray(self._rate(done - 1)).item(),
-            "images_per_second": images / (now - self._since),
-            "data_wait": self._waited / (now - self._since),
+            "images_per_second": (done - self._last_step)
+            * self._config.optimizer.batch_size
+            / elapsed,
+            "data_wait": self._waited / elapsed,
             "seconds": self._seconds,
         }
         if self._ideal_seconds:
-            record["mfu"] = ideal / (now - self._since)
+            record["mfu"] = ideal / elapsed
         self._since, self._last_step, self._waited = now, done, 0.0
-        if values["skipped"] > self._skipped:
-            self._skipped = values["skipped"]
-            self._say_skipped(done, values, images_at_fault)
-        if values["skipped_in_a_row"]:
-            return
-        self._write(self._run.history, record)
-        self._progress.update(
-            "train",
-            done,
-            self._config.optimizer.steps,
-            progress_fields(record),
-        )
+        return record
 
-    def _say_skipped(self, done: int, values: dict[str, Any], images: list[int]) -> None:
+    def _warn_about_skipped(self, done: int, values: dict[str, Any], images: list[int]) -> None:
         in_a_row, total = values["skipped_in_a_row"], values["skipped"]
-        line = f"step {done}: {total} update{'s' * (total > 1)} left out so far"
+        line = f"step {done}: skipped {total} update{'s' * (total > 1)}"
         if in_a_row:
-            line += f", {in_a_row} in a row up to here: {what_is_wrong(values, images)}"
+            line += f" ({in_a_row} consecutive): {what_is_wrong(values, images)}"
         if in_a_row < self._config.run.max_skipped:
             self._progress.say(f"warning: {line}")
             return
         raise TrainingDiverged(
-            f"{line}; lower --optimizer.learning-rate or --optimizer.clip-norm, and --restart"
+            f"{line}; lower `optimizer.learning_rate` or `optimizer.clip_norm`, and `restart`"
         )
 
     def evaluated(
         self, done: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray]
     ) -> None:
-        """Writes the COCO figures of a step; what they took is not training time.
+        """Writes the COCO figures of a step; the time they took is not training time.
 
         Args:
             done: steps.
-            figures: of `ghm_jax.evaluate.METRICS`.
+            figures: the twelve COCO figures by name.
             pictures: uint8[H, W, 3] by name, of validation images.
         """
         self._write(self._run.evaluations, {"step": done, **figures}, "validation", pictures)
@@ -164,28 +168,30 @@ class TrainingLog:
         group: str = "train",
         pictures: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """A line of a file and the same for the boards. A full disk does not end the training."""
+        """Adds a record to a file and the metric writers. A full disk does not end the training."""
         if not self._writes:
             return
         try:
             append_line(path, record)
-            for board in self._boards:
-                board.add(group, record, pictures or {})
-            self._complained = False
+            for writer in self._writers:
+                writer.add(group, record, pictures or {})
+            self._warned = False
         except OSError as error:
-            if not self._complained:
+            if not self._warned:
                 what = error.filename or path
-                self._progress.say(f"{what}: not written ({error.strerror}); training goes on")
-            self._complained = True
+                self._progress.say(
+                    f"{what}: cannot be written ({error.strerror}); training continues"
+                )
+            self._warned = True
 
     def close(self) -> None:
         """Closes the files."""
-        for board in self._boards:
-            board.close()
+        for writer in self._writers:
+            writer.close()
 
 
 def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a person sees of a record, the most wanted first."""
+    """What the progress line shows of a record, the most important first."""
     fields = {
         "class": f"{record['loss_class']:.3g}",
         "box": f"{record['loss_box']:.3g}",
@@ -199,7 +205,7 @@ def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
-    """Which part of a step was not finite, in which bin and images.
+    """Which part of a step was NaN or Inf, in which bin and images.
 
     Args:
         values: metrics of `train_step`, as numbers and lists.
@@ -207,11 +213,11 @@ def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
     """
     bad = [name for name in ("loss_class", "loss_box") if not np.isfinite(values[name])]
     if images or values["num_nonfinite"]:
-        what = "the network's outputs are not finite"
+        what = "NaN or Inf in the network's outputs"
     elif bad:
-        what = f"{' and '.join(bad)} not finite"
+        what = f"NaN or Inf in {' and '.join(bad)}"
     else:
-        what = "the gradient is not finite, the loss is"
+        what = "NaN or Inf in the gradient, not in the loss"
     if images:
         what += f" for image{'s' * (len(images) > 1)} {', '.join(map(str, images[:5]))}"
         what += f" and {len(images) - 5} more" * (len(images) > 5)
@@ -219,5 +225,5 @@ def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
         weights = np.asarray(values.get(name, {}).get("weights", [0.0]))
         heaviest = int(np.argmax(np.where(np.isfinite(weights), weights, np.inf)))
         if not weights[heaviest] < 100:  # common weights are below 10
-            what += f", {name} weighs bin {heaviest} of {len(weights)} by {weights[heaviest]:.3g}"
+            what += f", {name} weights bin {heaviest} of {len(weights)} by {weights[heaviest]:.3g}"
     return what

@@ -1,4 +1,4 @@
-"""Where the records of a run go to be looked at: TensorBoard, and Weights & Biases on request."""
+"""Where the metrics of a run are shown: TensorBoard, and Weights & Biases on request."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ _EVENTS: Any = event_pb2  # generated: type checkers see nothing in them
 _SUMMARIES: Any = summary_pb2
 
 
-class Board(Protocol):
+class MetricWriter(Protocol):
     """What the training log writes to."""
 
     def add(
@@ -46,22 +46,23 @@ class Board(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Called once, after the last record."""
         ...
 
 
-def check_boards(config: Config) -> None:
-    """Raises ConfigError where a board that is asked for cannot work."""
+def check_writers(config: Config) -> None:
+    """Raises ConfigError if a metric writer that the config asks for cannot work."""
     if config.run.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            'run.wandb: the package wandb is not installed; pip install "ghm-jax[wandb]", or leave '
-            "the setting out"
+            "run.wandb",
+            "the package wandb is not installed",
+            'pip install "ghm-jax[wandb]", or turn the setting off',
         )
 
 
 def histograms(record: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The histograms of a record by name: the examples of each bin, and what harmonizing makes of
-    them, their weight."""
+    """The histograms of a record by name: the examples per bin, and their total weight after
+    harmonizing."""
     found = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -72,23 +73,23 @@ def histograms(record: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 class TensorBoard:
-    """Event files of TensorBoard, written at once: tensorboardX's own SummaryWriter writes in a
-    thread, which dies of a full disk, and the training then waits for it for ever."""
+    """Event files of TensorBoard, written synchronously: tensorboardX's own SummaryWriter writes in
+    a thread, which dies when the disk is full, and the training would then wait for it forever."""
 
     def __init__(self, directory: Path, start: int) -> None:
-        """`start`: steps that are done; what was written of later ones is taken back."""
+        """`start`: steps done; TensorBoard drops what was written about later ones."""
         self._directory, self._start = directory, start
         self._writer: EventsWriter | None = None
 
     def add(
         self, group: str, record: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
     ) -> None:
-        """See `Board`."""
+        """See `MetricWriter`."""
         step = record["step"]
         if self._writer is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(self._directory / "events"))
-            # What lies in other files from this step on has been trained anew.
+            # Records of later steps in other files come from before the resume.
             status = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
             self._write(_EVENTS.Event(step=self._start + 1, session_log=status))
         new = [
@@ -143,12 +144,12 @@ def _picture(tag: str, picture: np.ndarray) -> Any:
 class WeightsAndBiases:
     """A run of Weights & Biases with the same records under the same names.
 
-    A run that goes on is one run there as well: its id lies in the run's directory. Where it goes
-    is decided by W&B's own environment variables, such as WANDB_PROJECT and WANDB_MODE=offline.
+    A resumed run is one run there as well: its id is kept in the run's directory. W&B's own
+    environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, decide where it goes.
     """
 
     def __init__(self, run: RunDirectory, config: Config) -> None:
-        """Raises ConfigError where W&B does not start a run, for example without a login."""
+        """Raises ConfigError if W&B cannot start a run, for example without a login."""
         self._wandb: Any = importlib.import_module("wandb")
         if not run.wandb_id.is_file():
             write_text(run.wandb_id, secrets.token_hex(4) + "\n")
@@ -163,16 +164,17 @@ class WeightsAndBiases:
             )
         except Exception as error:
             raise ConfigError(
-                f"run.wandb: {_first_line(error)}; `wandb login` once, set WANDB_MODE=offline, or "
-                "leave the setting out"
+                "run.wandb",
+                _first_line(error),
+                "run 'wandb login' once, set WANDB_MODE=offline, or turn the setting off",
             ) from error
-        # Steps that are trained again after a crash come twice, which W&B's own count forbids.
+        # Steps trained again after a crash are logged twice, which W&B's own step count forbids.
         self._run.define_metric("*", step_metric="step")
 
     def add(
         self, group: str, record: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
     ) -> None:
-        """See `Board`."""
+        """See `MetricWriter`."""
         values: dict[str, Any] = {"step": record["step"]}
         for key, value in record.items():
             if key != "step" and not isinstance(value, Mapping):
@@ -184,11 +186,11 @@ class WeightsAndBiases:
             for name, picture in pictures.items():
                 values[f"{group}/{name}"] = self._wandb.Image(picture)
             self._run.log(values)
-        except Exception as error:  # whatever befalls a service: the training is worth more
+        except Exception as error:  # whatever happens to the service, the training continues
             raise OSError(errno.EIO, _first_line(error), "Weights & Biases") from error
 
     def close(self) -> None:
-        """Ends the run there, once all has been sent."""
+        """Ends the run there, once everything has been sent."""
         with contextlib.suppress(Exception):
             self._run.finish()
 

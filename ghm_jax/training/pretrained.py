@@ -29,7 +29,7 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
         `params` and `batch_stats`, each with a `backbone` of f32 arrays.
 
     Raises:
-        ConfigError: the weights cannot be had or do not fit. Nothing is cached then.
+        ConfigError: the weights cannot be read or do not fit. Nothing is cached then.
     """
     path = locate(model.weights)
     like = {kind: {"backbone": tree["backbone"]} for kind, tree in like.items()}
@@ -40,13 +40,13 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
             return restore_tree(entry, like)
         except Exception as error:  # Orbax raises whatever its storage does
             raise ConfigError(
-                f"{entry}: cached weights that cannot be read; delete this directory"
+                str(entry), "cached weights that cannot be read", "delete this directory"
             ) from error
     tensors = load_tensors(path)
     try:
         variables = import_backbone(tensors, like)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}; model.backbone is {model.backbone}") from error
+        raise ConfigError(str(path), f"{error}", f"model.backbone is {model.backbone}") from error
     _keep(entry, variables)
     return variables
 
@@ -57,17 +57,17 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(
-            f"{path}: {error.strerror}; give the path of weights, or {HUB}OWNER/NAME"
+            str(path), str(error.strerror), f"give the path of weights, or {HUB}OWNER/NAME"
         ) from error
 
 
 def _keep(entry: Path, variables: dict[str, Any]) -> None:
-    """Puts converted weights into the cache, whole or not at all, whoever else does the same."""
+    """Puts converted weights into the cache, atomically, even if another process does the same."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".making-"))
     except OSError:
-        return  # a cache that cannot be written saves no time, and that is all
+        return  # without a cache it takes longer, that is all
     try:
         save_tree(scratch / entry.name, variables)
         (scratch / entry.name).rename(entry)

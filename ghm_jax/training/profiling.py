@@ -1,4 +1,4 @@
-"""A profile of some steps of a run, as JAX writes it."""
+"""A JAX profile of some steps of a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,10 @@ import jax
 
 
 class Profiler:
-    """Profiles the steps `first` to `last`, both included, when they come.
+    """Profiles the steps `first` to `last`, both included.
 
-    The profile begins and ends when the devices are done, so that it holds these steps in whole and
-    no others; that costs the waits of two steps. A run that resumes between them profiles the rest.
+    The profile begins and ends when the devices are idle, so that it holds exactly these steps;
+    that costs two waits. A run that resumes between them profiles the rest.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Profiler:
         self._annotation: Any = None
 
     def before(self, step: int) -> None:
-        """Step number `step` is about to begin with reading its batch."""
+        """Call before step number `step` reads its batch."""
         if self._steps is None:
             return
         first, last = self._steps
@@ -37,7 +37,7 @@ class Profiler:
             self._annotation.__enter__()
 
     def after(self, step: int, outputs: Any) -> None:
-        """Step number `step` has been given to the devices, which will put out `outputs`."""
+        """Call after step number `step` was dispatched; `outputs` are its results."""
         self._latest = outputs
         if self._running:
             self._annotation.__exit__(None, None, None)
@@ -45,7 +45,7 @@ class Profiler:
                 self.close()
 
     def close(self) -> None:
-        """Writes the profile, of what there was of the steps if they have not all come."""
+        """Writes the profile, of fewer steps if the run ended before the last."""
         if not self._running:
             return
         self._running = False
@@ -53,5 +53,5 @@ class Profiler:
             jax.block_until_ready(self._latest)
             jax.profiler.stop_trace()
             self._say(f"profile written to {self._directory / 'plugins/profile'}")
-        except Exception as error:  # a full disk, say: the training is worth more
-            self._say(f"the profile was not written ({error}); training goes on")
+        except Exception as error:  # a full disk, for example
+            self._say(f"the profile could not be written ({error}); training continues")

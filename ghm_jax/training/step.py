@@ -1,7 +1,7 @@
-"""What one replica does in a step of training or prediction: pure functions of arrays."""
+"""One training step of one replica: a pure function of the state and a batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,46 @@ import optax
 from ghm_jax.batch import Batch, ModelInputs
 from ghm_jax.config import Config
 from ghm_jax.detection.anchors import level_sizes
-from ghm_jax.detection.loss import detection_loss
+from ghm_jax.detection.loss import GHMStates, LossTerms, detection_loss
+from ghm_jax.detection.matching import Targets
 from ghm_jax.detection.outputs import apply_network, make_targets
+from ghm_jax.losses import LossStats
 from ghm_jax.models import RetinaNet
 from ghm_jax.training.state import Skipped, TrainState
+
+Outputs = tuple[jax.Array, jax.Array]
+"""Logits f32[b, A, K] and box deltas f32[b, A, 4]."""
+
+
+class _Gradients(NamedTuple):
+    """What a step learns from its batch, over all replicas."""
+
+    params: Any
+    """Gradient of the loss, like the parameters."""
+    norm: jax.Array
+    """f32[], global norm of that gradient."""
+    terms: LossTerms
+    ghm: GHMStates
+    """The next histograms."""
+    stats: tuple[LossStats, LossStats]
+    """Of the classification and the box loss."""
+    batch_stats: Any
+    """The next statistics of batch normalization."""
+    num_positive: jax.Array
+    """f32[], positive anchors per image."""
+    nonfinite_images: jax.Array
+    """i32[B], ids of images with NaN or Inf in the network's outputs; -1 for the others."""
+
+    @property
+    def num_nonfinite(self) -> jax.Array:
+        """f32[], examples whose gradient norm is NaN or Inf."""
+        stats_class, stats_box = self.stats
+        return stats_class.num_nonfinite + stats_box.num_nonfinite
+
+    @property
+    def finite(self) -> jax.Array:
+        """bool[], whether loss, gradient and outputs hold neither NaN nor Inf."""
+        return jnp.isfinite(self.terms.total) & jnp.isfinite(self.norm) & (self.num_nonfinite == 0)
 
 
 def train_step(
@@ -27,7 +63,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step of one replica; state and metrics come out the same on all of `axis_name`.
 
-    A step whose loss, gradient or network outputs are not finite changes nothing but the counts
+    A step with NaN or Inf in its loss, gradient or network outputs changes nothing but the counts
     of steps and of skipped updates.
 
     Args:
@@ -38,15 +74,25 @@ def train_step(
 
     Returns:
         The next state and metrics over the whole batch, f32[]: loss, loss_class, loss_box,
-        cross_entropy and box_error (unweighted means per example), num_positive (anchors an
+        cross_entropy and box_error (unweighted means per example), num_positive (anchors per
         image), num_nonfinite, grad_norm; i32[]: skipped, skipped_in_a_row; nonfinite_images i32[B]:
         the ids of images for which the network's outputs were not finite, -1 for the others; and
         for a GHM loss a dict ghm_c or ghm_r with `counts` and `weights` f32[bins].
     """
+    gradients = _compute_gradients(state, batch, config, model, axis_name)
+    updated = _apply_update(state, gradients, optimizer, config.optimizer.ema)
+    next_state = _skip_if_nonfinite(state, updated, gradients.finite)
+    return next_state, _metrics(gradients, next_state.skipped)
+
+
+def _compute_gradients(
+    state: TrainState, batch: Batch, config: Config, model: RetinaNet, axis_name: str | None
+) -> _Gradients:
+    """Matching, the network forward, the losses, and the network backward."""
     targets, inputs = make_targets(batch, config), batch.model_inputs()
 
-    def total_loss(outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-        parts, ghm, stats = detection_loss(
+    def total_loss(outputs: Outputs) -> tuple[jax.Array, Any]:
+        terms, ghm, stats = detection_loss(
             *outputs,
             targets,
             state.ghm,
@@ -54,108 +100,131 @@ def train_step(
             level_sizes=level_sizes(inputs.padded_size, model.anchors_per_cell),
             axis_name=axis_name,
         )
-        return parts.total, (parts, ghm, stats)
+        return terms.total, (terms, ghm, stats)
 
-    outputs, batch_stats, pull_back = _run(model, state, inputs, config.optimizer.accumulate)
-    gradient, (parts, ghm, stats) = jax.grad(total_loss, has_aux=True)(outputs)
-    grads = pull_back(gradient)
-    num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
-    logits, deltas = outputs
-    finite_images = jnp.isfinite(logits).all(axis=(1, 2)) & jnp.isfinite(deltas).all(axis=(1, 2))
-    nonfinite_images = jnp.where(finite_images, -1, batch.image_id)
+    outputs, batch_stats, vjp = microbatched_vjp(model, state, inputs, config.optimizer.accumulate)
+    of_outputs, (terms, ghm, stats) = jax.grad(total_loss, has_aux=True)(outputs)
+    params = vjp(of_outputs)
+    num_positive, nonfinite_images = _per_image(outputs, targets, batch)
     if axis_name is not None:
         # Sums, not means: the losses already divide by the count of the whole batch.
-        grads, parts = jax.lax.psum((grads, parts), axis_name)
+        params, terms = jax.lax.psum((params, terms), axis_name)
         num_positive = jax.lax.pmean(num_positive, axis_name)
         nonfinite_images = jax.lax.all_gather(nonfinite_images, axis_name, tiled=True)
-    grad_norm = optax.tree.norm(grads)
-    stats_class, stats_box = stats
-    num_nonfinite = stats_class.num_nonfinite + stats_box.num_nonfinite
+    norm = optax.tree.norm(params)
+    return _Gradients(params, norm, terms, ghm, stats, batch_stats, num_positive, nonfinite_images)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+def _per_image(outputs: Outputs, targets: Targets, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Positive anchors per image f32[], and the ids i32[b] of images with NaN or Inf, else -1."""
+    num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
+    logits, deltas = outputs
+    finite = jnp.isfinite(logits).all(axis=(1, 2)) & jnp.isfinite(deltas).all(axis=(1, 2))
+    return num_positive, jnp.where(finite, -1, batch.image_id)
+
+
+def _apply_update(
+    state: TrainState, gradients: _Gradients, optimizer: optax.GradientTransformation, ema: float
+) -> TrainState:
+    """The state after the update, before the step is counted."""
+    updates, opt_state = optimizer.update(gradients.params, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
         done = state.step.astype(jnp.float32)
-        decay = jnp.minimum(config.optimizer.ema, (1 + done) / (10 + done))  # the start fades fast
+        decay = jnp.minimum(ema, (1 + done) / (10 + done))  # so that the start fades fast
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
-    # Decided here and not by the host, which would have to wait for each step.
-    finite = jnp.isfinite(parts.total) & jnp.isfinite(grad_norm) & (num_nonfinite == 0)
+    return state._replace(
+        params=params,
+        batch_stats=gradients.batch_stats,
+        opt_state=opt_state,
+        ghm=gradients.ghm,
+        ema_params=ema_params,
+    )
+
+
+def _skip_if_nonfinite(state: TrainState, updated: TrainState, finite: jax.Array) -> TrainState:
+    """`updated`, or `state` where the step was not finite; steps and skipped updates are counted.
+
+    Decided here and not by the host, which would have to wait for each step.
+    """
     skipped = Skipped(
         total=state.skipped.total + ~finite,
         in_a_row=jnp.where(finite, 0, state.skipped.in_a_row + 1),
     )
-    changed = TrainState(state.step, params, batch_stats, opt_state, ghm, ema_params, state.skipped)
-    next_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-    next_state = next_state._replace(step=state.step + 1, skipped=skipped)
+    chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return chosen._replace(step=state.step + 1, skipped=skipped)
 
-    metrics = {
-        "loss": parts.total,
-        "loss_class": parts.classification,
-        "loss_box": parts.box,
+
+def _metrics(gradients: _Gradients, skipped: Skipped) -> dict[str, Any]:
+    """What `train_step` reports."""
+    stats_class, stats_box = gradients.stats
+    metrics: dict[str, Any] = {
+        "loss": gradients.terms.total,
+        "loss_class": gradients.terms.classification,
+        "loss_box": gradients.terms.box,
         "cross_entropy": stats_class.plain_loss,
         "box_error": stats_box.plain_loss,
-        "num_positive": num_positive,
-        "num_nonfinite": num_nonfinite,
-        "grad_norm": grad_norm,
+        "num_positive": gradients.num_positive,
+        "num_nonfinite": gradients.num_nonfinite,
+        "grad_norm": gradients.norm,
         "skipped": skipped.total,
         "skipped_in_a_row": skipped.in_a_row,
-        "nonfinite_images": nonfinite_images,
+        "nonfinite_images": gradients.nonfinite_images,
     }
-    for name, part in (("ghm_c", stats_class), ("ghm_r", stats_box)):
-        if part.counts is not None:
-            metrics[name] = {"counts": part.counts, "weights": part.weights}
-    return next_state, metrics
+    for name, stats in (("ghm_c", stats_class), ("ghm_r", stats_box)):
+        if stats.counts is not None:
+            metrics[name] = {"counts": stats.counts, "weights": stats.weights}
+    return metrics
 
 
-def _run(
-    model: RetinaNet, state: TrainState, inputs: ModelInputs, parts: int
-) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[[Any], Any]]:
-    """The network on a batch, for training.
+def microbatched_vjp(
+    model: RetinaNet, state: TrainState, inputs: ModelInputs, microbatches: int
+) -> tuple[Outputs, Any, Callable[[Outputs], Any]]:
+    """The network on a batch, for training, and its gradient.
 
-    In several parts, one after the other, so that the activations of one part only are held at a
-    time. The loss then sees the outputs of the whole batch, whose histograms, counts and sorting
-    are exactly those of one part; for the gradients the network runs a second time.
+    In several microbatches, one after the other, only the activations of one are held at a time.
+    The loss then sees the outputs of the whole batch, so that its histograms, counts and sorting
+    are exactly those of one batch; for the gradients the network runs a second time.
 
     Args:
         model, state: as for `train_step`.
         inputs: images of one replica.
-        parts: must divide b.
+        microbatches: must divide b.
 
     Returns:
-        Logits f32[b, A, K] and deltas f32[b, A, 4], the next batch statistics, and a function from
-        the gradient with respect to the outputs to that with respect to the parameters.
+        The outputs, the next batch statistics, and a function from the gradient with respect to
+        the outputs to that with respect to the parameters.
     """
 
-    def network(params: Any, batch_stats: Any, part: ModelInputs) -> tuple[Any, Any]:
+    def network(params: Any, batch_stats: Any, part: ModelInputs) -> tuple[Outputs, Any]:
         return apply_network(model, params, batch_stats, part, train=True)
 
-    if parts == 1:
-        outputs, pull_back, batch_stats = jax.vjp(
+    if microbatches == 1:
+        outputs, vjp, batch_stats = jax.vjp(
             lambda params: network(params, state.batch_stats, inputs), state.params, has_aux=True
         )
-        return outputs, batch_stats, lambda gradient: pull_back(gradient)[0]
+        return outputs, batch_stats, lambda of_outputs: vjp(of_outputs)[0]
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
 
-    def forward(batch_stats: Any, part: ModelInputs) -> tuple[Any, Any]:
+    def forward(batch_stats: Any, part: ModelInputs) -> tuple[Any, Outputs]:
         outputs, batch_stats = network(state.params, batch_stats, part)
         return batch_stats, outputs
 
-    def backward(total: Any, of_part: tuple[ModelInputs, Any]) -> tuple[Any, None]:
-        part, gradient = of_part
-        _, pull_back, _ = jax.vjp(
-            lambda params: network(params, state.batch_stats, part), state.params, has_aux=True
-        )
-        return jax.tree.map(jnp.add, total, pull_back(gradient)[0]), None
+    def backward(total: Any, part: tuple[ModelInputs, Outputs]) -> tuple[Any, None]:
+        of_network = jax.vjp(
+            lambda params: network(params, state.batch_stats, part[0]), state.params, has_aux=True
+        )[1]
+        return jax.tree.map(jnp.add, total, of_network(part[1])[0]), None
 
     each = jax.tree.map(split, inputs)
     batch_stats, outputs = jax.lax.scan(forward, state.batch_stats, each)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
-    def gradient(of_outputs: Any) -> Any:
+    def vjp_of_all(of_outputs: Outputs) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         return jax.lax.scan(backward, zeros, (each, jax.tree.map(split, of_outputs)))[0]
 
-    return outputs, batch_stats, gradient
+    return outputs, batch_stats, vjp_of_all
