@@ -54,8 +54,7 @@ def match_anchors(
         boxes: f32[M, 4], padded.
         labels: i32[M], class indices; NO_CLASS (-1) for padding and crowd regions.
         is_crowd: bool[M], crowd regions; None: none.
-        positive_iou: in [negative_iou, 1].
-        negative_iou: in [0, positive_iou].
+        positive_iou, negative_iou: in [0, 1], the second one not above the first.
         convention: whose rule for claimed anchors.
 
     Returns:
