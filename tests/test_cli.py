@@ -206,7 +206,8 @@ def test_an_image_that_cannot_be_decoded_is_one_line_with_its_name(place, capsys
     }
     (place / "cut.json").write_text(json.dumps(annotations))
     prepare_folder("cut", place / "cut", {"train": (place, place / "cut.json")})
-    line = fails(capsys, *"data inspect tiny.py --data.dir cut --data.name cut".split())
+    command = "data inspect tiny.py --data.dir cut --data.name cut"
+    line = fails(capsys, *command.split())
     for word in ("image 7 (cut.png): cannot decode", "replace it", "skip"):
         assert word in line
 
