@@ -120,19 +120,19 @@ def show(picture: Figure | np.ndarray, kind: str = "png") -> None:
 
 scenes = open_dataset(config.data, config.data.train_split)
 batches = train_batches(scenes, config, start_step=0)
-batch = next(batches)  # what the first step of training sees
+batch = next(batches).batch  # what the first step of training sees
 batches.close()
 
 print(f"{len(scenes):,} scenes; a batch:")
-for name in ("images", "boxes", "labels"):
-    print(f"  {name:<8}{batch[name].dtype}{list(batch[name].shape)}")
+boxes, labels, _ = batch.truth
+for name, array in (("images", batch.images), ("boxes", boxes), ("labels", labels)):
+    print(f"  {name:<8}{array.dtype}{list(array.shape)}")
 
 
 def draw_scene(i: int) -> np.ndarray:
     """A scene of the batch with its boxes."""
-    real = batch["labels"][i] >= 0  # the rest is padding
-    scene, boxes, labels = batch["images"][i], batch["boxes"][i][real], batch["labels"][i][real]
-    return draw_boxes(scene, boxes, labels, scenes.class_names, scale=4)
+    real = labels[i] >= 0  # the rest is padding
+    return draw_boxes(batch.images[i], boxes[i][real], labels[i][real], scenes.class_names, scale=4)
 
 
 gap = ((0, 0), (0, 16), (0, 0))
@@ -155,14 +155,14 @@ from ghm_jax.detection.outputs import make_targets
 from ghm_jax.plots import class_color
 
 settings = config.anchors
-size = batch["images"].shape[1:3]
+size = batch.images.shape[1:3]
 anchors = make_anchors(size, settings.scale, settings.octaves, settings.ratios)  # [A, 4]
 classes = np.asarray(make_targets(batch, config).classes)  # [B, A]
 
 figure = Figure(figsize=(10.8, 5.4), layout="constrained")
 for ax, i in zip(figure.subplots(1, 2), (0, 1), strict=True):
     positive = np.flatnonzero(classes[i] >= 0)
-    ax.imshow(batch["images"][i])
+    ax.imshow(batch.images[i])
     for anchor in positive:
         x0, y0, x1, y1 = anchors[anchor]
         color = np.array(class_color(classes[i, anchor])) / 255

@@ -312,12 +312,11 @@ from ghm_jax.runs.directory import RunDirectory, load_run
 eight = replace(small, optimizer=replace(small.optimizer, batch_size=8))
 shapes = open_dataset(eight.data, "train")
 batches = train_batches(shapes, eight, start_step=0)
-batch = next(batches)
+batch = next(batches).batch
 batches.close()
 imported, config = load_run(work / "imported")
 variables, _ = restore_variables(imported, config, jax.devices()[0])
-batch = {key: batch[key] for key in ("images", "boxes", "labels", "image_size")}
-batch["images"] = batch["images"] // 2 + 64
+batch = batch._replace(images=batch.images // 2 + 64)
 model = make_model(config, num_classes=2)
 logits, _, targets = loss_inputs(variables, batch, config=config, model=model)
 

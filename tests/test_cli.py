@@ -1,16 +1,20 @@
 """The command line: what works prints what to do next, what cannot work is one line."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 
+import cv2
 import jax
+import numpy as np
 import pytest
 from tiny import tiny_config
 
 from ghm_jax.cli import main
+from ghm_jax.data import prepare_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -188,6 +192,23 @@ def test_a_broken_experiment_is_one_line_with_its_name(place, capsys, code, word
     (place / "broken.py").write_text(code)
     line = fails(capsys, "train", "broken.py")
     for word in ("broken.py", *words):
+        assert word in line
+
+
+def test_an_image_that_cannot_be_decoded_is_one_line_with_its_name(place, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (place / "cut.png").write_bytes(cv2.imencode(".png", noise)[1].tobytes()[:2000])
+    box = {"id": 1, "image_id": 7, "category_id": 1, "bbox": [8, 8, 20, 20], "area": 400}
+    annotations = {
+        "images": [{"id": 7, "file_name": "cut.png", "width": 64, "height": 64}],
+        "annotations": [{**box, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "noise"}],
+    }
+    (place / "cut.json").write_text(json.dumps(annotations))
+    prepare_folder("cut", place / "cut", {"train": (place, place / "cut.json")})
+    command = "data inspect tiny.py --data.dir cut --data.name cut"
+    line = fails(capsys, *command.split())
+    for word in ("image 7 (cut.png): cannot decode", "replace it", "skip"):
         assert word in line
 
 

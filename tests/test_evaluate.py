@@ -12,7 +12,7 @@ from coco_oracle import pycocotools_figures
 from tiny import Listener, tiny_config
 
 from ghm_jax.config import Run
-from ghm_jax.data import coco_ground_truth, open_dataset
+from ghm_jax.data import coco_ground_truth, open_dataset, validation_batches
 from ghm_jax.detection.outputs import make_targets
 from ghm_jax.distributed.devices import choose_devices
 from ghm_jax.evaluate import evaluate, evaluate_file
@@ -199,9 +199,14 @@ def test_a_perfect_network_finds_the_annotated_boxes_in_the_original_pixels(
     dataset_dir, validation, monkeypatch
 ):
     config = tiny_config(dataset_dir)
+    read = [loaded.batch for loaded in validation_batches(validation, config)]
+    known = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *read)
 
-    def apply_perfectly(model, params, batch_stats, batch, *, train):
-        classes, deltas = make_targets(batch, config)
+    def apply_perfectly(model, params, batch_stats, inputs, *, train):
+        """Knows the images by heart: it is given no boxes."""
+        same = inputs.images[:, None] == known.images[None]  # [b, N, H, W, 3]
+        number = same.all(axis=(2, 3, 4)).argmax(axis=1)
+        classes, deltas = make_targets(jax.tree.map(lambda x: x[number], known), config)
         logits = jnp.where(classes[..., None] == jnp.arange(3)[None, None], 9.0, -9.0)
         return (logits, deltas), {}
 

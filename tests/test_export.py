@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import CATEGORIES, SIDE, Listener, tiny_batch
 
+from ghm_jax.batch import LoadedBatch
 from ghm_jax.evaluation.detector import make_detector, restore_variables
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.export import export
@@ -55,10 +56,10 @@ def exported(run_dir):
 
 def test_the_program_finds_what_the_package_finds(run_dir, exported, rng, tmp_path):
     batch = tiny_batch(rng, 3)
-    batch["images"] = np.pad(batch["images"], ((0, 0), (0, 0), (0, 32), (0, 0)))
-    batch["image_size"][2] = 40, 64
+    batch = batch._replace(images=np.pad(batch.images, ((0, 0), (0, 0), (0, 32), (0, 0))))
+    batch.image_size[2] = 40, 64
     inputs, outputs = tmp_path / "inputs.npz", tmp_path / "outputs.npz"
-    np.savez(inputs, images=batch["images"], image_size=batch["image_size"])
+    np.savez(inputs, images=batch.images, image_size=batch.image_size)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     subprocess.run(
         [sys.executable, "-c", OTHER_PROGRAM, exported[0][0], inputs, outputs],
@@ -71,8 +72,15 @@ def test_the_program_finds_what_the_package_finds(run_dir, exported, rng, tmp_pa
     run, config = load_run(run_dir)
     device = jax.devices()[0]
     variables, _ = restore_variables(run, config, device)
-    batch["scale"] = np.ones((3, 2), np.float32)
-    ours = make_detector(config, len(config.data.classes), [device])(variables, batch)
+    loaded = LoadedBatch(
+        batch,
+        scale=np.ones((3, 2), np.float32),
+        offset=np.zeros((3, 2), np.float32),
+        valid=np.ones(3, bool),
+        dropped_boxes=np.zeros(3, np.int32),
+        replaced=np.zeros(3, bool),
+    )
+    ours = make_detector(config, len(config.data.classes), [device])(variables, loaded)
     assert (ours.labels >= 0).any()
     np.testing.assert_array_equal(theirs["labels"], ours.labels)
     np.testing.assert_array_equal(theirs["valid"], ours.labels >= 0)

@@ -24,6 +24,7 @@ from torchvision_oracle import (
     torchvision,
 )
 
+from ghm_jax.batch import ModelInputs
 from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.boxes import box_iou, decode_boxes, encode_boxes
 from ghm_jax.detection.matching import match_anchors
@@ -222,8 +223,7 @@ def test_an_image_gives_the_same_detections(rng, detectors, sizes):
 
     config = dataclasses.replace(detectors.config, predict=predict)
     step = functools.partial(predict_step, config=config, model=detectors.model)
-    batch = {"images": padded, "image_size": np.array(sizes, np.int32)}
-    found = jax.jit(step)(detectors.variables, batch)
+    found = jax.jit(step)(detectors.variables, ModelInputs(padded, np.array(sizes, np.int32)))
     for i, detections in enumerate(expected):
         count = len(detections["scores"])
         assert count > 10

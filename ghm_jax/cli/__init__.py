@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 try:
     from ghm_jax.cli import bench, data, doctor, predict, runs, stats
     from ghm_jax.cli.arguments import fail
-    from ghm_jax.exceptions import ConfigError, StoppedElsewhere
+    from ghm_jax.exceptions import StoppedElsewhere, UserError
 except ModuleNotFoundError as missing:
     sys.exit(
         f"ghm-jax: {missing}; the detector needs more than the losses: "
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except StoppedElsewhere:
         fail(None)
-    except (ConfigError, FileNotFoundError, PermissionError) as error:
+    except (UserError, FileNotFoundError, PermissionError) as error:
         fail(str(error))
     except RuntimeError as error:  # JAX's own, which need not be imported here
         said = str(error).partition("\n")[0]

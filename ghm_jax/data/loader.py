@@ -79,7 +79,8 @@ def train_batches(
         See `batching.collate`; all hosts get images of the same height and width.
 
     Raises:
-        ConfigError: see `training_groups`; while it is read: an image cannot be decoded.
+        ConfigError, DataError: see `training_groups`.
+        DataError: while it is read: an image cannot be decoded.
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
@@ -100,7 +101,8 @@ def validation_batches(
     as of `train_batches`, with predict.batch_size.
 
     Raises:
-        ConfigError: an image fits in no bucket, or its header cannot be read.
+        ConfigError: an image fits in no bucket.
+        DataError: the header of an image cannot be read; while it is read: one cannot be decoded.
     """
     size = config.predict.batch_size
     share = _Share(size, process_index, process_count)
@@ -114,8 +116,8 @@ def training_groups(dataset: Dataset, data: Data) -> Groups:
     """The images of a data set that are trained on, by their buckets.
 
     Raises:
-        ConfigError: an image fits in no bucket, its header cannot be read (unless data.on_error
-            is `skip`), or no image has an object to learn from.
+        ConfigError: an image fits in no bucket, or none has an object to learn from.
+        DataError: the header of an image cannot be read (unless data.on_error is `skip`).
     """
     sizes, objects = dataset.index.sizes, dataset.index.objects
     if data.on_error == "error":

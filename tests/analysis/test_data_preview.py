@@ -8,6 +8,7 @@ import pytest
 from tiny import SIDE, Listener, tiny_config
 
 from ghm_jax.analysis.data_preview import inspect_data, table
+from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.cli import main
 from ghm_jax.config import Optimizer
 from ghm_jax.data import coco_ground_truth, open_dataset
@@ -112,8 +113,10 @@ def test_a_picture_shows_boxes_where_they_are_and_crowds(rng):
     boxes = np.zeros((3, 2, 4), np.float32)
     boxes[0, 0] = [24, 36, 72, 84]
     boxes[1, 1] = [0, 0, 96, 96]
-    labels = np.array([[0, -1], [-1, -2], [-1, -1]])
-    grid = batch_picture({"images": images, "boxes": boxes, "labels": labels}, ["a"], columns=2)
+    labels = np.array([[0, NO_CLASS], [NO_CLASS, NO_CLASS], [NO_CLASS, NO_CLASS]])
+    truth = GroundTruth(boxes, labels, is_crowd=np.array([[False] * 2, [False, True], [False] * 2]))
+    batch = Batch(images, np.full((3, 2), 96), np.arange(3), truth)
+    grid = batch_picture(batch, ["a"], columns=2)
     assert grid.shape == (2 * 480 + 6, 2 * 480 + 6, 3)
     first, second, third = grid[:480, :480], grid[:480, 486:], grid[486:, :480]
     strong = np.abs(first.astype(int) - 110).max(axis=2) > 30

@@ -1,6 +1,7 @@
 """What `ghm-jax stats` says of a run, against NumPy in float64."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -43,11 +44,11 @@ def seen_by_the_losses(run_dir):
     run, config = load_run(run_dir)
     state = restore_state(run, config, jax.devices()[0])
     dataset = open_dataset(config.data, "validation")
-    batch = next(iter(validation_batches(dataset, config)))
+    loaded = next(iter(validation_batches(dataset, config)))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     model = make_model(config, len(dataset.class_names))
-    inputs = {key: batch[key] for key in ("images", "boxes", "labels", "image_size")}
-    found = jax.jit(lambda v, b: loss_inputs(v, b, config=config, model=model))(variables, inputs)
+    of_batch = jax.jit(functools.partial(loss_inputs, config=config, model=model))
+    found = of_batch(variables, loaded.batch)
     logits, deltas, (classes, delta_targets) = jax.tree.map(np.asarray, found)
     p = 1 / (1 + np.exp(-np.float64(logits[classes > -2])))
     target = np.float64(classes[classes > -2][:, None] == np.arange(p.shape[1]))

@@ -46,12 +46,14 @@ def test_growth_is_the_slope_of_the_logarithms():
 
 def test_boxes_of_a_random_batch_lie_in_the_image():
     batch = random_batch(dataclasses.replace(TINY, image_size=(64, 160), num_classes=3))
-    used = batch["labels"] >= 0
-    x0, y0, x1, y1 = np.moveaxis(batch["boxes"][used], -1, 0)
+    boxes, labels, is_crowd = batch.truth
+    used = labels >= 0
+    x0, y0, x1, y1 = np.moveaxis(boxes[used], -1, 0)
     assert used.any(axis=1).all()
-    assert batch["labels"].max() < 3
+    assert labels.max() < 3
+    assert not is_crowd.any()
     assert ((x0 >= 0) & (x0 < x1) & (x1 <= 160) & (y0 >= 0) & (y0 < y1) & (y1 <= 64)).all()
-    assert (batch["boxes"][~used] == 0).all()
+    assert (boxes[~used] == 0).all()
 
 
 def test_the_table_in_the_docs_is_the_measured_result():

@@ -103,16 +103,17 @@ def test_boxes_of_a_batch_scale_back_to_the_annotated_ones(folder):
     config = Config(data=data(folder), predict=Predict(batch_size=2), run=Run(workers=0))
     dataset = open_dataset(config.data, "validation")
     learned = {1: (11, 2), 9: (2_000_000_000, 1)}  # annotation: image, label
-    for batch in validation_batches(dataset, config):
+    for loaded in validation_batches(dataset, config):
+        truth, image_ids = loaded.batch.truth, loaded.batch.image_id
         for i in range(2):
-            original = batch["boxes"][i].astype(np.float64) / np.tile(batch["scale"][i], 2)
+            original = truth.boxes[i].astype(np.float64) / np.tile(loaded.scale[i], 2)
             for number, image_id, _, (x, y, w, h), _, _ in ANNOTATIONS:
-                if learned.get(number, (None,))[0] != batch["image_id"][i]:
+                if learned.get(number, (None,))[0] != image_ids[i]:
                     continue
-                at = np.flatnonzero(batch["labels"][i] == learned.pop(number)[1])
+                at = np.flatnonzero(truth.labels[i] == learned.pop(number)[1])
                 assert len(at) == 1
                 np.testing.assert_allclose(original[at[0]], [x, y, x + w, y + h], atol=1e-3)
-                assert image_id == batch["image_id"][i]
+                assert image_id == image_ids[i]
     assert not learned
 
 

@@ -1,7 +1,9 @@
 """Images of every kind become 8-bit RGB; the oracle is what was drawn, in Pillow's own formats."""
 
+import functools
 import io
 import itertools
+import re
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ from ghm_jax.config import Anchors, Config, Data, Optimizer, Run
 from ghm_jax.data import Dataset, train_batches, validation_batches
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.data.transforms import decode_image, encoded_size
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -114,45 +116,57 @@ def half_a_file() -> bytes:
     return whole[: len(whole) // 2]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_stops_training_with_its_id_and_file_name(workers):
-    batches = train_batches(dataset({5: half_a_file()}), config(workers), 0)
-    with pytest.raises(ConfigError, match=r"^data.name: image 5 \(5.png\): cannot .* skip$"):
-        take(2, batches)
+@pytest.mark.parametrize(
+    "read",
+    [functools.partial(train_batches, start_step=0), validation_batches],
+    ids=["training", "validation"],
+)
+def test_a_corrupt_image_is_the_same_one_line_error_with_and_without_workers(read):
+    errors = []
+    for workers in (0, 1):
+        batches = read(dataset({5: half_a_file()}), config(workers))
+        with pytest.raises(DataError) as raised:
+            take(2, batches)
+        errors.append(raised.value)
+        assert re.fullmatch(
+            r"data.name: image 5 \(5.png\): cannot decode [^\n]*; replace it, [^\n]* skip",
+            str(errors[-1]),
+        )
+    assert errors[0].args == errors[1].args
 
 
 def test_a_corrupt_header_is_found_before_the_first_step_and_evaluation_never_skips():
-    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot read its header"):
+    with pytest.raises(DataError, match=r"image 5 \(5.png\): cannot read its header"):
         train_batches(dataset({5: b"nothing"}), config(), 0)
-    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot read its header"):
+    with pytest.raises(DataError, match=r"image 5 \(5.png\): cannot read its header"):
         validation_batches(dataset({5: b"nothing"}), config(on_error="skip"))
-    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot decode"):
+    with pytest.raises(DataError, match=r"image 5 \(5.png\): cannot decode"):
         list(validation_batches(dataset({5: half_a_file()}), config(on_error="skip")))
 
 
 def test_a_skipped_image_is_replaced_by_the_same_one_every_time_and_counted():
     broken, settings = dataset({5: half_a_file(), 6: b"nothing"}), config(on_error="skip")
     batches = take(28, train_batches(broken, settings, 0))  # sixteen epochs of seven
-    ids = np.concatenate([batch["image_id"] for batch in batches])
-    replaced = np.concatenate([batch["replaced"] for batch in batches])
+    ids = np.concatenate([loaded.batch.image_id for loaded in batches])
+    replaced = np.concatenate([loaded.replaced for loaded in batches])
     assert not np.isin(ids, [5, 6]).any()
     assert replaced.sum() == 16
     assert len(set(ids[replaced].tolist())) > 1
     for start, hosts in ((9, 1), (3, 2)):
         shares = [take(5, train_batches(broken, settings, start, h, hosts)) for h in range(hosts)]
-        again = [i for parts in zip(*shares, strict=True) for p in parts for i in p["image_id"]]
+        again = [i for parts in zip(*shares, strict=True) for p in parts for i in p.batch.image_id]
         assert again == ids[start * 4 : start * 4 + 20].tolist()
     lines = []
     log = ReplacementLog(lines.append)
-    for batch in batches:
-        log.record(batch)
+    for loaded in batches:
+        log.record(loaded)
     assert log.count == 16
     assert [line.split()[1] for line in lines] == ["1", "2", "4", "8", "16"]
     assert input_notes(broken, settings) == ["1 images cannot be read and are left out"]
 
 
 def test_a_data_set_of_corrupt_images_is_not_skipped_for_ever():
-    with pytest.raises(ConfigError, match="cannot decode"):
+    with pytest.raises(DataError, match="cannot decode"):
         take(
             1,
             train_batches(
@@ -166,7 +180,7 @@ def test_images_without_an_object_to_learn_from_are_left_out_or_kept():
     some = dataset(boxes={1: [], 4: [flat], 6: [flat, [0.2, 0.2, 0.7, 0.7]]})
     for keep, left in ((False, {0, 2, 3, 5, 6, 7}), (True, set(range(8)))):
         batches = take(6, train_batches(some, config(keep_empty=keep), 0))
-        assert {int(i) for batch in batches for i in batch["image_id"]} == left
+        assert {int(i) for loaded in batches for i in loaded.batch.image_id} == left
     notes = input_notes(some, config())
     assert notes[0].startswith("2 of 8 images have no object to learn from")
     assert notes[1:] == ["2 boxes without width or height are left out"]
@@ -182,8 +196,8 @@ def test_more_boxes_than_there_is_room_for_are_a_counted_warning():
     assert note.startswith("warning: 2 images have more than 4 boxes; the smallest 6 are left out")
     assert "--data.max-boxes 9 " in note
     dropped = 0
-    for batch in take(2, train_batches(crowded, config(max_boxes=4), 0)):
-        dropped += batch["dropped_boxes"].sum()
+    for loaded in take(2, train_batches(crowded, config(max_boxes=4), 0)):
+        dropped += loaded.dropped_boxes.sum()
     assert dropped == 6
     assert not input_notes(crowded, config(max_boxes=9))
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
+from ghm_jax.batch import NO_CLASS
 from ghm_jax.config import Anchors, Config, Data, Optimizer, Predict, Run
 from ghm_jax.data import Dataset, DigitScenes, open_dataset, train_batches, validation_batches
 
@@ -48,9 +50,9 @@ def take(count, batches):
 
 
 def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 def with_workers(config, workers):
@@ -59,7 +61,7 @@ def with_workers(config, workers):
 
 def test_every_epoch_holds_every_image_once_and_in_another_order(config, datasets):
     batches = take(11, train_batches(datasets["train"], config, 0))  # 66 images: three epochs
-    ids = np.concatenate([batch["image_id"] for batch in batches]).reshape(3, 22)
+    ids = np.concatenate([loaded.batch.image_id for loaded in batches]).reshape(3, 22)
     for epoch in ids:
         assert len(set(epoch.tolist())) == 22
     assert (ids[0] != ids[1]).any()
@@ -71,7 +73,7 @@ def test_worker_processes_change_nothing(config, datasets):
     there = take(5, train_batches(datasets["train"], with_workers(config, 2), 2))
     for a, b in zip(here, there, strict=True):
         assert_equal(a, b)
-    assert all(type(value) is np.ndarray for value in there[0].values())
+    assert all(type(value) is np.ndarray for value in jax.tree.leaves(there[0]))
 
 
 def test_starting_in_the_middle_gives_what_would_have_come(config, datasets):
@@ -94,17 +96,15 @@ def test_hosts_get_contiguous_shares_of_the_one_batch(config, datasets, hosts):
     ):
         whole = take(2, read())
         shares = [take(2, read(host, hosts)) for host in range(hosts)]
-        for step, batch in enumerate(whole):
-            together = {
-                key: np.concatenate([share[step][key] for share in shares]) for key in batch
-            }
-            assert_equal(batch, together)
+        for loaded, *parts in zip(whole, *shares, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+            assert_equal(loaded, together)
 
 
 def test_the_seed_decides(config, datasets):
     other = dataclasses.replace(config, seed=4)
     a, b = (take(3, train_batches(datasets["train"], c, 0)) for c in (config, other))
-    assert any((x["image_id"] != y["image_id"]).any() for x, y in zip(a, b, strict=True))
+    assert any((x.batch.image_id != y.batch.image_id).any() for x, y in zip(a, b, strict=True))
 
 
 def test_flips_are_drawn_for_each_image_and_turn_pixels_and_boxes(config, datasets):
@@ -115,14 +115,16 @@ def test_flips_are_drawn_for_each_image_and_turn_pixels_and_boxes(config, datase
     steps = 8
     batches = [take(steps, train_batches(datasets["train"], c, 0)) for c in (plain, flipped, mixed)]
     turned = []
-    for a, b, c in zip(*batches, strict=True):
-        np.testing.assert_array_equal(b["images"], a["images"][:, :, ::-1])
-        real = a["labels"] >= 0
-        np.testing.assert_allclose(b["boxes"][real][:, [2, 0]], 160 - a["boxes"][real][:, [0, 2]])
-        np.testing.assert_array_equal(b["boxes"][real][:, [1, 3]], a["boxes"][real][:, [1, 3]])
+    for loaded in zip(*batches, strict=True):
+        a, b, c = (each.batch for each in loaded)
+        np.testing.assert_array_equal(b.images, a.images[:, :, ::-1])
+        real = a.truth.labels >= 0
+        before, after = a.truth.boxes[real], b.truth.boxes[real]
+        np.testing.assert_allclose(after[:, [2, 0]], 160 - before[:, [0, 2]])
+        np.testing.assert_array_equal(after[:, [1, 3]], before[:, [1, 3]])
         for i in range(BATCH):
-            turned.append((c["images"][i] != a["images"][i]).any())
-            np.testing.assert_array_equal(c["images"][i], (b if turned[-1] else a)["images"][i])
+            turned.append((c.images[i] != a.images[i]).any())
+            np.testing.assert_array_equal(c.images[i], (b if turned[-1] else a).images[i])
     assert 0.2 < np.mean(turned) < 0.8
     per_step = np.reshape(turned, (steps, BATCH))
     assert (per_step.any(axis=1) & ~per_step.all(axis=1)).any()  # not one draw for the batch
@@ -131,14 +133,14 @@ def test_flips_are_drawn_for_each_image_and_turn_pixels_and_boxes(config, datase
 def test_validation_holds_every_image_once_in_order(config, datasets):
     batches = list(validation_batches(datasets["validation"], config))
     assert len(batches) == 3
-    assert all(batch["images"].shape == (4, 160, 160, 3) for batch in batches)
-    valid = np.concatenate([batch["valid"] for batch in batches])
-    ids = np.concatenate([batch["image_id"] for batch in batches])
+    assert all(loaded.batch.images.shape == (4, 160, 160, 3) for loaded in batches)
+    valid = np.concatenate([loaded.valid for loaded in batches])
+    ids = np.concatenate([loaded.batch.image_id for loaded in batches])
     assert valid.tolist() == [True] * 11 + [False]
     stored = [int(record["image/id"]) for record in datasets["validation"].source]
     assert ids[valid].tolist() == stored
     assert len(set(stored)) == 11
-    assert batches[-1]["labels"][-1].max() == -1
+    assert (batches[-1].batch.truth.labels[-1] == NO_CLASS).all()
 
 
 def test_validation_is_not_flipped(config, datasets):
@@ -147,8 +149,8 @@ def test_validation_is_not_flipped(config, datasets):
     assert_equal(a, b)
 
 
-@pytest.mark.parametrize(("crowd", "labels"), [("drop", {-1, 0}), ("ignore", {-1, -2, 0})])
-def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, labels):
+@pytest.mark.parametrize(("crowd", "kept"), [("drop", 0), ("ignore", 1)])
+def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, kept):
     encoded = cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
     objects = {
         "bbox": [np.float32([0, 0, 0.5, 0.5]), np.float32([0.5, 0.5, 1, 1])],
@@ -162,8 +164,13 @@ def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, labels)
         optimizer=Optimizer(batch_size=2),
         run=Run(workers=0),
     )
-    (batch,) = take(1, train_batches(dataset, config, 0))
-    assert set(batch["labels"].ravel()) == labels
+    (loaded,) = take(1, train_batches(dataset, config, 0))
+    boxes, labels, is_crowd = loaded.batch.truth
+    assert is_crowd.sum(axis=1).tolist() == [kept, kept]
+    assert (boxes[is_crowd][:, [1, 3]] == [32, 64]).all()
+    assert (labels == 0).sum(axis=1).tolist() == [1, 1]
+    assert (labels[labels != 0] == NO_CLASS).all()
+    assert (labels[is_crowd] == NO_CLASS).all()
 
 
 def test_a_batch_that_hosts_cannot_share_is_refused(config, datasets):
@@ -183,7 +190,7 @@ def test_reading_needs_neither_absl_app_nor_tensorflow(config, datasets, tmp_pat
         "                long_side=160, buckets=((160, 160),))\n"
         "    config = Config(data=data, predict=Predict(batch_size=4), run=Run(workers=1))\n"
         "    batches = list(validation_batches(open_dataset(data, 'validation'), config))\n"
-        "    print(sum(b['valid'].sum() for b in batches), 'tensorflow' in sys.modules)\n"
+        "    print(sum(loaded.valid.sum() for loaded in batches), 'tensorflow' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.stdout == "11 False\n", done.stderr

@@ -6,6 +6,7 @@ import itertools
 
 import cv2
 import grain
+import jax
 import numpy as np
 import pytest
 
@@ -64,9 +65,9 @@ def test_with_one_bucket_ids_and_seeds_are_those_of_one_plain_shuffle():
 
 def test_a_step_needs_one_of_two_buckets_and_its_images_have_one_orientation():
     seen = collections.Counter()
-    for batch in take(200, train_batches(shapes(), config(), 0)):
-        shape = batch["images"].shape[1:3]
-        assert {tuple(size) for size in batch["image_size"].tolist()} == {shape}
+    for loaded in take(200, train_batches(shapes(), config(), 0)):
+        shape = loaded.batch.images.shape[1:3]
+        assert {tuple(size) for size in loaded.batch.image_size.tolist()} == {shape}
         seen[shape] += 1
     assert seen.keys() == {(64, 96), (96, 64)}  # no batch has to fall back to the square one
     assert abs(seen[96, 64] - 200 * 5 / 13) <= 1
@@ -75,7 +76,7 @@ def test_a_step_needs_one_of_two_buckets_and_its_images_have_one_orientation():
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_all_images_are_seen_equally_often_whatever_their_group(batch_size):
     batches = take(130, train_batches(shapes(), config(batch_size=batch_size), 0))
-    ids = np.concatenate([batch["image_id"] for batch in batches])
+    ids = np.concatenate([loaded.batch.image_id for loaded in batches])
     times = np.bincount(ids, minlength=13)
     assert len(times) == 13
     assert np.abs(times - 130 * batch_size / 13).max() <= 2
@@ -84,14 +85,15 @@ def test_all_images_are_seen_equally_often_whatever_their_group(batch_size):
 @pytest.mark.parametrize("buckets", [BUCKETS[:2], BUCKETS[2:]])
 def test_a_step_may_have_one_image(buckets):
     batches = train_batches(shapes(), config(buckets, batch_size=1), 0)
-    seen = [int(batch["image_id"][0]) for batch in take(26, batches)]
+    seen = [int(loaded.batch.image_id[0]) for loaded in take(26, batches)]
     assert len({*seen[:13]}) > 10  # of 13, in the order of two groups
     assert {*seen} == {*range(13)}
 
 
 def test_each_group_is_shuffled_anew_when_it_has_been_seen():
     batches = take(60, train_batches(shapes(), config(), 0))
-    ids = np.concatenate([b["image_id"] for b in batches if b["images"].shape[1] == 64])
+    landscape = [b.batch.image_id for b in batches if b.batch.images.shape[1] == 64]
+    ids = np.concatenate(landscape)
     epochs = ids[: len(ids) // 8 * 8].reshape(-1, 8)  # of thirteen images, eight are landscape
     assert all(len(set(epoch)) == 8 for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == len(epochs) >= 5
@@ -100,8 +102,8 @@ def test_each_group_is_shuffled_anew_when_it_has_been_seen():
 def test_validation_holds_every_image_once_bucket_by_bucket():
     settings = Config(data=config().data, run=Run(workers=0))
     batches = list(validation_batches(shapes(20), settings))
-    assert [batch["images"].shape for batch in batches] == [(16, 64, 96, 3), (16, 96, 64, 3)]
-    ids = np.concatenate([batch["image_id"][batch["valid"]] for batch in batches])
+    assert [b.batch.images.shape for b in batches] == [(16, 64, 96, 3), (16, 96, 64, 3)]
+    ids = np.concatenate([loaded.batch.image_id[loaded.valid] for loaded in batches])
     assert ids.tolist() == [i for i in range(20) if i % 3] + list(range(0, 20, 3))
 
 
@@ -112,10 +114,15 @@ def test_killed_and_resumed_at_any_step_on_other_workers_and_hosts_the_stream_is
         start = int(rng.integers(1, 20))
         settings = config(batch_size=4, seed=5, workers=workers)
         shares = [take(4, train_batches(dataset, settings, start, h, hosts)) for h in range(hosts)]
-        for batch, *parts in zip(whole[start : start + 4], *shares, strict=True):
-            for key, value in batch.items():  # ids, and pixels and boxes after augmentation
-                together = np.concatenate([part[key] for part in parts])
-                np.testing.assert_array_equal(together, value, err_msg=f"{key} {workers} {hosts}")
+        for loaded, *parts in zip(whole[start : start + 4], *shares, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+            assert jax.tree.structure(together) == jax.tree.structure(loaded)
+            # Ids, and pixels and boxes after augmentation.
+            for (path, value), other in zip(
+                jax.tree.leaves_with_path(loaded), jax.tree.leaves(together), strict=True
+            ):
+                where = f"{jax.tree_util.keystr(path)} {workers} {hosts}"
+                np.testing.assert_array_equal(other, value, err_msg=where)
 
 
 def test_an_image_that_fits_in_no_bucket_is_said_before_the_first_step():

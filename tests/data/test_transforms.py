@@ -4,17 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
+from ghm_jax.batch import NO_CLASS
 from ghm_jax.config import Data
-from ghm_jax.data.batching import (
-    CROWD,
-    choose_bucket,
-    collate,
-    filler_example,
-    make_example,
-)
+from ghm_jax.data.batching import choose_bucket, collate, filler_example, make_example
 from ghm_jax.data.placement import Placement, choose_placement, to_original
 from ghm_jax.data.transforms import decode_image, encoded_size
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
 
 def encode(image: np.ndarray, suffix: str = ".png") -> bytes:
@@ -119,10 +114,10 @@ def test_boxes_scale_with_the_pixels_they_mark(rng):
 def test_marked_pixels_stay_in_their_box_after_resize_and_flip(rng):
     box = (30, 11, 57, 40)
     example = make_example(record(marked(90, 120, box), [box]), data(flip=1.0), rng)
-    rows, columns = (np.flatnonzero((example["image"][:, :, 0] > 127).any(a)) for a in (1, 0))
+    rows, columns = (np.flatnonzero((example.image[:, :, 0] > 127).any(a)) for a in (1, 0))
     seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    np.testing.assert_allclose(example["boxes"][0], seen, atol=1)
-    assert example["boxes"][0, 0] == pytest.approx((120 - 57) * 64 / 90, rel=1e-2)
+    np.testing.assert_allclose(example.boxes[0], seen, atol=1)
+    assert example.boxes[0, 0] == pytest.approx((120 - 57) * 64 / 90, rel=1e-2)
 
 
 def test_flipping_twice_changes_nothing(rng):
@@ -145,22 +140,20 @@ def test_marked_pixels_stay_in_their_box_whatever_the_augmentation(rng):
         x0, y0 = rng.integers(0, width - 40), rng.integers(0, height - 40)
         box = (int(x0), int(y0), int(x0 + rng.integers(25, 40)), int(y0 + rng.integers(25, 40)))
         example = make_example(record(marked(height, width, box), [box]), settings, rng)
-        frame_height, frame_width = example["image_size"]
+        frame_height, frame_width = example.image.shape[:2]
         assert min(frame_height, frame_width) <= 64
         assert max(frame_height, frame_width) <= 96
-        bright = example["image"][:, :, 0] > 127
-        if len(example["boxes"]) and np.ptp(example["boxes"].reshape(2, 2), axis=0).min() > 3:
+        bright = example.image[:, :, 0] > 127
+        if len(example.boxes) and np.ptp(example.boxes.reshape(2, 2), axis=0).min() > 3:
             rows, columns = (np.flatnonzero(bright.any(a)) for a in (1, 0))
             found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-            np.testing.assert_allclose(example["boxes"][0], found, atol=1.6)
-            back = to_original(
-                example["boxes"], *(np.array(example[k]) for k in ("scale", "offset"))
-            )
+            np.testing.assert_allclose(example.boxes[0], found, atol=1.6)
+            back = to_original(example.boxes, np.array(example.scale), np.array(example.offset))
             assert (back[0] >= np.array(box)[[0, 1, 0, 1]] - 1e-3).all()
             assert (back[0] <= np.array(box)[[2, 3, 2, 3]] + 1e-3).all()
             whole = np.abs(back[0] - box).max() < 1e-3
-            seen.add((bool(example["scale"][0] < 0), bool(whole)))
-        elif not len(example["boxes"]):
+            seen.add((bool(example.scale[0] < 0), bool(whole)))
+        elif not len(example.boxes):
             assert not bright.any()
     assert len(seen) == 4  # mirrored or not, cut or whole
 
@@ -180,18 +173,19 @@ def test_crowd_regions_and_degenerate_boxes_are_not_learned():
     boxes = [(0, 0, 8, 8), (2, 2, 30, 30), (5, 5, 5, 9), (5, 5, 9, 5), (1, 1, 4, 4)]
     crowd = [False, True, False, False, False]
     example = make_example(record(marked(64, 64, boxes[0]), boxes, crowd), data(), None)
-    np.testing.assert_array_equal(example["labels"], [0, 4])
-    np.testing.assert_allclose(example["boxes"], [boxes[0], boxes[4]], atol=1e-4)
+    np.testing.assert_array_equal(example.labels, [0, 4])
+    np.testing.assert_allclose(example.boxes, [boxes[0], boxes[4]], atol=1e-4)
 
 
-def test_crowd_regions_are_kept_on_request_with_a_label_of_their_own():
+def test_crowd_regions_are_kept_on_request_and_marked():
     boxes = [(0, 0, 8, 8), (2, 2, 30, 30), (5, 5, 5, 9)]
     crowd = [False, True, True]
     whole = record(marked(64, 64, boxes[0]), boxes, crowd)
     example = make_example(whole, data(), None, keep_crowd=True)
-    np.testing.assert_array_equal(example["labels"], [0, CROWD])
-    np.testing.assert_allclose(example["boxes"], boxes[:2], atol=1e-4)
-    assert example["labels"].dtype == np.int32
+    np.testing.assert_array_equal(example.labels, [0, NO_CLASS])
+    np.testing.assert_array_equal(example.is_crowd, [False, True])
+    np.testing.assert_allclose(example.boxes, boxes[:2], atol=1e-4)
+    assert example.labels.dtype == np.int32
 
 
 def test_of_too_many_boxes_crowds_go_first():
@@ -200,49 +194,53 @@ def test_of_too_many_boxes_crowds_go_first():
     example = make_example(
         record(marked(64, 64, boxes[0]), boxes, crowd), data(), None, keep_crowd=True
     )
-    batch = collate([example], (64, 96), 4)
-    np.testing.assert_array_equal(batch["labels"], [[0, 2, 4, 5]])
-    batch = collate([example], (64, 96), 5)
-    np.testing.assert_array_equal(batch["labels"], [[0, CROWD, 2, 4, 5]])
+    truth = collate([example], (64, 96), 4).batch.truth
+    np.testing.assert_array_equal(truth.labels, [[0, 2, 4, 5]])
+    assert not truth.is_crowd.any()
+    truth = collate([example], (64, 96), 5).batch.truth
+    np.testing.assert_array_equal(truth.labels, [[0, NO_CLASS, 2, 4, 5]])
+    np.testing.assert_array_equal(truth.is_crowd, [[False, True, False, False, False]])
 
 
 def test_an_undecodable_image_is_named():
     broken = {**record(marked(8, 8, (0, 0, 4, 4)), []), "image": b"broken"}
-    with pytest.raises(ConfigError, match=r"image 7 \(a.png\): cannot decode"):
+    with pytest.raises(DataError, match=r"image 7 \(a.png\): cannot decode"):
         make_example(broken, data(), None)
 
 
 def test_collate_pads_bottom_and_right_with_zeros(rng):
     wide = rng.integers(1, 256, (40, 80, 3), np.uint8)
     examples = [make_example(record(wide, [(8, 4, 20, 30)]), data(), None), filler_example()]
-    batch = collate(examples, (64, 96), 4)
-    assert batch["images"].shape == (2, 64, 96, 3)
-    assert batch["images"].dtype == np.uint8
-    h, w = batch["image_size"][0]
+    loaded = collate(examples, (64, 96), 4)
+    batch, truth = loaded.batch, loaded.batch.truth
+    assert batch.images.shape == (2, 64, 96, 3)
+    h, w = batch.image_size[0]
     assert (h, w) == (48, 96)  # the long side is the limit
-    assert batch["images"][0, :h, :w].min() > 0
-    assert batch["images"][0, h:].max() == 0
-    np.testing.assert_array_equal(batch["labels"], [[0, -1, -1, -1], [-1] * 4])
-    np.testing.assert_allclose(batch["boxes"][0, 0], np.array([8, 4, 20, 30]) * 1.2, rtol=1e-5)
-    assert not batch["boxes"][0, 1:].any()
-    np.testing.assert_array_equal(batch["valid"], [True, False])
-    np.testing.assert_array_equal(batch["image_id"], [7, -1])
-    np.testing.assert_array_equal(batch["original_size"][0], [40, 80])
-    np.testing.assert_allclose(batch["scale"][0], [1.2, 1.2])
-    dtypes = {key: value.dtype.name for key, value in batch.items()}
+    assert batch.images[0, :h, :w].min() > 0
+    assert batch.images[0, h:].max() == 0
+    np.testing.assert_array_equal(truth.labels, [[0, -1, -1, -1], [-1] * 4])
+    np.testing.assert_allclose(truth.boxes[0, 0], np.array([8, 4, 20, 30]) * 1.2, rtol=1e-5)
+    assert not truth.boxes[0, 1:].any()
+    assert not truth.is_crowd.any()
+    np.testing.assert_array_equal(loaded.valid, [True, False])
+    np.testing.assert_array_equal(batch.image_id, [7, -1])
+    np.testing.assert_allclose(loaded.scale[0], [1.2, 1.2])
+    np.testing.assert_array_equal(loaded.offset[0], [0, 0])
+    dtypes = {name: array.dtype.name for name, array in loaded._asdict().items() if name != "batch"}
     assert dtypes == {
-        **dict.fromkeys(("labels", "image_size", "original_size", "image_id"), "int32"),
-        **dict.fromkeys(("boxes", "scale", "offset"), "float32"),
-        **{"images": "uint8", "valid": "bool", "replaced": "bool", "dropped_boxes": "int32"},
+        **{"scale": "float32", "offset": "float32", "dropped_boxes": "int32"},
+        **{"valid": "bool", "replaced": "bool"},
     }
+    assert [array.dtype.name for array in batch[:3]] == ["uint8", "int32", "int32"]
+    assert [array.dtype.name for array in truth] == ["float32", "int32", "bool"]
 
 
 def test_of_too_many_boxes_the_largest_stay_and_the_rest_is_counted():
     boxes = [(0, 0, s, s) for s in (5, 30, 9, 20, 7, 12)]
     example = make_example(record(marked(64, 64, boxes[0]), boxes), data(), None)
-    batch = collate([example], (64, 96), 4)
-    np.testing.assert_array_equal(batch["labels"], [[1, 2, 3, 5]])
-    np.testing.assert_array_equal(batch["dropped_boxes"], [2])
+    loaded = collate([example], (64, 96), 4)
+    np.testing.assert_array_equal(loaded.batch.truth.labels, [[1, 2, 3, 5]])
+    np.testing.assert_array_equal(loaded.dropped_boxes, [2])
 
 
 @pytest.mark.parametrize(

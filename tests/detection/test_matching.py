@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghm_jax.data import batching
-from ghm_jax.detection.matching import BACKGROUND, CROWD, IGNORE, match_anchors
+from ghm_jax.batch import NO_CLASS
+from ghm_jax.detection.matching import BACKGROUND, IGNORE, match_anchors
 
 match = jax.jit(functools.partial(match_anchors, positive_iou=0.5, negative_iou=0.4))
 
@@ -171,38 +171,34 @@ def test_conventions_differ_on_a_claimed_anchor_that_overlaps_another_box_more()
 
 @pytest.mark.parametrize("crowds", [1, 3])
 def test_anchors_in_a_crowd_are_ignored_unless_positive(rng, crowds):
-    match = jax.jit(functools.partial(match_anchors, crowd="ignore"))
     boxes, labels = draw(rng, 8), rng.integers(0, 20, 8).astype(np.int32)
-    anchors = draw(rng, 200)
-    labels[rng.permutation(8)[:crowds]] = CROWD
+    anchors, is_crowd = draw(rng, 200), np.zeros(8, bool)
+    is_crowd[rng.permutation(8)[:crowds]] = True
+    labels[is_crowd] = NO_CLASS
     expected = []
     for anchor, m in zip(anchors, oracle(anchors, boxes, labels), strict=True):
         area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
         covered = False
-        for box in boxes[labels == CROWD]:
+        for box in boxes[is_crowd]:
             width = min(anchor[2], box[2]) - max(anchor[0], box[0])
             height = min(anchor[3], box[3]) - max(anchor[1], box[1])
             covered |= max(width, 0) * max(height, 0) / area >= 0.5
         expected.append(labels[m] if m >= 0 else IGNORE if covered else m)
-    targets = match(anchors, boxes, labels)
+    targets = match(anchors, boxes, labels, is_crowd)
     np.testing.assert_array_equal(targets.classes, expected)
     assert not np.asarray(targets.deltas)[np.array(expected) < 0].any()
 
 
-def test_half_of_an_anchor_in_a_crowd_is_enough_and_dropped_crowds_are_background():
+def test_half_of_an_anchor_in_a_crowd_is_enough_and_a_crowd_not_given_is_background():
     crowd = [0, 0, 10, 10]
     #          a half         just less        all of it      all of the crowd, little of the anchor
     corners = [[5, 0, 15, 10], [5.1, 0, 15.1, 10], [2, 2, 4, 4], [0, 0, 40, 40]]
-    boxes, labels = padded(np.float32([crowd]), np.array([CROWD]))
-    classes = match_anchors(np.float32(corners), boxes, labels, crowd="ignore").classes
+    boxes, labels = padded(np.float32([crowd]), np.array([NO_CLASS]))
+    is_crowd = np.arange(8) == 0
+    classes = match_anchors(np.float32(corners), boxes, labels, is_crowd).classes
     assert classes.tolist() == [IGNORE, BACKGROUND, IGNORE, BACKGROUND]
-    classes = match_anchors(np.float32(corners), boxes, labels, crowd="drop").classes
+    classes = match_anchors(np.float32(corners), boxes, labels).classes
     assert classes.tolist() == [BACKGROUND] * 4
-
-
-def test_batches_and_matching_agree_on_the_labels_that_are_no_classes():
-    assert batching.CROWD == CROWD
-    assert batching.PADDING not in (CROWD, *range(80))
 
 
 def test_result_types():

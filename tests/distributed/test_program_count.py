@@ -33,7 +33,7 @@ def batches(dataset_dir):
     )
     config = tiny_config(dataset_dir, data=data)
     stream = train_batches(open_dataset(data, "train"), config, 0)
-    yield stream
+    yield (loaded.batch for loaded in stream)
     stream.close()
 
 
@@ -45,8 +45,8 @@ def test_a_thousand_mixed_steps_compile_one_program_for_each_bucket(batches, wra
     step = parallelize(counted, choose_devices(2), wrapper)
     state, shapes, boxes = replicate(jnp.zeros(()), choose_devices(2)), set(), set()
     for batch in itertools.islice(batches, 1000):
-        shapes.add(batch["images"].shape)
-        boxes.add(int((batch["labels"] >= 0).sum()))
+        shapes.add(batch.images.shape)
+        boxes.add(int((batch.truth.labels >= 0).sum()))
         state = step(state, split_batch(batch, 2))
     assert len(shapes) == 2
     assert len(boxes) > 3, "batches with different numbers of boxes must be tried"
@@ -61,10 +61,11 @@ def test_a_shape_too_many_is_said_with_the_shape(batches):
     state = replicate(jnp.zeros(()), choose_devices(2))
     state = step(state, split_batch(batch, 2))
     assert said == []
-    step(state, split_batch({k: v[:2] for k, v in batch.items()}, 2))
+    step(state, split_batch(jax.tree.map(lambda x: x[:2], batch), 2))
     (line,) = said
     assert "warning: compiling program 2 of the step, 1 were expected" in line
-    assert f"images {[1, *batch['images'].shape[1:]]}" in line
+    assert f"(batch: images {[1, *batch.images.shape[1:]]}, image_size [1, 2], " in line
+    assert "truth.labels [1, 4]" in line
 
 
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
@@ -83,6 +84,6 @@ def test_every_program_is_ready_before_the_first_step(batches, dataset_dir, wrap
     ]
     shapes = set()
     for batch in itertools.islice(batches, 30):
-        shapes.add(batch["images"].shape)
+        shapes.add(batch.images.shape)
         state = step(state, split_batch(batch, 2))
     assert len(shapes) == counted.count == 2

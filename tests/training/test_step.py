@@ -18,6 +18,7 @@ from oracles import (
 from tiny import SIDE, tiny_batch, tiny_config
 
 from ghm_jax import losses
+from ghm_jax.batch import NO_CLASS
 from ghm_jax.config import Anchors, Loss, Optimizer
 from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.loss import GHMStates
@@ -57,7 +58,7 @@ class Table:
 def table_outputs(params, batch):
     """What `Table` answers, in NumPy."""
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
-    images = (batch["images"].astype(np.float64) - mean) / std
+    images = (batch.images.astype(np.float64) - mean) / std
     shift = 0.1 * images.mean(axis=(1, 2, 3))[:, None, None]
     return np.asarray(params["logits"]) + shift, np.asarray(params["deltas"]) + shift
 
@@ -370,8 +371,8 @@ def test_images_become_standard_deviations_from_the_mean_and_padding_becomes_zer
 def test_a_crowd_region_is_background_or_ignored(crowd):
     config = dataclasses.replace(CONFIG, anchors=dataclasses.replace(CONFIG.anchors, crowd=crowd))
     batch = batches(1, size=2)[0]
-    batch["boxes"][:], batch["labels"][:] = 0, -1
-    batch["boxes"][0, 0], batch["labels"][0, 0] = (0, 0, 32, 64), -2
+    batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
+    batch.truth.boxes[0, 0], batch.truth.is_crowd[0, 0] = (0, 0, 32, 64), True
     classes = np.asarray(make_targets(batch, config).classes)
     assert (classes[1] == -1).all()
     assert set(classes[0]) == ({-1} if crowd == "drop" else {-1, -2})
@@ -382,8 +383,8 @@ def test_anchors_of_a_step_are_of_the_convention_asked_for():
         CONFIG, anchors=Anchors(scale=4.1, octaves=1, ratios=(1.0,), convention="torchvision")
     )
     batch = batches(1, size=1)[0]
-    batch["boxes"][:], batch["labels"][:] = 0, -1
-    batch["boxes"][0, 0], batch["labels"][0, 0] = (16, 16, 48, 48), 1  # int(4.1 * 8) = 32
+    batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
+    batch.truth.boxes[0, 0], batch.truth.labels[0, 0] = (16, 16, 48, 48), 1  # int(4.1 * 8) = 32
     targets = make_targets(batch, config)
     positive = np.asarray(targets.classes[0]) == 1  # this one and its neighbours
     fits = (np.asarray(targets.deltas[0]) == 0).all(axis=1)
@@ -393,9 +394,10 @@ def test_anchors_of_a_step_are_of_the_convention_asked_for():
 def test_anchors_in_the_padding_are_ignored():
     config = CONFIG
     batch = batches(1, size=2)[0]
-    batch["image_size"] = np.array([[33, 64], [64, 20]], np.int32)  # reach to 64 x 64 and 64 x 32
-    batch["boxes"][:], batch["labels"][:] = 0, -1
-    batch["boxes"][1, 0], batch["labels"][1, 0] = (2, 2, 18, 18), 1
+    sizes = np.array([[33, 64], [64, 20]], np.int32)  # reach to 64 x 64 and 64 x 32
+    batch = batch._replace(image_size=sizes)
+    batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
+    batch.truth.boxes[1, 0], batch.truth.labels[1, 0] = (2, 2, 18, 18), 1
     classes = np.asarray(make_targets(batch, config).classes)
     anchors = make_anchors((SIDE, SIDE), 2.0, 1, (1.0,))
     center = (anchors[:, 0] + anchors[:, 2]) / 2
@@ -406,7 +408,7 @@ def test_anchors_in_the_padding_are_ignored():
     step = table_step(config)
     state = table_state()
     outside = (center >= 32)[:, None]
-    only_second = {key: value[1:] for key, value in batch.items()}
+    only_second = jax.tree.map(lambda x: x[1:], batch)
     wild = jax.tree.map(lambda p: np.where(outside, 50, p).astype(np.float32), state.params)
     calm = jax.tree.map(lambda p: np.where(outside, -50, p).astype(np.float32), state.params)
     _, a = step(state._replace(params=wild), only_second)
@@ -419,7 +421,7 @@ def test_anchors_in_the_padding_are_ignored():
 def test_a_batch_without_any_box_is_background_to_learn_from(classification):
     config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, bins=10))
     batch = batches(1)[0]
-    batch["boxes"][:], batch["labels"][:] = 0, -1
+    batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
     optimizer = optax.sgd(1.0)
     before = table_state(optimizer=optimizer)
     after, metrics = table_step(config, optimizer)(before, batch)
@@ -453,7 +455,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(classification
         state, metrics = step(state, bad)
         assert metrics["num_nonfinite"] == 8  # once in every image
         assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (count, count)
-        assert sorted(metrics["nonfinite_images"].tolist()) == bad["image_id"].tolist()
+        assert sorted(metrics["nonfinite_images"].tolist()) == bad.image_id.tolist()
     assert int(state.step) == int(before.step) + 2
     without_counts = {"step": 0, "skipped": 0}
     for x, y in zip(
@@ -474,10 +476,10 @@ def test_the_image_at_fault_is_named_on_any_number_of_replicas():
     step = functools.partial(
         train_step, config=CONFIG, model=Fragile(), optimizer=optax.sgd(0.1), axis_name=REPLICA
     )
-    batch["images"][5] = 255
+    batch.images[5] = 255
     before = table_state(0, optax.sgd(0.1))
     state, metrics = on_replicas(step, 4)(before, batch)
-    assert metrics["nonfinite_images"].tolist() == [*[-1] * 5, batch["image_id"][5], -1, -1]
+    assert metrics["nonfinite_images"].tolist() == [*[-1] * 5, batch.image_id[5], -1, -1]
     np.testing.assert_array_equal(state.params["logits"], before.params["logits"])
 
 
