@@ -252,9 +252,9 @@ show(loss_curves(history))
 # %%
 from ghm_jax.evaluate import METRICS, evaluate
 
-result = evaluate(run.path, progress=Bar())
+figures = evaluate(run.path, progress=Bar()).metrics
 rows = [
-    f"| {name} | {f'{100 * result[name]:.1f}' if result[name] >= 0 else '-'} | {meaning} |"
+    f"| {name} | {f'{100 * figures[name]:.1f}' if figures[name] >= 0 else '-'} | {meaning} |"
     for name, meaning in METRICS.items()
 ]
 display(Markdown("\n".join(["| figure | percent | |", "| :-- | --: | :-- |", *rows])))

@@ -150,7 +150,7 @@ if SMOKE:
 use_cpu_cores((config.optimizer.batch_size, config.predict.batch_size))
 state = train(config, work / "run")
 result = evaluate(work / "run")
-print(f"AP {result['AP']:.3f}   AP50 {result['AP50']:.3f}")
+print(f"AP {result.metrics['AP']:.3f}   AP50 {result.metrics['AP50']:.3f}")
 
 # %% [markdown]
 # What it finds on a validation picture (left the truth, right the detections):

@@ -271,7 +271,7 @@ small = replace(
     predict=replace(small.predict, batch_size=8, candidates=100),
 )
 train(small, work / "trained")
-before = evaluate(work / "trained")
+before = evaluate(work / "trained").metrics
 
 (file,) = export(work / "trained", work / "shapes.safetensors")
 names = safetensors.numpy.load_file(file)
@@ -279,7 +279,7 @@ print(f"{len(names)} tensors, such as {', '.join(sorted(names)[:2])}")
 
 frozen = replace(small, model=replace(small.model, norm="frozen"))  # its statistics are fixed now
 import_run(str(file), frozen, work / "imported")
-after = evaluate(work / "imported")
+after = evaluate(work / "imported").metrics
 for key in ("AP", "AP50", "AR100"):
     print(f"{key:<6} trained {before[key]:.4f}   exported and imported {after[key]:.4f}")
 
@@ -304,7 +304,7 @@ show(work / "found/contact_sheet.jpg")
 # %%
 from ghm_jax.data import open_dataset, train_batches
 from ghm_jax.detection.outputs import loss_inputs
-from ghm_jax.evaluation.detector import restore_variables
+from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.losses import LossStats, ghm_c_loss
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, ORANGE, style
 from ghm_jax.runs.directory import RunDirectory, load_run
@@ -315,7 +315,7 @@ batches = train_batches(shapes, eight, start_step=0)
 batch = next(batches).batch
 batches.close()
 imported, config = load_run(work / "imported")
-variables, _ = restore_variables(imported, config, jax.devices()[0])
+variables = restore_state(imported, config, jax.devices()[0]).variables
 batch = batch._replace(images=batch.images // 2 + 64)
 model = make_model(config, num_classes=2)
 logits, _, targets = loss_inputs(variables, batch, config=config, model=model)

@@ -17,8 +17,8 @@ from ghm_jax.detection.outputs import make_targets
 from ghm_jax.distributed.devices import choose_devices
 from ghm_jax.evaluate import evaluate, evaluate_file
 from ghm_jax.evaluation.coco import METRICS, load_results, score
-from ghm_jax.evaluation.detector import detect
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.evaluation.detector import Detector, detect
+from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.progress import Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
 
@@ -51,13 +51,13 @@ def validation(dataset_dir):
 
 def test_metrics_json_holds_fractions_and_what_was_scored(evaluated_run):
     run, result, listener = evaluated_run
-    assert json.loads(run.metrics.read_text()) == result
-    assert set(METRICS) < result.keys()
-    assert 0 <= result["AP"] <= result["AP50"] <= 1
-    assert result["per_class"].keys() == {"dark", "light", "absent"}
-    assert result["per_class"]["absent"] == -1.0
-    assert (result["step"], result["split"], result["images"]) == (6, "validation", 6)
-    assert (result["evaluator"], result["ground_truth"]) == ("hotcoco", "tfds:squares")
+    assert json.loads(run.metrics.read_text()) == result.summary()
+    assert result.metrics.keys() == METRICS.keys()
+    assert 0 <= result.metrics["AP"] <= result.metrics["AP50"] <= 1
+    assert result.per_class.keys() == {"dark", "light", "absent"}
+    assert result.per_class["absent"] == -1.0
+    assert (result.step, result.split, result.images) == (6, "validation", 6)
+    assert (result.evaluator, result.ground_truth) == ("hotcoco", "tfds:squares")
     assert listener.steps[:2] == [4, 6]  # of the last batch two count
     assert "evaluating step 6 on 6 images" in listener.lines[0]
 
@@ -71,7 +71,7 @@ def test_detections_json_is_read_by_pycocotools_and_gives_the_same_figures(
     assert {row["image_id"] for row in found} <= {101 + 7 * i for i in range(6)}
     assert {row["category_id"] for row in found} <= {2, 5, 9}
     figures = pycocotools_figures(coco_ground_truth(validation), str(run.detections))
-    np.testing.assert_allclose([result[key] for key in METRICS], figures, atol=1e-6)
+    np.testing.assert_allclose([result.metrics[key] for key in METRICS], figures, atol=1e-6)
 
 
 def test_the_report_is_written(evaluated_run):
@@ -95,7 +95,8 @@ def test_figures_do_not_depend_on_the_number_of_shards(finished_run, dataset_dir
         config = tiny_config(dataset_dir, run=Run(wrapper=wrapper, workers=0))
         predict = dataclasses.replace(config.predict, batch_size=count)
         config = dataclasses.replace(config, predict=predict)
-        found.append(detect(config, validation, variables, choose_devices(count), Silent()))
+        detector = Detector(config, len(validation.class_names), choose_devices(count))
+        found.append(detect(detector, config, validation, variables, Silent()))
     assert len(found[0]) > 20
     for other in found[1:]:
         assert len(other) == len(found[0])
@@ -109,14 +110,14 @@ def test_figures_do_not_depend_on_the_number_of_shards(finished_run, dataset_dir
 def test_a_results_file_is_scored_like_the_run_that_wrote_it(evaluated_run, tmp_path):
     run, result, _ = evaluated_run
     again = evaluate_file(run.path, run.detections)
-    same = set(result) - {"step"}
-    assert {key: again[key] for key in same} == {key: result[key] for key in same}
+    assert again.file == str(run.detections)
+    assert dataclasses.replace(again, step=6, file=None) == result
     experiment = tmp_path / "tiny.py"
     config = load_run(run.path)[1]
     experiment.write_text(f"from ghm_jax.config import *\nconfigs = {{'row': {config!r}}}")
     row = f"{experiment}:row"
-    assert evaluate_file(row, run.detections, evaluator="pycocotools")["AP"] == (
-        pytest.approx(result["AP"], abs=1e-6)
+    assert evaluate_file(row, run.detections, evaluator="pycocotools").metrics["AP"] == (
+        pytest.approx(result.metrics["AP"], abs=1e-6)
     )
 
 
@@ -129,13 +130,13 @@ def test_the_errors_of_a_results_file_are_those_of_the_run_that_wrote_it(evaluat
         *("errors.json", "metrics.json", "report.html"),
     ]
     assert json.loads(out.errors.read_text()) == json.loads(run.errors.read_text())
-    assert json.loads(out.metrics.read_text()) == result
+    assert json.loads(out.metrics.read_text()) == result.summary()
     page = out.report.read_text()
     assert "<title>detections.json</title>" in page
     assert "data.short_side" in page
     assert "loss.bins" not in page  # whose losses these were, nobody knows
     assert {path: path.read_bytes() for path in before} == before
-    with pytest.raises(ConfigError, match=r"^--out: .*found is not empty"):
+    with pytest.raises(ArgumentError, match=r"^out: .*found is not empty"):
         evaluate_file(run.path, run.detections, out.path)
 
 
@@ -154,7 +155,7 @@ def test_a_test_set_gives_the_file_that_the_server_wants(
 
     result = evaluate(run, annotations=str(listing))
     path = run / "detections_test-dev2017_squares_ghm_results.json"
-    assert result["submission"] == str(path)
+    assert (result.path, result.images) == (path, 5)
     assert sorted(run.iterdir()) == sorted([*before, path])  # no figures, no report
     rows = load_results(path, truth)
     images = {row["image_id"] for row in rows}
@@ -174,9 +175,9 @@ def test_annotations_of_other_images_are_refused_and_parts_are_scored_as_such(
     first = coco_ground_truth(open_dataset(load_run(run)[1].data, split))
     found.write_text(json.dumps(_perfect(first)))
     part = evaluate_file(run, found, split=split, annotations=str(path))
-    assert part["images"] == 3
-    assert part["AP"] == pytest.approx(1.0)  # the other three images are no misses
-    assert evaluate_file(run, found, annotations=str(path))["AP"] < 1
+    assert part.images == 3
+    assert part.metrics["AP"] == pytest.approx(1.0)  # the other three images are no misses
+    assert evaluate_file(run, found, annotations=str(path)).metrics["AP"] < 1
     gone = truth["images"][0]["id"]
     path.write_text(json.dumps({**truth, "images": truth["images"][1:]}))
     with pytest.raises(ConfigError, match=rf"^data.annotations: 1 images, .* {gone}, are not in d"):
@@ -211,8 +212,9 @@ def test_a_perfect_network_finds_the_annotated_boxes_in_the_original_pixels(
         return (logits, deltas), {}
 
     monkeypatch.setattr("ghm_jax.detection.outputs.apply_network", apply_perfectly)
-    variables = {"params": {}, "batch_stats": {}}
-    results = detect(config, validation, variables, choose_devices(2), Silent())
+    variables = {"params": {"unused": jnp.zeros(1)}, "batch_stats": {}}
+    detector = Detector(config, len(validation.class_names), choose_devices(2))
+    results = detect(detector, config, validation, variables, Silent())
 
     truth = coco_ground_truth(validation)
     annotations = [a for a in truth["annotations"] if not a["iscrowd"]]

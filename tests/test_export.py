@@ -12,8 +12,8 @@ import pytest
 from tiny import CATEGORIES, SIDE, Listener, tiny_batch
 
 from ghm_jax.batch import LoadedBatch
-from ghm_jax.evaluation.detector import make_detector, restore_variables
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.evaluation.detector import Detector, restore_state
+from ghm_jax.exceptions import UserError
 from ghm_jax.export import export
 from ghm_jax.runs.directory import load_run
 
@@ -50,7 +50,7 @@ def exported(run_dir):
     out = run_dir.parent / "out"
     out.mkdir()
     size = (SIDE, SIDE + 32)
-    files = export(run_dir, out / "run.stablehlo", batch_size=3, image_size=size, progress=listener)
+    files = export(run_dir, out / "run.stablehlo", batch_size=3, size=size, progress=listener)
     return files, listener
 
 
@@ -71,7 +71,7 @@ def test_the_program_finds_what_the_package_finds(run_dir, exported, rng, tmp_pa
 
     run, config = load_run(run_dir)
     device = jax.devices()[0]
-    variables, _ = restore_variables(run, config, device)
+    variables = restore_state(run, config, device).variables
     loaded = LoadedBatch(
         batch,
         scale=np.ones((3, 2), np.float32),
@@ -80,7 +80,7 @@ def test_the_program_finds_what_the_package_finds(run_dir, exported, rng, tmp_pa
         dropped_boxes=np.zeros(3, np.int32),
         replaced=np.zeros(3, bool),
     )
-    ours = make_detector(config, len(config.data.classes), [device])(variables, loaded)
+    ours = Detector(config, len(config.data.classes), [device])(variables, loaded)
     assert (ours.labels >= 0).any()
     np.testing.assert_array_equal(theirs["labels"], ours.labels)
     np.testing.assert_array_equal(theirs["valid"], ours.labels >= 0)
@@ -109,15 +109,15 @@ def test_what_a_caller_must_know_lies_beside_it(exported):
 
 def test_shapes_that_cannot_be_are_said_before_anything_is_written(finished_run, tmp_path):
     for settings, line in (
-        ({"batch_size": 0}, "--batch-size: must be positive, got 0"),
-        ({"image_size": (64, 65)}, r"--size: \(64, 65\) is not a height and width in multiples"),
-        ({"platforms": ("cpu", "npu")}, "--platforms: choose from cpu, cuda, tpu"),
-        ({"platforms": ()}, "--platforms: choose from cpu, cuda, tpu"),
+        ({"batch_size": 0}, "batch_size: must be positive, got 0"),
+        ({"size": (64, 65)}, r"size: \(64, 65\) is not a height and width in multiples"),
+        ({"platforms": ("cpu", "npu")}, r"platforms: got .*; choose from cpu, cuda, tpu"),
+        ({"platforms": ()}, r"platforms: got .*; choose from cpu, cuda, tpu"),
     ):
-        with pytest.raises(ConfigError, match=line):
+        with pytest.raises(UserError, match=line):
             export(finished_run[0].path, tmp_path / "run.stablehlo", **settings)
-    with pytest.raises(ConfigError, match=r"--size: .*w.safetensors holds weights only"):
-        export(finished_run[0].path, tmp_path / "w.safetensors", image_size=(64, 64))
+    with pytest.raises(UserError, match=r"^size: .*w.safetensors holds weights only"):
+        export(finished_run[0].path, tmp_path / "w.safetensors", size=(64, 64))
     assert not list(tmp_path.iterdir())
 
 
@@ -130,6 +130,6 @@ def test_one_platform_is_enough(finished_run, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(finished_run, tmp_path):
     (tmp_path / "run.stablehlo").mkdir()
-    with pytest.raises(ConfigError, match=r"^--out: .*run.stablehlo cannot be written \(Is a dir"):
+    with pytest.raises(UserError, match=r"^out: .*run.stablehlo cannot be written \(Is a dir"):
         export(finished_run[0].path, tmp_path / "run.stablehlo")
     assert not list(tmp_path.glob("*.part"))

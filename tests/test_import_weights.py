@@ -20,7 +20,7 @@ from ghm_jax import import_weights as weights
 from ghm_jax.config import Model
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.evaluate import evaluate
-from ghm_jax.evaluation.detector import restore_variables
+from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.export import export
 from ghm_jax.import_weights import import_run
@@ -318,8 +318,8 @@ def test_an_imported_detector_is_a_run_that_can_be_evaluated(imported, tmp_path)
     shutil.copytree(imported[0].path, run)
     assert load_run(run)[1].data.classes == ("dark", "light", "absent")
     result = evaluate(run)
-    assert (result["step"], result["images"]) == (0, 6)
-    assert json.loads((run / "metrics.json").read_text()) == result
+    assert (result.step, result.images) == (0, 6)
+    assert json.loads((run / "metrics.json").read_text()) == result.summary()
     assert (run / "report.html").is_file()
 
 
@@ -343,7 +343,7 @@ def test_an_exported_detector_holds_what_was_imported(imported, tmp_path):
     config = load_run(run.path)[1]
     again = import_run(str(out), config, tmp_path / "again")
     device = jax.devices()[0]
-    first, second = (restore_variables(r, config, device)[0] for r in (run, again))
+    first, second = (restore_state(r, config, device).variables for r in (run, again))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out.safetensors"]
 
@@ -359,7 +359,7 @@ def test_training_goes_on_from_an_imported_detector(imported, tmp_path):
     listener = Listener()
     state = train(config, run, progress=listener)
     assert "resuming at step 0" in listener.lines[0]
-    before, _ = restore_variables(imported[0], load_run(imported[0].path)[1], jax.devices()[0])
+    before = restore_state(imported[0], load_run(imported[0].path)[1], jax.devices()[0]).variables
     jax.tree.map(np.testing.assert_array_equal, state.params, before["params"])
 
 
@@ -368,7 +368,7 @@ def test_torchvisions_background_class_is_left_out(dataset_dir, tmp_path, rng):
     path = tmp_path / "w.safetensors"
     tensors = write_detector(path, rng, config, TORCHVISION, num_classes=4)
     run = import_run(str(path), config, tmp_path / "run")
-    variables, _ = restore_variables(run, load_run(run.path)[1], jax.devices()[0])
+    variables = restore_state(run, load_run(run.path)[1], jax.devices()[0]).variables
     bias = tensors["head.classification_head.cls_logits.bias"]  # one anchor
     np.testing.assert_array_equal(variables["params"]["class_head"]["output"]["bias"], bias[1:])
 

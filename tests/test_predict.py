@@ -11,7 +11,7 @@ import pytest
 from tiny import CATEGORIES, SIDE, Listener, draw_image
 
 from ghm_jax import predict as predict_module
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import UserError
 from ghm_jax.predict import find_images, predict
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,13 +59,13 @@ def test_every_readable_image_is_drawn_and_listed(finished_run, rng, tmp_path):
     reach = max(row["bbox"][0] + row["bbox"][2] for row in rows if row["image_id"] == 11)
     assert reach > 64  # pixels of the original image, three times those of the network
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(ConfigError, match=r"^--out: .* is not empty"):
+    with pytest.raises(UserError, match=r"^out: .* is not empty"):
         predict(finished_run[0].path, [str(folder)], folder)
 
 
 def test_files_that_are_no_images_at_all_are_one_line_and_leave_nothing(finished_run, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"none of 1 files .*a\.png"):
+    with pytest.raises(UserError, match=r"none of 1 files .*a\.png"):
         predict(finished_run[0].path, [str(tmp_path / "a.png")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -79,9 +79,7 @@ def test_a_full_disk_is_one_line(finished_run, rng, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fills_up)
-    with pytest.raises(
-        ConfigError, match=r"^--out: .*2.png cannot be written \(No space left on d"
-    ):
+    with pytest.raises(UserError, match=r"^out: .*2.png cannot be written \(No space left on d"):
         predict(finished_run[0].path, [str(folder)], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
 
@@ -111,7 +109,7 @@ def test_sources_are_files_folders_and_patterns_each_file_once(rng, tmp_path):
     found = find_images([str(b / "1.png"), str(tmp_path / "*" / "*.png"), str(b)])
     assert found == [b / "1.png", a / "1.png", b / "sub.tiff"]
     for nothing in (tmp_path / "gone.jpg", tmp_path / "*.gif"):
-        with pytest.raises(ConfigError, match="no such file"):
+        with pytest.raises(UserError, match="no such file"):
             find_images([str(nothing)])
 
 

@@ -1,4 +1,4 @@
-"""Training end to end on a tiny data set: what it writes, how it stops, how it goes on."""
+"""Training end to end on a tiny data set: what it writes, how it stops and resumes."""
 
 import dataclasses
 import json
@@ -18,9 +18,10 @@ from ghm_jax.evaluation.coco import METRICS
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
 from ghm_jax.runs.directory import RunDirectory
-from ghm_jax.train import save_last, train
+from ghm_jax.train import train
 from ghm_jax.training.interrupt import TrainingInterrupted, stop_on_signal
 from ghm_jax.training.log import TrainingDiverged, what_is_wrong
+from ghm_jax.training.saving import Saver
 from ghm_jax.training.state import init_state
 from ghm_jax.training.step import train_step
 
@@ -130,7 +131,7 @@ def test_a_run_keeps_the_name_of_the_only_data_set(dataset_dir, tmp_path):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_a_run_goes_on_with_another_number_of_devices(finished_run, dataset_dir, tmp_path, devices):
+def test_a_run_resumes_with_another_number_of_devices(finished_run, dataset_dir, tmp_path, devices):
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
     listener = Listener(2, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(TrainingInterrupted, match="step 3 of 6") as stopped:
@@ -152,7 +153,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     listener = Listener()
     state = train(tiny_config(dataset_dir), run.path, progress=listener)
     assert listener.steps == [4, 5, 6]
-    assert any("step 6 is skipped" in line for line in listener.lines)
+    assert any("skipped the checkpoint of step 6" in line for line in listener.lines)
     assert_same(state, finished_run[1])
     assert {p.name for p in run.checkpoints.iterdir()} == {"3", "6", "6.damaged"}
 
@@ -182,7 +183,7 @@ def test_evaluation_while_training_changes_nothing_but_keeps_the_best(
 def test_training_survives_a_disk_that_is_full_for_a_while(
     finished_run, dataset_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ghm_jax.train.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("ghm_jax.training.saving.time.sleep", lambda seconds: None)
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -196,7 +197,7 @@ def test_training_survives_a_disk_that_is_full_for_a_while(
 
         def say(self, line):
             super().say(line)
-            if "checkpoint was not written" in line or "was not saved" in line:
+            if "could not be written" in line or "could not be saved" in line:
                 resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
     listener = Disk()
@@ -205,8 +206,10 @@ def test_training_survives_a_disk_that_is_full_for_a_while(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert_same(state, finished_run[1])
-    assert any("was not written" in line or "was not saved" in line for line in listener.lines)
-    assert any("metrics.jsonl: not written" in line for line in listener.lines)
+    assert any(
+        "could not be written" in line or "could not be saved" in line for line in listener.lines
+    )
+    assert any("metrics.jsonl: cannot be written" in line for line in listener.lines)
     with Checkpoints(run.checkpoints) as checkpoints:
         assert_same(checkpoints.restore(state), state)
 
@@ -219,8 +222,10 @@ def test_a_last_state_that_cannot_be_saved_is_one_line_with_the_remedy(tmp_path)
             raise CheckpointFailed("OSError: no space")
 
     listener = Listener()
-    with pytest.raises(CheckpointFailed, match=r"step 6 .*no space.*step 3: make room") as failed:
-        save_last(Full(), 6, None, listener, tries=3, pause=0.0)
+    with pytest.raises(
+        CheckpointFailed, match=r"step 6 .*no space.*step 3: free some space"
+    ) as failed:
+        Saver(Full(), listener, every=1, retry_after=1).save_last(6, None, pause=0.0)
     assert len(listener.lines) == 2
     assert "\n" not in str(failed.value)
 
@@ -243,7 +248,7 @@ def test_another_config_is_refused_and_restart_moves_the_old_run_aside(
     shutil.copytree(finished_run[0].path, run.path)
     other = dataclasses.replace(tiny_config(dataset_dir), seed=1)
     before = run.config.read_text()
-    with pytest.raises(ConfigError, match=r"seed 0, not 1.*--restart"):
+    with pytest.raises(ConfigError, match=r"seed 0, not 1.*`restart`"):
         train(other, run.path)
     assert run.config.read_text() == before
 
@@ -264,20 +269,20 @@ def test_a_run_that_diverges_says_what_is_wrong_in_one_line(dataset_dir, tmp_pat
 
     config = tiny_config(dataset_dir)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, max_skipped=3))
-    monkeypatch.setattr("ghm_jax.train.init_state", broken_state)
+    monkeypatch.setattr("ghm_jax.training.build.init_state", broken_state)
     listener = Listener()
     with pytest.raises(TrainingDiverged) as diverged:
         train(config, tmp_path / "run", progress=listener)
     assert re.fullmatch(
-        r"step 3: 3 updates left out so far, 3 in a row up to here: the network's outputs are not "
-        r"finite for images \d+(, \d+){3}; lower --optimizer.learning-rate .* and --restart "
+        r"step 3: skipped 3 updates \(3 consecutive\): NaN or Inf in the network's outputs for "
+        r"images \d+(, \d+){3}; lower `optimizer.learning_rate` .* and `restart` "
         r"\(there is no checkpoint\)",
         str(diverged.value),
     )
     warnings = [line for line in listener.lines if line.startswith("warning: step")]
-    assert [line.split(",")[0] for line in warnings] == [
-        "warning: step 1: 1 update left out so far",
-        "warning: step 2: 2 updates left out so far",
+    assert [line.split(" (")[0] for line in warnings] == [
+        "warning: step 1: skipped 1 update",
+        "warning: step 2: skipped 2 updates",
     ]
 
 
@@ -293,14 +298,14 @@ def test_a_batch_that_is_not_finite_costs_one_update(dataset_dir, tmp_path, monk
             )
         ), metrics
 
-    monkeypatch.setattr("ghm_jax.train.train_step", fragile_step)
+    monkeypatch.setattr("ghm_jax.training.build.train_step", fragile_step)
     listener = Listener()
     state = train(tiny_config(dataset_dir), tmp_path / "run", progress=listener)
     assert int(state.step) == 6
     assert state.skipped == (1, 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     (warning,) = (line for line in listener.lines if line.startswith("warning: step"))
-    assert warning.startswith("warning: step 3: 1 update left out so far, 1 in a row up to here")
+    assert warning.startswith("warning: step 3: skipped 1 update (1 consecutive): ")
     written = records(RunDirectory(tmp_path / "run"))
     assert [record["step"] for record in written] == [1, 2, 4, 5, 6]
     assert [record["skipped"] for record in written] == [0, 0, 1, 1, 1]
@@ -309,19 +314,19 @@ def test_a_batch_that_is_not_finite_costs_one_update(dataset_dir, tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "images", "said"),
     [
-        ({"loss_box": np.inf}, [], "loss_box not finite"),
-        ({"loss_class": np.nan, "loss_box": np.nan}, [], "loss_class and loss_box not finite"),
-        ({"grad_norm": np.inf}, [], "the gradient is not finite, the loss is"),
-        ({"num_nonfinite": 4}, [7], "the network's outputs are not finite for image 7"),
+        ({"loss_box": np.inf}, [], "NaN or Inf in loss_box"),
+        ({"loss_class": np.nan, "loss_box": np.nan}, [], "NaN or Inf in loss_class and loss_box"),
+        ({"grad_norm": np.inf}, [], "NaN or Inf in the gradient, not in the loss"),
+        ({"num_nonfinite": 4}, [7], "NaN or Inf in the network's outputs for image 7"),
         (
             {"num_nonfinite": 4},
             list(range(1, 9)),
-            "the network's outputs are not finite for images 1, 2, 3, 4, 5 and 3 more",
+            "NaN or Inf in the network's outputs for images 1, 2, 3, 4, 5 and 3 more",
         ),
         (
             {"grad_norm": np.inf, "ghm_c": {"weights": [0.5, 1.0, 31234.0]}},
             [],
-            "the gradient is not finite, the loss is, ghm_c weighs bin 2 of 3 by 3.12e+04",
+            "NaN or Inf in the gradient, not in the loss, ghm_c weights bin 2 of 3 by 3.12e+04",
         ),
     ],
 )

@@ -198,7 +198,7 @@ def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
                 calls=(
                     functools.partial(detector, shifted, loaded),
                     functools.partial(_wait, network, shifted, on_devices),
-                    functools.partial(_wait, select, {}, (outputs, on_devices)),
+                    functools.partial(_wait, select, shifted, (outputs, on_devices)),
                 ),
             )
         )

@@ -40,7 +40,8 @@ def parallelize(
         donate: the memory of `state` may be re-used for the output.
 
     Returns:
-        A function of a state and a batch as `split_batch` gives it, [replicas, B / replicas, ...],
+        A function of a state, which must hold an array (beside an empty tree `jax.pmap` of JAX 0.10
+        does not split the batch), and a batch as `split_batch` gives it, [replicas, b, ...],
         where a process gives and gets the replicas on its own devices.
     """
     donated = (0,) if donate else ()

@@ -15,7 +15,7 @@ from ghm_jax.data.batching import Example, collate
 from ghm_jax.data.placement import Placement, to_original
 from ghm_jax.detection.outputs import predict_step
 from ghm_jax.evaluation.coco import score
-from ghm_jax.evaluation.detector import make_detector
+from ghm_jax.evaluation.detector import Detector
 from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
 from ghm_jax.training.state import init_state
@@ -97,7 +97,7 @@ def test_detections_of_placed_images_are_in_stored_pixels(rng, quick_compilation
     state = jax.jit(functools.partial(init_state, config, model, make_optimizer(config)))()
     step = jax.jit(functools.partial(predict_step, config=config, model=model))
     placed = jax.tree.map(np.asarray, step(state.variables, loaded.batch.model_inputs()))
-    found = make_detector(config, 3, jax.devices()[:1])(state.variables, loaded)
+    found = Detector(config, 3, jax.devices()[:1])(state.variables, loaded)
 
     assert (placed.labels >= 0).sum(axis=1).min() > 3
     np.testing.assert_array_equal(found.labels, placed.labels)

@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 from ghm_jax import losses
-from ghm_jax.evaluation.detector import restore_variables
+from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.plots import (
     gradient_norm_distribution,
     gradient_shares,
@@ -150,7 +150,7 @@ def test_all_figures_are_drawn_from_a_run(finished_run, quick_compilation, exper
 def test_only_the_images_asked_for_are_seen(finished_run, quick_compilation, experiment):
     """Fillers of the last batch do not count, nor images beyond the limit."""
     run, config = load_run(finished_run[0].path)
-    variables, _ = restore_variables(run, config, jax.devices()[0])
+    variables = restore_state(run, config, jax.devices()[0]).variables
 
     def measure(logits, deltas, targets):
         return {"images": (targets.classes != -2).any(axis=1).sum()}

@@ -192,7 +192,7 @@ def test_nothing_but_damage_is_one_line(rng, tmp_path):
     damage(tmp_path / "7" / "default" / "manifest.ocdbt", "truncated")
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ConfigError, match=r"7: cannot be read .*anew") as refused,
+        pytest.raises(ConfigError, match=r"7: cannot be read .*from scratch") as refused,
     ):
         checkpoints.restore(blank(state))
     assert "\n" not in str(refused.value)

@@ -43,7 +43,7 @@ def test_another_config_is_refused_and_everything_that_differs_is_named(tmp_path
     claim_run(tmp_path, config)
     other = dataclasses.replace(config, seed=3, loss=Loss(bins=20))
     line = refusal(claim_run, tmp_path, other)
-    for words in (str(tmp_path), "seed 0, not 3", "loss.bins", "--run-dir", "--restart"):
+    for words in (str(tmp_path), "seed 0, not 3", "loss.bins", "`run_dir`", "`restart`"):
         assert words in line
     assert load_run(tmp_path)[1] == config
 
@@ -59,7 +59,7 @@ def test_what_is_no_run_is_left_alone(tmp_path, kind):
     path = precious / "run" if kind == "below a file" else precious
     line = refusal(claim_run, path, Config())
     assert str(path) in line
-    assert "--run-dir" in line
+    assert "`run_dir`" in line
     file = precious / "thesis.tex" if kind == "directory" else precious
     assert file.read_text() == "years"
     assert sum(1 for _ in tmp_path.rglob("*")) == (2 if kind == "directory" else 1)
@@ -139,8 +139,8 @@ def test_a_file_may_hold_several_configs_by_name(tmp_path):
     ("content", "words"),
     [
         (None, "no such experiment file"),
-        ("", "defines no `config"),
-        ("config = {}", "defines no `config"),
+        ("", "defines no 'config"),
+        ("config = {}", "defines no 'config"),
         ("config = Config()", "NameError"),
         ("raise ValueError('two\\nlines')", "ValueError: two"),
         ("config = (", "SyntaxError"),

@@ -10,7 +10,7 @@ import pytest
 from tiny import Listener, tiny_config
 
 from ghm_jax.cli.runs import steps_to_profile
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import UserError
 from ghm_jax.train import train
 from ghm_jax.training.profiling import Profiler
 
@@ -62,7 +62,9 @@ def test_a_profile_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch):
     stop, lines = jax.profiler.stop_trace, []
     monkeypatch.setattr("ghm_jax.training.profiling.jax.profiler.stop_trace", full)
     run(Profiler(tmp_path, (1, 2), lines.append), range(1, 4))
-    assert lines == ["the profile was not written (No space left on device); training goes on"]
+    assert lines == [
+        "the profile could not be written (No space left on device); training continues"
+    ]
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -75,7 +77,7 @@ def test_training_profiles_its_steps_into_the_place_of_tensorboard(dataset_dir, 
 
 @pytest.mark.parametrize("text", ["5", "5-7", "5:", ":7", "a:b", "-1:3", "1:2:3"])
 def test_what_is_no_pair_of_steps_is_told(text):
-    with pytest.raises(ConfigError, match=r"^--profile: .* is not N:M; .*10:12$"):
+    with pytest.raises(UserError, match=r"^--profile: .* is not N:M; .*10:12$"):
         steps_to_profile(text)
 
 
@@ -86,6 +88,6 @@ def test_steps_are_read_from_the_command_line():
 
 @pytest.mark.parametrize("steps", [(0, 2), (3, 2), (6, 7)])
 def test_steps_that_a_run_does_not_have_are_refused_before_it_begins(dataset_dir, tmp_path, steps):
-    with pytest.raises(ConfigError, match=r"^--profile: .*which has 6;"):
+    with pytest.raises(UserError, match=r"^profile: .*which has 6;"):
         train(tiny_config(dataset_dir), tmp_path / "run", profile=steps)
     assert not list(tmp_path.iterdir())
