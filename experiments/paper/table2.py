@@ -5,7 +5,8 @@
 `published` is the paper's AP on minival and its seconds for a training iteration on a GTX 1080 Ti.
 Not measured here; `ghm-jax bench losses` times the losses and `ghm-jax bench train` the step.
 
-A "region unit" is a bin. The width of the exact density's window is not printed: here it is that of one of the 30 bins.
+A "region unit" of the paper's table is a bin. The width of the exact density's window is not
+printed: here it is that of one of the 30 bins.
 
 Estimated, not run: 7 hours a row on one A100 at an MFU of 30 %, without the time of `exact`'s loss.
 """
