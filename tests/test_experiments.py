@@ -17,7 +17,7 @@ import pytest
 from tiny import tiny_config
 
 from ghm_jax.analysis.cost import estimated_hours, training_operations
-from ghm_jax.config import REFERENCE, Config
+from ghm_jax.config import REFERENCE, Config, flatten
 from ghm_jax.losses import smooth_l1_loss
 from ghm_jax.runs.experiments import experiment_name, load_experiment
 from ghm_jax.training.build import make_model
@@ -52,12 +52,10 @@ def network(config: Config) -> Any:
 
 def update(config: Config) -> Any:
     """What decides how losses and optimizer are traced: choices, not numbers."""
-    values = {"loss": config.loss, "optimizer": dataclasses.replace(config.optimizer, drops=())}
     return tuple(
-        (name, key, value)
-        for name, section in values.items()
-        for key, value in dataclasses.asdict(section).items()
-        if type(value) not in (int, float)
+        (key, value)
+        for key, value in flatten(config).items()
+        if key.startswith(("loss.", "optimizer.")) and type(value) not in (int, float, tuple)
     )
 
 
