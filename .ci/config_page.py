@@ -6,51 +6,63 @@
 import ast
 import dataclasses
 import inspect
+import itertools
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ghm_jax import config
 
 HEAD = """# Every setting
 
 An experiment file defines `config = Config(...)`; any setting below can be overridden on the
-command line by its name, such as `--loss.momentum 0.9`. `config.check()` refuses what cannot work,
-before any device is touched.
+command line by its name, such as `--loss.ghm-c.momentum 0.9`. `config.check()` refuses what cannot
+work, before any device is touched.
 The defaults are the published RetinaNet-R50 recipe on COCO with this package's GHM settings.
 """
 
 
 def page() -> str:
     """The page as Markdown."""
-    tree = ast.parse(inspect.getsource(config))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     default = config.Config()
-    parts = [HEAD, "## A whole run\n", *_table(classes["Config"], default, "")]
-    for field in dataclasses.fields(default):
-        section = getattr(default, field.name)
+    return (
+        "\n".join([HEAD, "## A whole run\n", *_table(default, ""), *_sections(default, "")]) + "\n"
+    )
+
+
+def _sections(values: Any, prefix: str) -> Iterator[str]:
+    """A heading and a table for each dataclass that is a field of another one."""
+    for field in dataclasses.fields(values):
+        section, name = getattr(values, field.name), prefix + field.name
         if dataclasses.is_dataclass(section):
-            node = classes[type(section).__name__]
-            parts += [f"\n## {field.name}\n", f"{ast.get_docstring(node)}\n"]
-            parts += _table(node, section, f"{field.name}.")
-    return "\n".join(parts) + "\n"
+            meaning, _, _ = str(inspect.getdoc(section)).partition("\n\n")
+            yield from (f"\n## {name}\n", f"{meaning}\n")
+            yield from _table(section, f"{name}.")
+            yield from _sections(section, f"{name}.")
 
 
-def _table(node: ast.ClassDef, values: object, prefix: str) -> list[str]:
+def _table(values: Any, prefix: str) -> Iterator[str]:
     """Rows of a class: a field, and the string below it that tells what it is."""
-    rows = ["| setting | type | default | |", "| --- | --- | --- | --- |"]
-    for field, text in zip(node.body, node.body[1:], strict=False):
+    yield from ("| setting | type | default | |", "| --- | --- | --- | --- |")
+    kinds = typing.get_type_hints(type(values))
+    (node,) = ast.parse(inspect.getsource(type(values))).body
+    for field, text in itertools.pairwise(node.body):
         match field, text:
             case (
-                ast.AnnAssign(target=ast.Name(id=name), annotation=kind),
+                ast.AnnAssign(target=ast.Name(id=name)),
                 ast.Expr(value=ast.Constant(value=str(meaning))),
-            ):
-                choices = ast.unparse(kind).removeprefix("Literal").replace("|", "\\|")
-                choices = choices.strip("[]") if isinstance(kind, ast.Subscript) else choices
-                if ast.unparse(kind).startswith("tuple"):
-                    choices = ast.unparse(kind)
-                default = repr(getattr(values, name)).replace("|", "\\|")
-                meaning = " ".join(meaning.split()).replace("|", "\\|")
-                rows.append(f"| `{prefix}{name}` | `{choices}` | `{default}` | {meaning} |")
-    return rows
+            ) if not dataclasses.is_dataclass(kinds[name]):
+                cells = [_type(kinds[name]), repr(getattr(values, name)), " ".join(meaning.split())]
+                kind, default, meaning = (cell.replace("|", "\\|") for cell in cells)
+                yield f"| `{prefix}{name}` | `{kind}` | `{default}` | {meaning} |"
+
+
+def _type(kind: Any) -> str:
+    """As the source spells it, without bounds; of a Literal the choices alone."""
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(map(repr, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
 if __name__ == "__main__":

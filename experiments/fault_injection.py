@@ -32,7 +32,7 @@ import jax
 import numpy as np
 import tyro
 
-from ghm_jax.config import Anchors, Config, Data, Loss, Model, Optimizer, Run
+from ghm_jax.config import Anchors, Config, Data, Harmonizing, Loss, Model, Optimizer, Run
 from ghm_jax.data import prepare_folder
 from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.runs.directory import RunDirectory, load_run
@@ -47,7 +47,7 @@ config = Config(
         backbone="resnet10", width=16, norm="group", channels=16, head_convs=0, dtype="float32"
     ),
     anchors=Anchors(scale=2.0, octaves=1, ratios=(1.0,)),
-    loss=Loss(bins=10, box_bins=5),
+    loss=Loss(ghm_c=Harmonizing(bins=10), ghm_r=Harmonizing(bins=5, momentum=0.7)),
     optimizer=Optimizer(
         name="adamw",
         schedule="cosine",

@@ -7,7 +7,7 @@ A starting point for a few hundred to a few thousand images: set the number of s
 20 times the number of images divided by the batch size, and the sides to what your objects need.
 """
 
-from ghm_jax.config import Config, Data, Loss, Model, Optimizer
+from ghm_jax.config import Config, Data, Harmonizing, Loss, Model, Optimizer
 
 config = Config(
     data=Data(
@@ -18,7 +18,7 @@ config = Config(
     ),
     model=Model(backbone="resnet18", norm="group", channels=128),
     # A small data set leaves the bins of hard examples nearly empty; see quickstart.py.
-    loss=Loss(min_count=100),
+    loss=Loss(ghm_c=Harmonizing(min_count=100)),
     optimizer=Optimizer(
         name="adamw",
         batch_size=8,

@@ -3,7 +3,7 @@
     python experiments/paper_figures.py --run runs/quickstart [--out DIR] [--images 500]
 
 The trained network looks at validation images, and the losses are those of the package. GHM
-harmonizes the mean histogram of a training batch (`optimizer.batch_size` images), in the regions
+harmonizes the mean histogram of a training batch (`optimizer.batch_size` images), in the bins
 of the run, as published and with the run's floor. Half a minute for the quickstart on two cores.
 
     figure1_gradient_shares.png     where the gradient of a batch comes from, by loss
@@ -39,8 +39,8 @@ from ghm_jax.plots import gradients
 from ghm_jax.runs.directory import load_run
 from ghm_jax.training.build import make_model
 
-BINS = 100  # of the distributions in the paper
-REGIONS = 30  # of GHM-C in the paper, and here of GHM-R beside those of the run: not stated there
+FINE_BINS = 100  # of the distributions in the paper
+BINS = 30  # of GHM-C in the paper, and here of GHM-R beside those of the run: not stated there
 
 Measure = Callable[[jax.Array, jax.Array, Targets], dict[str, Any]]
 """What to sum over images, of logits [b, A, K], deltas [b, A, 4] and targets of a batch."""
@@ -83,33 +83,30 @@ def draw(run: Path, images: int) -> dict[str, Figure]:
         positive = (targets.classes >= 0)[..., None]
         ghm_r = functools.partial(losses.ghm_r_loss, deltas, targets.deltas, positive, mu=loss.mu)
         return {
-            "class": ghm_c(bins=loss.bins)[2].counts,
-            "class, fine": ghm_c(bins=BINS)[2].counts,
-            "box": ghm_r(bins=loss.box_bins)[2].counts,
-            "box, regions": ghm_r(bins=REGIONS)[2].counts,
-            "box, fine": ghm_r(bins=BINS)[2].counts,
+            "class": ghm_c(bins=loss.ghm_c.bins)[2].counts,
+            "class, fine": ghm_c(bins=FINE_BINS)[2].counts,
+            "box": ghm_r(bins=loss.ghm_r.bins)[2].counts,
+            "box, as GHM-C": ghm_r(bins=BINS)[2].counts,
+            "box, fine": ghm_r(bins=FINE_BINS)[2].counts,
         }
 
     counts, seen = sum_over(count)
     # Of an average training batch, as a floor is a number of examples of one batch.
     batch = {key: value * config.optimizer.batch_size / seen for key, value in counts.items()}
-    published = loss.preset == "reference"
-    floors = (0.0, 0.0) if published else (loss.min_count, loss.box_min_count)
-    strengths = (1.0, 1.0) if published else (loss.strength, loss.box_strength)
     ghm_c = harmonized("GHM-C", batch["class"]) | harmonized(
-        "GHM-C", batch["class"], floors[0], strengths[0]
+        "GHM-C", batch["class"], loss.ghm_c.min_count, loss.ghm_c.strength
     )
-    ghm_r = harmonized("GHM-R", batch["box, regions"]) | harmonized(
-        "GHM-R", batch["box"], floors[1], strengths[1]
+    ghm_r = harmonized("GHM-R", batch["box, as GHM-C"]) | harmonized(
+        "GHM-R", batch["box"], loss.ghm_r.min_count, loss.ghm_r.strength
     )
 
     compared = {"cross-entropy": losses.cross_entropy_loss, "focal loss": losses.focal_loss}
     for label, how in ghm_c.items():
-        compared[label] = functools.partial(losses.ghm_c_loss, bins=loss.bins, **how)
+        compared[label] = functools.partial(losses.ghm_c_loss, bins=loss.ghm_c.bins, **how)
 
     def totals(logits: jax.Array, _: jax.Array, targets: Targets) -> dict[str, Any]:
         return {
-            label: gradients.gradient_totals(function, logits, targets.classes, loss.bins)
+            label: gradients.gradient_totals(function, logits, targets.classes, loss.ghm_c.bins)
             for label, function in compared.items()
         }
 
@@ -138,7 +135,7 @@ def harmonized(
     name: str, counts: np.ndarray, min_count: float = 0.0, strength: float = 1.0
 ) -> dict[str, dict[str, Any]]:
     """Label -> settings of a GHM loss; without the last two the published weights."""
-    label = f"{name}, {len(counts)} regions"
+    label = f"{name}, {len(counts)} bins"
     label += f", floor {min_count:g}" if min_count else ""
     label += f", strength {strength:g}" if strength != 1 else ""
     counts = np.asarray(counts, np.float32)

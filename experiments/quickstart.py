@@ -5,7 +5,7 @@
 The same code path as COCO; only sizes differ. Expected time and result: see README.md.
 """
 
-from ghm_jax.config import Anchors, Config, Data, Loss, Model, Optimizer, Predict, Run
+from ghm_jax.config import Anchors, Config, Data, Harmonizing, Loss, Model, Optimizer, Predict, Run
 
 config = Config(
     data=Data(
@@ -34,7 +34,7 @@ config = Config(
         # The published loss (min_count=0) fails on data this small: bins that hold a handful of
         # examples, other ones at each step, get as much of the gradient as those with thousands.
         # The floor treats a bin with fewer than 100 of the 130,000 examples as if it had 100.
-        min_count=100,
+        ghm_c=Harmonizing(min_count=100),
     ),
     optimizer=Optimizer(
         name="adamw",

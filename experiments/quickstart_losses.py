@@ -35,22 +35,22 @@ from typing import Any
 import jax
 import tyro
 
-from ghm_jax.config import Config
+from ghm_jax.config import REFERENCE, Config
 from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.evaluate import evaluate
 from ghm_jax.progress import Bar
 from ghm_jax.runs.experiments import load_experiment
 from ghm_jax.train import train
 
-LOSSES = {
+LOSSES: dict[str, dict[str, Any]] = {
     "focal": {"classification": "focal"},
     "cross_entropy": {"classification": "cross_entropy"},
-    "published": {"min_count": 0.0},
+    "published": {"ghm_c": {"min_count": 0.0}},
     "floored": {},
-    "published_levels": {"preset": "reference", "ghm_scope": "level"},
-    "printed": {"normalizer": "bins"},
-    "uncorrected": {"bias_correction": False},
-    "softened": {"min_count": 0.0, "strength": 0.75},
+    "published_levels": {"ghm_c": REFERENCE, "ghm_r": REFERENCE, "ghm_scope": "level"},
+    "printed": {"ghm_c": {"normalizer": "bins"}, "ghm_r": {"normalizer": "bins"}},
+    "uncorrected": {"ghm_c": {"bias_correction": False}, "ghm_r": {"bias_correction": False}},
+    "softened": {"ghm_c": {"min_count": 0.0, "strength": 0.75}},
 }
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR100")
 FIGURES = (*METRICS, "ECE", "ECE_03", "overconfidence", "detections")
@@ -59,10 +59,14 @@ RESULT = Path(__file__).parent / "results" / "quickstart_losses.json"
 
 def variant(base: Config, name: str, seed: int, devices: int) -> Config:
     """The quickstart's config with another classification loss and seed."""
+    changes = LOSSES[name] | {
+        ghm: dataclasses.replace(getattr(base.loss, ghm), **LOSSES[name].get(ghm, {}))
+        for ghm in ("ghm_c", "ghm_r")
+    }
     return dataclasses.replace(
         base,
         seed=seed,
-        loss=dataclasses.replace(base.loss, **LOSSES[name]),
+        loss=dataclasses.replace(base.loss, **changes),
         run=dataclasses.replace(base.run, devices=devices),
     )
 

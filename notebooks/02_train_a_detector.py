@@ -195,9 +195,9 @@ print(f"of these positive                     {positives:>9,}   one in {examples
 # range that happens to hold three examples would give these three as much weight as another gives
 # to its thousands, and at the next step it would be three others: single examples would steer the
 # network. On a small data set with small batches that happens all the time. So
-# `loss.min_count = 100` treats a range of fewer than 100 examples as if it held 100. That bounds
-# every weight and leaves well filled ranges to the published rule; `min_count = 0` is the published
-# loss.
+# `loss.ghm_c.min_count = 100` treats a range of fewer than 100 examples as if it held 100. That
+# bounds every weight and leaves well filled ranges to the published rule; `min_count = 0` is the
+# published loss.
 
 # %% [markdown]
 # ## Train
@@ -281,8 +281,9 @@ show(sample_grid(samples, validation.class_names))
 #
 # * `runs/notebook/report.html` has all of this on one page, and `runs/notebook/tensorboard` the
 #   curves: `tensorboard --logdir runs`.
-# * See what the floor does: `replace(config, loss=replace(config.loss, min_count=0))` is the
-#   published loss, `classification="focal"` the focal loss. Give each run a directory of its own.
+# * See what the floor does: `replace(config, loss=replace(config.loss, ghm_c=without))` with
+#   `without = replace(config.loss.ghm_c, min_count=0)` is the published loss, and
+#   `classification="focal"` the focal loss. Give each run a directory of its own.
 # * The losses are plain functions for any training loop in JAX:
 #   `from ghm_jax.losses import ghm_c_loss, ghm_r_loss`.
 # * `03_your_own_data_and_loop`: images of your own, and the losses in a loop of your own.

@@ -41,7 +41,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder `shared` beside the checkout: golden numbers and small real data sets."""
+    """The folder `shared` beside the checkout: small real data sets."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared beside the checkout")

@@ -4,10 +4,21 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 
-from ghm_jax.config import Config, differences, flatten, from_dict, to_dict, unknown_key
+from ghm_jax.config import (
+    Config,
+    Harmonizing,
+    Loss,
+    differences,
+    flatten,
+    from_dict,
+    to_dict,
+    unknown_key,
+)
 from ghm_jax.exceptions import ConfigError
 
 
@@ -15,13 +26,14 @@ def changed(**settings) -> Config:
     """The default config with some settings changed, by dotted name (`__` for the dot)."""
     config = Config()
     for key, value in settings.items():
-        *section, name = key.split("__")
-        if section:
-            part = dataclasses.replace(getattr(config, section[0]), **{name: value})
-            config = dataclasses.replace(config, **{section[0]: part})
-        else:
-            config = dataclasses.replace(config, **{name: value})
+        config = replaced(config, key.split("__"), value)
     return config
+
+
+def replaced(section, names, value):
+    name, *inner = names
+    value = replaced(getattr(section, name), inner, value) if inner else value
+    return dataclasses.replace(section, **{name: value})
 
 
 def test_defaults_pass_the_checks_on_any_usual_number_of_devices():
@@ -40,15 +52,17 @@ def test_json_and_back_gives_the_same_config():
 
 
 def test_whole_numbers_are_floats_where_a_float_is_meant():
-    config = from_dict({"loss": {"momentum": 0}, "optimizer": {"clip_norm": 10}})
-    assert isinstance(config.loss.momentum, float)
+    config = from_dict({"loss": {"ghm_c": {"momentum": 0}}, "optimizer": {"clip_norm": 10}})
+    assert isinstance(config.loss.ghm_c.momentum, float)
     assert config.optimizer.clip_norm == 10.0
 
 
 @pytest.mark.parametrize(
     ("values", "key", "near"),
     [
-        ({"loss": {"momentun": 0.9}}, "loss.momentun", "loss.momentum"),
+        ({"loss": {"momentun": 0.9}}, "loss.momentun", "loss.ghm_c.momentum"),
+        ({"loss": {"ghm_r": {"momentun": 0.9}}}, "loss.ghm_r.momentun", "loss.ghm_r.momentum"),
+        ({"loss": {"min_count": 9, "ghm_c": {}}}, "loss.min_count", "loss.ghm_c.min_count"),
         ({"optimiser": {}}, "optimiser", "optimizer"),
         ({"loss": {"learning_rate": 0.9}}, "loss.learning_rate", "optimizer.learning_rate"),
     ],
@@ -64,15 +78,27 @@ def test_an_unknown_key_like_no_other_points_to_the_list():
     assert "--help" in unknown_key("qqqq")
 
 
+def test_settings_that_are_not_given_are_those_of_their_section():
+    loss = from_dict({"loss": {"ghm_r": {"bins": 5}}}).loss
+    assert loss == Loss(ghm_r=Harmonizing(bins=5, momentum=0.7))
+
+
+@pytest.mark.parametrize("name", ["bins", "momentum"])
+def test_values_of_the_wrong_type_in_a_nested_section_name_their_key(name):
+    with pytest.raises(ConfigError, match=rf"^loss\.ghm_c\.{name}: "):
+        from_dict({"loss": {"ghm_c": {name: "9"}}})
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value"),
     [
-        ("loss", "bins", 30.5),
-        ("loss", "bins", True),
-        ("loss", "bins", "30"),
-        ("loss", "momentum", "0.9"),
-        ("loss", "momentum", None),
-        ("loss", "momentum", False),
+        ("anchors", "octaves", 3.5),
+        ("anchors", "octaves", True),
+        ("anchors", "octaves", "3"),
+        ("loss", "ghm_c", 30),
+        ("loss", "weight", "0.9"),
+        ("loss", "weight", None),
+        ("loss", "weight", False),
         ("loss", "box", "l2"),
         ("model", "backbone", 50),
         ("model", "remat", 1),
@@ -96,17 +122,17 @@ def test_a_section_must_be_a_section():
 
 
 POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel model.channels
-    anchors.octaves anchors.scale loss.bins loss.box_bins loss.mu optimizer.steps
+    anchors.octaves anchors.scale loss.ghm_c.bins loss.ghm_r.bins loss.mu optimizer.steps
     optimizer.learning_rate optimizer.clip_norm predict.candidates predict.max_detections
     run.log_every run.checkpoint_every run.keep optimizer.batch_size predict.batch_size"""
-NOT_NEGATIVE = """seed model.head_convs loss.min_count loss.box_min_count loss.weight
+NOT_NEGATIVE = """seed model.head_convs loss.ghm_c.min_count loss.ghm_r.min_count loss.weight
     loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices
     predict.nms_sigma"""
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip
-    predict.score_threshold optimizer.warmup_factor loss.strength loss.box_strength"""
-BELOW_ONE = "loss.momentum loss.box_momentum optimizer.momentum"
+    predict.score_threshold optimizer.warmup_factor loss.ghm_c.strength loss.ghm_r.strength"""
+BELOW_ONE = "loss.ghm_c.momentum loss.ghm_r.momentum optimizer.momentum"
 CHOICES = """model.norm model.head_norm model.dtype model.p6_from anchors.convention anchors.crowd
-    loss.classification loss.box loss.preset loss.density loss.ghm_scope loss.normalizer
+    loss.classification loss.box loss.ghm_scope loss.ghm_c.density loss.ghm_r.normalizer
     optimizer.name optimizer.schedule predict.nms_classes run.wrapper"""
 
 BROKEN = [
@@ -183,9 +209,77 @@ def test_a_resnext_needs_a_width_that_its_groups_divide():
 
 
 def test_differences_name_what_decides_a_result():
-    new = changed(seed=1, loss__momentum=0.9, run__devices=4, data__dir="elsewhere")
-    assert differences(Config(), new) == {"seed": (0, 1), "loss.momentum": (0.75, 0.9)}
+    new = changed(seed=1, loss__ghm_c__momentum=0.9, run__devices=4, data__dir="elsewhere")
+    assert differences(Config(), new) == {"seed": (0, 1), "loss.ghm_c.momentum": (0.75, 0.9)}
     assert differences(new, new) == {}
+
+
+# What `to_dict` wrote before there were `loss.ghm_c` and `loss.ghm_r`; other sections are the same.
+OLD_CONFIG = """{
+  "seed": 3,
+  "loss": {
+    "classification": "ghm_c",
+    "weight": 3.0,
+    "bins": 20,
+    "momentum": 0.8,
+    "min_count": 100,
+    "strength": 0.9,
+    "box": "ghm_r",
+    "box_weight": 5.0,
+    "box_bins": 12,
+    "box_momentum": 0.6,
+    "box_min_count": 7.0,
+    "box_strength": 0.5,
+    "mu": 0.05,
+    "density": "exact",
+    "ghm_scope": "level",
+    "normalizer": "bins",
+    "bias_correction": false,
+    "preset": "default"
+  },
+  "optimizer": {"name": "adamw", "batch_size": 4}
+}"""
+
+
+def test_the_config_of_an_old_run_is_read():
+    config = from_dict(json.loads(OLD_CONFIG))
+    both = {"density": "exact", "normalizer": "bins", "bias_correction": False}
+    assert config.loss == Loss(
+        weight=3.0,
+        box_weight=5.0,
+        mu=0.05,
+        ghm_scope="level",
+        ghm_c=Harmonizing(bins=20, momentum=0.8, min_count=100.0, strength=0.9, **both),
+        ghm_r=Harmonizing(bins=12, momentum=0.6, min_count=7.0, strength=0.5, **both),
+    )
+    assert (config.seed, config.optimizer.name) == (3, "adamw")
+
+
+def test_an_old_run_of_the_reference_preset_has_the_values_that_it_used():
+    loss = from_dict(json.loads(OLD_CONFIG.replace('"default"', '"reference"'))).loss
+    used = {"normalizer": "nonempty", "bias_correction": False, "min_count": 0.0, "strength": 1.0}
+    assert loss.ghm_c == Harmonizing(bins=20, momentum=0.8, density="exact", **used)
+    assert loss.ghm_r == Harmonizing(bins=12, momentum=0.6, density="exact", **used)
+
+
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        ("loss.bins", "did you mean loss.ghm_c.bins?"),
+        ("loss.box_min_count", "did you mean loss.ghm_r.min_count?"),
+        ("loss.normalizer", "did you mean loss.ghm_c.normalizer or loss.ghm_r.normalizer?"),
+        ("loss.preset", "bias_correction False and min_count 0 in loss.ghm_c and loss.ghm_r"),
+    ],
+)
+def test_an_old_name_is_met_with_the_new_one(key, now):
+    assert re.fullmatch(rf"{key}: no such setting; .*{re.escape(now)}", unknown_key(key))
+
+
+def test_reading_a_config_does_not_start_jax():
+    """Every process that decodes images reads one."""
+    code = "import sys, ghm_jax.config; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_configs_cannot_be_changed_in_place():

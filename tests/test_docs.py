@@ -168,7 +168,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site/api/index.html").read_text()
-    assert "density floor in examples of the whole batch" in api  # a docstring came through
+    assert "floor in examples of the whole batch" in api  # a docstring came through
 
     for path in (tmp_path / "site").rglob("*.html"):
         html = path.read_text()

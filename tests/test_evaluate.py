@@ -134,7 +134,7 @@ def test_the_errors_of_a_results_file_are_those_of_the_run_that_wrote_it(evaluat
     page = out.report.read_text()
     assert "<title>detections.json</title>" in page
     assert "data.short_side" in page
-    assert "loss.bins" not in page  # whose losses these were, nobody knows
+    assert "loss.ghm_c.bins" not in page  # whose losses these were, nobody knows
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(ArgumentError, match=r"^out: .*found is not empty"):
         evaluate_file(run.path, run.detections, out.path)

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from tiny import tiny_config
 
 from ghm_jax.analysis.cost import estimated_hours, training_operations
-from ghm_jax.config import Config
+from ghm_jax.config import REFERENCE, Config, flatten
 from ghm_jax.losses import smooth_l1_loss
 from ghm_jax.runs.experiments import experiment_name, load_experiment
 from ghm_jax.training.build import make_model
@@ -51,12 +52,10 @@ def network(config: Config) -> Any:
 
 def update(config: Config) -> Any:
     """What decides how losses and optimizer are traced: choices, not numbers."""
-    values = {"loss": config.loss, "optimizer": dataclasses.replace(config.optimizer, drops=())}
     return tuple(
-        (name, key, value)
-        for name, section in values.items()
-        for key, value in dataclasses.asdict(section).items()
-        if type(value) not in (int, float)
+        (key, value)
+        for key, value in flatten(config).items()
+        if key.startswith(("loss.", "optimizer.")) and type(value) not in (int, float, tuple)
     )
 
 
@@ -126,8 +125,11 @@ def test_rows_that_stand_in_several_tables_are_the_same_run():
 def test_the_paper_and_its_code_differ_where_they_are_said_to():
     paper = EXPERIMENTS["experiments/paper/recipe.py"]
     code = EXPERIMENTS["experiments/paper/published_code.py:ghm"]
-    assert (paper.loss.normalizer, paper.loss.ghm_scope) == ("bins", "batch")
-    assert (code.loss.preset, code.loss.ghm_scope) == ("reference", "level")
+    assert (paper.loss.ghm_c.normalizer, paper.loss.ghm_scope) == ("bins", "batch")
+    assert replace(code.loss.ghm_c, **REFERENCE) == code.loss.ghm_c
+    assert replace(code.loss.ghm_r, **REFERENCE) == code.loss.ghm_r
+    assert (code.loss.ghm_r.bins, code.loss.ghm_r.momentum) == (10, 0.7)
+    assert code.loss.ghm_scope == "level"
     epochs = [c.optimizer.steps / 7330 for c in (paper, code)]
     assert epochs == [14, 12]
     assert paper.model == code.model
@@ -213,8 +215,8 @@ def test_the_box_loss_of_torchvision_has_the_scale_of_its_own(name, rng):
 
 def test_the_quickstart_trains_with_ghm_and_names_its_floor():
     loss = load_experiment(ROOT / "experiments/quickstart.py").loss
-    assert (loss.classification, loss.box, loss.preset) == ("ghm_c", "ghm_r", "default")
-    assert loss.min_count > 0
+    assert (loss.classification, loss.box) == ("ghm_c", "ghm_r")
+    assert loss.ghm_c.min_count > 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments/results").glob("*.json")))

@@ -10,12 +10,23 @@ import jax
 import numpy as np
 
 from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
-from ghm_jax.config import Anchors, Config, Data, Loss, Model, Optimizer, Predict, Run
+from ghm_jax.config import (
+    Anchors,
+    Config,
+    Data,
+    Harmonizing,
+    Loss,
+    Model,
+    Optimizer,
+    Predict,
+    Run,
+)
 from ghm_jax.data import prepare_folder
 from ghm_jax.progress import Silent
 
 CATEGORIES = {2: "dark", 5: "light", 9: "absent"}  # ids with gaps; no object is `absent`
 SIDE = 64
+GHM_C, GHM_R = Harmonizing(bins=10), Harmonizing(bins=5, momentum=0.7)
 
 
 def tiny_config(data_dir: str | Path = "data", **sections) -> Config:
@@ -34,7 +45,7 @@ def tiny_config(data_dir: str | Path = "data", **sections) -> Config:
             backbone="resnet10", width=4, norm="group", channels=8, head_convs=0, dtype="float32"
         ),
         "anchors": Anchors(scale=2.0, octaves=1, ratios=(1.0,)),
-        "loss": Loss(bins=10, box_bins=5),
+        "loss": Loss(ghm_c=GHM_C, ghm_r=GHM_R),
         "optimizer": Optimizer(
             name="adamw",
             batch_size=4,

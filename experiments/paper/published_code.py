@@ -17,11 +17,16 @@ Estimated, not run: 6 to 12 hours a row on one A100 at an MFU of 30 %.
 from dataclasses import replace
 from pathlib import Path
 
-from ghm_jax.config import Loss
+from ghm_jax.config import REFERENCE, Harmonizing, Loss
 from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).parents[1] / "coco_r50_ghm.py")
-base = replace(base, loss=Loss(preset="reference", ghm_scope="level"))
+loss = Loss(
+    ghm_c=Harmonizing(bins=30, momentum=0.75, **REFERENCE),
+    ghm_r=Harmonizing(bins=10, momentum=0.7, **REFERENCE),
+    ghm_scope="level",
+)
+base = replace(base, loss=loss)
 # mmdetection adds the four coordinates of a box, the package takes their mean: hence the 4.
 smooth_l1 = replace(base.loss, box="smooth_l1", box_weight=4.0)
 

@@ -37,7 +37,7 @@ from ghm_jax.distributed.devices import (
 )
 from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.exceptions import ConfigError
-from ghm_jax.losses.density import region_index, shares
+from ghm_jax.losses.density import bin_index, shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
@@ -48,7 +48,7 @@ from ghm_jax.training.state import TrainState
 DIFFICULTY = {"easy": (0.0, 0.1), "middle": (0.1, 0.5), "hard": (0.5, 0.9), "outlier": (0.9, 1.0)}
 """Ranges of gradient norm, [from, to); 1 is an outlier."""
 
-_TENTHS = 10  # regions that the ranges above are made of
+_TENTHS = 10  # bins that the ranges above are made of
 _TINY = 1e-30
 
 
@@ -188,7 +188,7 @@ def measure_gradients(
 def _measure(
     state: dict[str, Any], seen: tuple[Batch, jax.Array], *, config: Config, num_classes: int
 ) -> dict[str, Any]:
-    """Sums over all replicas' examples, by regions of gradient norm; one replica's part of it.
+    """Sums over all replicas' examples, by bins of gradient norm; one replica's part of it.
 
     `seen` is a batch and which of its images count, bool[b].
     """
@@ -227,11 +227,11 @@ def _measure(
         "smooth_l1": of_box(losses.smooth_l1_loss),
         config.loss.box: jnp.abs(by_deltas) * stats_box.num_valid,
     }
-    loss = config.loss
+    bins_c, bins_r = config.loss.ghm_c.bins, config.loss.ghm_r.bins
     return jax.lax.psum(
         {
-            "classification": _by_region(norms[0], used, is_target, class_gradients, loss.bins),
-            "box": _by_region(norms[1], used_box, used_box, box_gradients, loss.box_bins),
+            "classification": _by_bin(norms[0], used, is_target, class_gradients, bins_c),
+            "box": _by_bin(norms[1], used_box, used_box, box_gradients, bins_r),
         },
         REPLICA,
     )
@@ -252,20 +252,20 @@ def _gradient(
     return jnp.abs(jax.grad(total)(values))
 
 
-def _by_region(
+def _by_bin(
     norm: jax.Array,
     used: jax.Array,
     positive: jax.Array,
     gradients: dict[str, jax.Array],
     bins: int,
 ) -> dict[str, Any]:
-    """Per region, in `bins` and in ten: examples, positive ones, the gradients of each loss."""
+    """Per bin, of `bins` and of ten: examples, positive ones, the gradients of each loss."""
 
-    def sums(regions: int) -> dict[str, Any]:
-        index = region_index(norm, used, regions)
+    def sums(count: int) -> dict[str, Any]:
+        index = bin_index(norm, used, count)
 
-        def of_one(region: jax.Array) -> dict[str, Any]:
-            inside = index == region
+        def of_one(number: jax.Array) -> dict[str, Any]:
+            inside = index == number
 
             def sum_inside(values: jax.Array) -> jax.Array:
                 # One axis after the other: short sums, and so exact to the last digits.
@@ -277,8 +277,8 @@ def _by_region(
                 "gradient": {key: sum_inside(value) for key, value in gradients.items()},
             }
 
-        # One region at a time: adding up by scattering would lose digits in the first.
-        return jax.lax.map(of_one, jnp.arange(regions, dtype=index.dtype))
+        # One bin at a time: adding up by scattering would lose digits in the first.
+        return jax.lax.map(of_one, jnp.arange(count, dtype=index.dtype))
 
     broken = used & ~jnp.isfinite(norm)
     return {
@@ -295,10 +295,10 @@ def _summary(
     loss = config.loss
     if key == "classification":
         name, plain, baseline = loss.classification, "cross_entropy", "focal"
-        momentum, state = loss.momentum, states.classification
+        settings, state = loss.ghm_c, states.classification
     else:
         name, plain, baseline = loss.box, "asl1", "smooth_l1"
-        momentum, state = loss.box_momentum, states.box
+        settings, state = loss.ghm_r, states.box
     harmonized = name in ("ghm_c", "ghm_r")
     bins, tenths = total["bins"], total["tenths"]
     counts, before, after = bins["counts"], bins["gradient"][plain], bins["gradient"][name]
@@ -319,7 +319,7 @@ def _summary(
     summary = {
         "loss": name,
         "counts": (counts / batches).tolist(),
-        "ema": _average(state, momentum, config) if harmonized else None,
+        "ema": state.average(settings).tolist() if harmonized and state.step > 0 else None,
         "weights": [float(w) if np.isfinite(w) else None for w in weights],
         "gradient": {k: shares(bins["gradient"][k]).tolist() for k in order},
         "difficulty": difficulty,
@@ -332,13 +332,3 @@ def _summary(
 
 def _share(values: np.ndarray, inside: np.ndarray) -> float:
     return float(values[inside].sum() / max(values.sum(), _TINY))
-
-
-def _average(state: losses.GHMState, momentum: float, config: Config) -> list[float] | None:
-    """The moving average of a checkpoint as the loss weighs by it; None before the first step."""
-    steps = int(state.step)
-    if steps == 0:
-        return None
-    corrected = config.loss.bias_correction and config.loss.preset != "reference"
-    counts = np.asarray(state.counts, np.float64)
-    return (counts / (1 - momentum**steps) if corrected else counts).tolist()

@@ -42,7 +42,7 @@ class Inputs:
     logits: np.ndarray
     """f32[A, K]."""
     classes: np.ndarray
-    """i32[A], -1 background, -2 ignored."""
+    """i32[A], BACKGROUND or IGNORE where there is no class."""
     deltas: np.ndarray
     """f32[A, 4]."""
     box_targets: np.ndarray
@@ -89,7 +89,7 @@ def make_inputs(num_anchors: int, seed: int = 0) -> Inputs:
     """Random inputs with 0.2 percent positive and 0.3 percent ignored anchors."""
     rng = np.random.default_rng(seed)
     kind = rng.uniform(size=num_anchors)
-    classes = np.where(kind < 0.005, -2, -1)
+    classes = np.where(kind < 0.005, losses.IGNORE, losses.BACKGROUND)
     classes = np.where(kind < 0.002, rng.integers(0, NUM_CLASSES, num_anchors), classes)
     return Inputs(
         logits=rng.normal(-4, 1.5, (num_anchors, NUM_CLASSES)).astype(np.float32),
@@ -142,7 +142,7 @@ def _torch_calls(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     classes = torch.from_numpy(inputs.classes).long()
     targets = torch.nn.functional.one_hot(classes.clamp(min=0), NUM_CLASSES).float()
     targets *= (classes >= 0)[:, None]
-    valid = (classes != -2)[:, None].expand_as(targets)
+    valid = (classes != losses.IGNORE)[:, None].expand_as(targets)
     edges = torch.arange(31).float() / 30
     edges[-1] += 1e-6
     moving = torch.zeros(30)

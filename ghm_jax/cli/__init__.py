@@ -1,6 +1,6 @@
 """ghm-jax: train, score and look at GHM detectors.
 
-    ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.momentum 0.9 ...]
+    ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.mu 0.05 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
     ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--out DIR] [--annotations FILE.json]
     ghm-jax predict runs/quickstart IMAGE_OR_FOLDER... --out DIR [--threshold 0.3] [--batch-size N]

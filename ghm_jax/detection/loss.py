@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ghm_jax import losses
 from ghm_jax.config import Config, Loss
 from ghm_jax.detection.matching import Targets
-from ghm_jax.losses import GHMState, LossStats
+from ghm_jax.losses import GHMState, Harmonizing, LossStats
 
 LossFunction = Callable[..., tuple[jax.Array, Any, LossStats]]
 
@@ -32,9 +32,8 @@ class LossTerms(NamedTuple):
 
 def init_ghm_states(config: Config) -> GHMStates:
     """The histograms before the first step."""
-    return GHMStates(
-        losses.init_ghm_state(config.loss.bins), losses.init_ghm_state(config.loss.box_bins)
-    )
+    bins = config.loss.ghm_c.bins, config.loss.ghm_r.bins
+    return GHMStates(*map(losses.init_ghm_state, bins))
 
 
 def detection_loss(
@@ -88,8 +87,7 @@ def _classification_loss(loss: Loss) -> LossFunction:
         case "cross_entropy":
             return losses.cross_entropy_loss
         case "ghm_c":
-            floor = {"min_count": loss.min_count, "strength": loss.strength}
-            return _harmonized(losses.ghm_c_loss, loss, floor, momentum=loss.momentum)
+            return _harmonized(losses.ghm_c_loss, loss.ghm_c)
 
 
 def _box_loss(loss: Loss) -> LossFunction:
@@ -99,34 +97,20 @@ def _box_loss(loss: Loss) -> LossFunction:
         case "asl1":
             return functools.partial(losses.asl1_loss, mu=loss.mu)
         case "ghm_r":
-            floor = {"min_count": loss.box_min_count, "strength": loss.box_strength}
-            return _harmonized(
-                losses.ghm_r_loss, loss, floor, momentum=loss.box_momentum, mu=loss.mu
-            )
+            return _harmonized(functools.partial(losses.ghm_r_loss, mu=loss.mu), loss.ghm_r)
 
 
-def _harmonized(
-    function: LossFunction, loss: Loss, floor: dict[str, float], **settings: float
-) -> LossFunction:
-    """A GHM loss with the settings of the config."""
-    how: dict[str, Any] = {
-        "normalizer": loss.normalizer,
-        "bias_correction": loss.bias_correction,
-        **floor,
-    }
-    if loss.preset == "reference":
-        how = dict(losses.REFERENCE)
-    if loss.density == "histogram":
-        return functools.partial(function, **how, **settings)
+def _harmonized(function: LossFunction, settings: Harmonizing) -> LossFunction:
+    """A GHM loss with its settings."""
+    harmonized = functools.partial(function, **settings)
+    if settings.density == "histogram":
+        return harmonized
 
     def exact(
         values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
     ) -> tuple[jax.Array, GHMState, LossStats]:
-        # Of each batch alone; the state only says into how many bins the statistics go.
-        bins = state.counts.shape[0]
-        result, _, stats = function(
-            values, targets, mask, None, bins=bins, density="exact", **how, **settings, **axis
-        )
+        # Of each batch alone: the state stays as it is.
+        result, _, stats = harmonized(values, targets, mask, None, **axis)
         return result, state, stats
 
     return exact

@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ghm_jax.detection.boxes import box_coverage, box_iou, encode_boxes
-
-# Classes of anchors that are not positive.
-BACKGROUND = -1
-IGNORE = -2
+from ghm_jax.losses import BACKGROUND, IGNORE
 
 _CROWD_COVERAGE = 0.5
 

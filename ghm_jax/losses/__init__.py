@@ -1,5 +1,6 @@
 """Gradient-harmonized losses as pure functions of arrays and an explicit state."""
 
+from ghm_jax.harmonizing import REFERENCE, Harmonizing
 from ghm_jax.losses.baselines import (
     asl1_loss,
     cross_entropy_loss,
@@ -8,12 +9,15 @@ from ghm_jax.losses.baselines import (
     smooth_l1_loss,
 )
 from ghm_jax.losses.density import gradient_density
-from ghm_jax.losses.ghm import ghm_c_loss, ghm_r_loss, ghm_softmax_loss
-from ghm_jax.losses.harmonize import REFERENCE, GHMState, LossStats, harmonize, init_ghm_state
+from ghm_jax.losses.ghm import BACKGROUND, IGNORE, ghm_c_loss, ghm_r_loss, ghm_softmax_loss
+from ghm_jax.losses.harmonize import GHMState, LossStats, harmonize, init_ghm_state
 
 __all__ = [
+    "BACKGROUND",
+    "IGNORE",
     "REFERENCE",
     "GHMState",
+    "Harmonizing",
     "LossStats",
     "asl1_loss",
     "cross_entropy_loss",

@@ -21,12 +21,10 @@ def cross_entropy_loss(
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Sigmoid cross-entropy, mean over all valid (position, class) pairs; see `ghm_c_loss`."""
-    logits = logits.astype(jnp.float32)
-    dense, used = dense_targets(logits, targets, mask)
-    logits, dense = _unmasked(logits, used), _unmasked(dense, used)
+    logits, dense, used = _class_inputs(logits, targets, mask)
     terms = sigmoid_cross_entropy(logits, dense)
     used, stats = _plain_stats(terms, used, axis_name)
-    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+    return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
 def focal_loss(
@@ -45,13 +43,11 @@ def focal_loss(
     `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection",
     ICCV 2017, equation 5, and its section 4 for the division.
     """
-    logits = logits.astype(jnp.float32)
-    dense, used = dense_targets(logits, targets, mask)
-    logits, dense = _unmasked(logits, used), _unmasked(dense, used)
+    logits, dense, used = _class_inputs(logits, targets, mask)
     used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
     terms = optax.losses.sigmoid_focal_loss(logits, dense, alpha=alpha, gamma=gamma)
-    positives = psum(jnp.sum(jnp.where(used, dense, 0.0)), axis_name)
-    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(positives, 1.0), state, stats
+    positives = psum(_masked_sum(dense, used), axis_name)
+    return _masked_sum(terms, used) / jnp.maximum(positives, 1.0), state, stats
 
 
 def ohem_loss(
@@ -70,9 +66,7 @@ def ohem_loss(
     Arguments as for `ghm_c_loss`; a soft target above 0 is positive. Source: Shrivastava et al.,
     CVPR 2016, in the form that Lin et al., ICCV 2017, table 1, compares with ("OHEM 1:3").
     """
-    logits = logits.astype(jnp.float32)
-    dense, used = dense_targets(logits, targets, mask)
-    logits, dense = _unmasked(logits, used), _unmasked(dense, used)
+    logits, dense, used = _class_inputs(logits, targets, mask)
     terms = sigmoid_cross_entropy(logits, dense)
     used, stats = _plain_stats(terms, used, axis_name)
     positive = used & (dense > 0)
@@ -82,7 +76,7 @@ def ohem_loss(
     difficulty = jnp.where(used & ~positive, difficulty, -1.0)
     kept = positive | (difficulty >= _kth_largest(difficulty, wanted, axis_name))
     num_kept = psum(jnp.sum(kept, dtype=jnp.int32).astype(jnp.float32), axis_name)
-    return jnp.sum(jnp.where(kept, terms, 0.0)) / jnp.maximum(num_kept, 1.0), state, stats
+    return _masked_sum(terms, kept) / jnp.maximum(num_kept, 1.0), state, stats
 
 
 def smooth_l1_loss(
@@ -95,13 +89,10 @@ def smooth_l1_loss(
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Smooth L1 (equation 15), mean over the valid coordinates; arguments as for `ghm_r_loss`."""
-    check_same_shape("predictions", predictions, targets)
-    used = None if mask is None else broadcast_mask(mask, predictions.shape)
-    predictions = _unmasked(predictions.astype(jnp.float32), used)
-    targets = _unmasked(targets.astype(jnp.float32), used)
+    predictions, targets, used = _box_inputs(predictions, targets, mask)
     terms = optax.losses.huber_loss(predictions, targets, delta=delta) / delta
     used, stats = _plain_stats(terms, used, axis_name)
-    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+    return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
 def asl1_loss(
@@ -117,13 +108,10 @@ def asl1_loss(
 
     Arguments as for `ghm_r_loss`.
     """
-    check_same_shape("predictions", predictions, targets)
-    used = None if mask is None else broadcast_mask(mask, predictions.shape)
-    predictions = _unmasked(predictions.astype(jnp.float32), used)
-    targets = _unmasked(targets.astype(jnp.float32), used)
+    predictions, targets, used = _box_inputs(predictions, targets, mask)
     terms = jnp.hypot(predictions - targets, mu) - mu
     used, stats = _plain_stats(terms, used, axis_name)
-    return jnp.sum(jnp.where(used, terms, 0.0)) / jnp.maximum(stats.num_valid, 1.0), state, stats
+    return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
 def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.Array:
@@ -143,7 +131,30 @@ def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _unmasked(values: jax.Array, used: jax.Array | None) -> jax.Array:
+def _class_inputs(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Logits f32[..., K], targets f32[..., K], both 0 where masked, and the mask bool[..., K]."""
+    logits = logits.astype(jnp.float32)
+    dense, used = dense_targets(logits, targets, mask)
+    return _zero_masked(logits, used), _zero_masked(dense, used), used
+
+
+def _box_inputs(
+    predictions: jax.Array, targets: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Predictions and targets as f32, both 0 where masked, and the mask in their shape."""
+    check_same_shape("predictions", predictions, targets)
+    used = None if mask is None else broadcast_mask(mask, predictions.shape)
+    predictions, targets = predictions.astype(jnp.float32), targets.astype(jnp.float32)
+    return _zero_masked(predictions, used), _zero_masked(targets, used), used
+
+
+def _masked_sum(values: jax.Array, used: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(used, values, 0.0))
+
+
+def _zero_masked(values: jax.Array, used: jax.Array | None) -> jax.Array:
     """Values with 0 where masked: a NaN there would reach the gradient, 0 * NaN is NaN."""
     return values if used is None else jnp.where(used, values, 0.0)
 
@@ -154,7 +165,7 @@ def _plain_stats(
     """The mask in full, and statistics without a histogram. NaN is not hidden: it shows."""
     terms = jax.lax.stop_gradient(terms)
     used = jnp.ones(terms.shape, bool) if used is None else used
-    total = jnp.sum(jnp.where(used, terms, 0.0))
+    total = _masked_sum(terms, used)
     valid = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
     nonfinite = jnp.sum(used & ~jnp.isfinite(terms), dtype=jnp.int32).astype(jnp.float32)
     total, valid, nonfinite = (psum(x, axis_name) for x in (total, valid, nonfinite))

@@ -58,39 +58,39 @@ def _as_integers(norm: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(norm + 0.0, jnp.int32)  # + 0.0: there are two zeros
 
 
-def region_index(gradient_norm: jax.Array, mask: jax.Array | None, regions: int) -> jax.Array:
-    """The unit region of every example (equation 9), in a narrow type: it is kept for the weights.
+def bin_index(gradient_norm: jax.Array, mask: jax.Array | None, bins: int) -> jax.Array:
+    """The bin of every example (equation 9), in a narrow type: it is kept for the weights.
 
     Args:
-        gradient_norm: f32[...], 0 to 1. Region j holds [j / regions, (j + 1) / regions), edges
+        gradient_norm: f32[...], 0 to 1. Bin j holds [j / bins, (j + 1) / bins), edges
             rounded to float32; the last one holds 1 as well.
         mask: bool[...] of the same shape, or None.
-        regions: their number.
+        bins: their number.
 
     Returns:
-        u8[...] (i32 for many regions): 0 to regions - 1; `regions` where masked; `regions` + 1
+        u8[...] (i32 for many bins): 0 to bins - 1; `bins` where masked; `bins` + 1
         where the norm is not finite.
     """
     finite = jnp.isfinite(gradient_norm)
-    index = jnp.where(finite, gradient_norm, 0.0) * _scale(regions)
+    index = jnp.where(finite, gradient_norm, 0.0) * _scale(bins)
     # Clipped, because JAX drops an out-of-range scatter without a word.
-    index = jnp.clip(index.astype(jnp.int32), 0, regions - 1)
-    index = jnp.where(finite, index, regions + 1)
+    index = jnp.clip(index.astype(jnp.int32), 0, bins - 1)
+    index = jnp.where(finite, index, bins + 1)
     if mask is not None:
-        index = jnp.where(mask, index, regions)
-    return index.astype(jnp.uint8 if regions < 255 else jnp.int32)
+        index = jnp.where(mask, index, bins)
+    return index.astype(jnp.uint8 if bins < 255 else jnp.int32)
 
 
-def _scale(regions: int) -> np.float32:
-    """The factor that puts every edge, j / regions in float32, at j or just above it."""
-    edges = np.arange(regions, dtype=np.float32) / np.float32(regions)
-    scale = np.float32(regions)
-    if (np.floor(edges * scale) == np.arange(regions)).all():
+def _scale(bins: int) -> np.float32:
+    """The factor that puts every edge, j / bins in float32, at j or just above it."""
+    edges = np.arange(bins, dtype=np.float32) / np.float32(bins)
+    scale = np.float32(bins)
+    if (np.floor(edges * scale) == np.arange(bins)).all():
         return scale
     return np.nextafter(scale, np.float32(np.inf))  # enough for every number up to 2,000
 
 
-def count_regions(index: jax.Array, slots: int) -> jax.Array:
+def count_bins(index: jax.Array, slots: int) -> jax.Array:
     """i32[slots]: how many elements of `index` (integers in [0, slots)) have each value.
 
     Integers, because float32 stops counting at 2**24 and one 800x1344 image has 1.6e7 examples.

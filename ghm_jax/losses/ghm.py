@@ -4,9 +4,9 @@ Each returns (loss, state, stats). The loss is this replica's sum of weighted te
 of examples of ALL replicas when `axis_name` is given: `jax.lax.psum` the loss and its gradients
 over that axis. Weights are constants of the gradient; nothing flows through the histogram.
 
-Settings not listed in a signature (`bins`, `normalizer`, `bias_correction`, `min_count`,
-`strength`, `density`, `batch_counts`) are those of `harmonize`; `**REFERENCE` gives the published
-code's behaviour.
+The keywords from `bins` to `density` are the fields of `Harmonizing`, which tells what they mean:
+`**settings` gives them all, `**REFERENCE` the published code's behaviour. `state`, `batch_counts`
+and `axis_name` are those of `harmonize`.
 """
 
 from typing import Any
@@ -14,7 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, harmonize, psum
+from ghm_jax.harmonizing import Density, Harmonizing, Normalizer
+from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, psum, weigh
+
+BACKGROUND = -1
+"""Class index of a position that has no class."""
+IGNORE = -2
+"""Class index of a position that is left out."""
 
 
 def ghm_c_loss(
@@ -23,21 +29,25 @@ def ghm_c_loss(
     mask: jax.Array | None = None,
     state: GHMState | None = None,
     *,
+    bins: int = 30,
     momentum: float = 0.75,
+    normalizer: Normalizer = "nonempty",
+    bias_correction: bool = True,
+    min_count: float = 10.0,
+    strength: float = 1.0,
+    density: Density = "histogram",
+    batch_counts: jax.Array | None = None,
     axis_name: str | None = None,
-    **settings: Any,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Harmonized sigmoid cross-entropy; every (position, class) pair is an example.
 
     Args:
         logits: float[..., K], before the sigmoid.
-        targets: float[..., K] in [0, 1], or int[...] class indices where -1 is background (no
-            class) and -2 is ignored.
+        targets: float[..., K] in [0, 1], or int[...] class indices, BACKGROUND (-1) or IGNORE (-2).
         mask: bool or 0/1, shape of the logits or 1 in place of an axis; None: all valid.
         state: moving histogram (`init_ghm_state`); None: this batch alone.
-        momentum: share of the old histogram, in [0, 1).
+        batch_counts: histogram of the whole batch, where this is a part of it.
         axis_name: replica axis to count over.
-        **settings: of `harmonize`.
 
     Returns:
         loss f32[] (nats per example), new state, statistics.
@@ -59,7 +69,11 @@ def ghm_c_loss(
     finite = jnp.isfinite(logits) & jnp.isfinite(dense)
     norm = jnp.abs(sigmoid_error(logits, dense))
     terms = sigmoid_cross_entropy(logits, dense)
-    return _weighted_mean(norm, terms, finite, used, state, momentum, axis_name, settings)
+    settings = Harmonizing(
+        bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
+        min_count=min_count, strength=strength, density=density,
+    )  # fmt: skip
+    return _weighted_mean(norm, terms, finite, used, state, settings, batch_counts, axis_name)
 
 
 def ghm_r_loss(
@@ -69,9 +83,15 @@ def ghm_r_loss(
     state: GHMState | None = None,
     *,
     mu: float = 0.02,
+    bins: int = 30,
     momentum: float = 0.7,
+    normalizer: Normalizer = "nonempty",
+    bias_correction: bool = True,
+    min_count: float = 10.0,
+    strength: float = 1.0,
+    density: Density = "histogram",
+    batch_counts: jax.Array | None = None,
     axis_name: str | None = None,
-    **settings: Any,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Harmonized authentic smooth L1 (ASL1); every coordinate is an example.
 
@@ -81,9 +101,9 @@ def ghm_r_loss(
         mask: bool or 0/1, same shape or 1 in place of an axis; True for positive anchors.
         state: moving histogram; None: this batch alone.
         mu: ASL1 is quadratic below and linear above this error (equation 17).
-        momentum: share of the old histogram, in [0, 1).
+        bins: the published code has 10 here.
+        batch_counts: histogram of the whole batch, where this is a part of it.
         axis_name: replica axis to count over.
-        **settings: of `harmonize`; the published code has 10 bins here.
 
     Returns:
         loss f32[] (per coordinate), new state, statistics.
@@ -100,7 +120,11 @@ def ghm_r_loss(
     used = None if mask is None else broadcast_mask(mask, error.shape)
     root = jnp.hypot(error, mu)  # the square of a wild error overflows
     norm = jnp.abs(error) / root
-    return _weighted_mean(norm, root - mu, finite, used, state, momentum, axis_name, settings)
+    settings = Harmonizing(
+        bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
+        min_count=min_count, strength=strength, density=density,
+    )  # fmt: skip
+    return _weighted_mean(norm, root - mu, finite, used, state, settings, batch_counts, axis_name)
 
 
 def ghm_softmax_loss(
@@ -109,9 +133,15 @@ def ghm_softmax_loss(
     mask: jax.Array | None = None,
     state: GHMState | None = None,
     *,
+    bins: int = 30,
     momentum: float = 0.75,
+    normalizer: Normalizer = "nonempty",
+    bias_correction: bool = True,
+    min_count: float = 10.0,
+    strength: float = 1.0,
+    density: Density = "histogram",
+    batch_counts: jax.Array | None = None,
     axis_name: str | None = None,
-    **settings: Any,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Harmonized softmax cross-entropy; the gradient norm of an example is 1 - p(label).
 
@@ -123,9 +153,8 @@ def ghm_softmax_loss(
         labels: int[...] class indices in [0, K); a negative label is ignored.
         mask: bool or 0/1 [...], shape of the labels or 1 in place of an axis; None: all valid.
         state: moving histogram; None: this batch alone.
-        momentum: share of the old histogram, in [0, 1).
+        batch_counts: histogram of the whole batch, where this is a part of it.
         axis_name: replica axis to count over.
-        **settings: of `harmonize`.
 
     Returns:
         loss f32[] (nats per example), new state, statistics.
@@ -144,7 +173,11 @@ def ghm_softmax_loss(
     log_probabilities = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     norm, finite = -jnp.expm1(chosen), finite.all(-1)
-    return _weighted_mean(norm, -chosen, finite, used, state, momentum, axis_name, settings)
+    settings = Harmonizing(
+        bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
+        min_count=min_count, strength=strength, density=density,
+    )  # fmt: skip
+    return _weighted_mean(norm, -chosen, finite, used, state, settings, batch_counts, axis_name)
 
 
 def _weighted_mean(
@@ -153,15 +186,13 @@ def _weighted_mean(
     finite: jax.Array,
     used: jax.Array | None,
     state: GHMState | None,
-    momentum: float,
+    settings: Harmonizing,
+    batch_counts: jax.Array | None,
     axis_name: str | None,
-    settings: dict[str, Any],
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """sum(weights * terms) / N, and statistics with the plain mean of the terms."""
     norm = jnp.where(finite, norm, jnp.nan)  # so that it is left out and reported
-    weights, state, stats = harmonize(
-        norm, used, state, momentum=momentum, axis_name=axis_name, **settings
-    )
+    weights, state, stats = weigh(norm, used, state, settings, batch_counts, axis_name)
     count = jnp.maximum(stats.num_valid, 1.0)
     valid = weights > 0
     plain = jnp.sum(jnp.where(valid, jax.lax.stop_gradient(terms), 0.0))
@@ -217,7 +248,7 @@ def dense_targets(
     if jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == logits.shape[:-1]:
         classes = jnp.arange(logits.shape[-1], dtype=targets.dtype)
         dense = targets[..., None] == classes.reshape((1,) * targets.ndim + (-1,))
-        kept = jnp.broadcast_to(targets[..., None] != -2, logits.shape)
+        kept = jnp.broadcast_to(targets[..., None] != IGNORE, logits.shape)
         return dense.astype(jnp.float32), kept if used is None else used & kept
     check_same_shape("logits", logits, targets)
     return targets.astype(jnp.float32), used

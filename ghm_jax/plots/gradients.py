@@ -61,7 +61,7 @@ def reformulated_class_gradients(harmonized: Mapping[str, Mapping[str, Any]]) ->
     Cross-entropy leaves it as it is. The line of the focal loss (gamma 2) has no alpha, as in the
     paper; the band below it has alpha 0.25, from positives (lower edge) to background. GHM-C is
     scaled to a largest value of 1, as its scale belongs to the weight of the loss. It jumps where
-    two regions meet, and has a gap where one is empty.
+    two bins meet, and has a gap where one is empty.
 
     Args:
         harmonized: label -> settings of `ghm_c_loss`: `batch_counts` f[bins], the histogram that
@@ -202,14 +202,14 @@ def _harmonized_curves(
         counts = np.asarray(settings["batch_counts"], np.float32)
         how = {**settings, "batch_counts": jnp.asarray(counts), "bins": len(counts)}
         curve = reformulated_gradient(functools.partial(loss, **how), values, 0.0)
-        region = np.minimum((norm * len(counts)).astype(int), len(counts) - 1)
-        curve = np.where(counts[region] > 0, curve, np.nan)
+        index = np.minimum((norm * len(counts)).astype(int), len(counts) - 1)
+        curve = np.where(counts[index] > 0, curve, np.nan)
         curves[label] = curve / np.nanmax(curve, initial=0.0) if (counts > 0).any() else curve
     return curves
 
 
 def _grid(reach: float, points: int) -> np.ndarray:
-    """Midpoints: 0, where a logit would be infinite, is none, and no edge between regions either
+    """Midpoints: 0, where a logit would be infinite, is none, and no edge between bins either
     for the usual numbers of them."""
     return (np.arange(points) + 0.5) / points * reach
 

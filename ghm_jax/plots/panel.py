@@ -23,7 +23,7 @@ LOSS_NAMES = {
 }
 """How a person writes the losses of a config."""
 
-# An average keeps a trace of regions that are long empty: fewer examples are not drawn.
+# An average keeps a trace of bins that are long empty: fewer examples are not drawn.
 _TRACE = 0.01
 
 _TITLES = {
@@ -33,7 +33,7 @@ _TITLES = {
 
 
 def stats_panel(part: str, stats: Mapping[str, Any], batch_size: int, title: str = "") -> Figure:
-    """Examples, weights and gradient per region of gradient norm, and gradient by difficulty.
+    """Examples, weights and gradient per bin of gradient norm, and gradient by difficulty.
 
     Args:
         part: "classification" or "box".

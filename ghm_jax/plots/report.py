@@ -62,16 +62,12 @@ def render_report(
     Raises:
         KeyError: one of the twelve figures is missing.
     """
-    floors = ("loss.min_count", "loss.box_min_count")
-    # The published losses have no floor, whatever these settings say.
-    published = config.get("loss.preset") == "reference"
-    floor_c, floor_r = (None if published else config.get(key) for key in floors)
     parts = [
         _headline(title, figures_of_merit, facts),
         columns(_merit_table(figures_of_merit), _curves(history)),
         columns(
-            _harmonizing("ghm_c", history, floor_c),
-            _harmonizing("ghm_r", history, floor_r),
+            _harmonizing("ghm_c", history, config.get("loss.ghm_c.min_count")),
+            _harmonizing("ghm_r", history, config.get("loss.ghm_r.min_count")),
         ),
         columns(*_now(stats)),
         columns(_classes(per_class)),

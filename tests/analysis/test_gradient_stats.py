@@ -9,7 +9,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from tiny import Listener
+from tiny import GHM_C, GHM_R, Listener
 
 from ghm_jax.analysis.gradient_stats import DIFFICULTY, gradient_stats
 from ghm_jax.cli import main
@@ -85,9 +85,9 @@ def test_histogram_weights_and_gradients_are_those_of_the_next_step(run_with, de
     }
     for key, state in (("classification", states.classification), ("box", states.box)):
         part, (plain, common, ours) = stats[key], names[key]
-        config = load_run(path)[1].loss
-        momentum = config.momentum if key == "classification" else config.box_momentum
-        floor = config.min_count if key == "classification" else config.box_min_count
+        loss = load_run(path)[1].loss
+        settings = loss.ghm_c if key == "classification" else loss.ghm_r
+        momentum, floor = settings.momentum, settings.min_count
         norm, bins = norms[key], len(part["counts"])
         counts = histogram(norm, bins)
         np.testing.assert_allclose(part["counts"], counts, atol=1)  # float32 at an edge
@@ -130,7 +130,7 @@ def test_a_run_under_shard_map_is_read_on_several_devices(run_with, look):
 
 
 def test_a_run_of_other_losses_has_no_average_and_weights_of_mean_one(run_with):
-    path = run_with(loss=Loss(classification="focal", box="smooth_l1", bins=10, box_bins=5))
+    path = run_with(loss=Loss(classification="focal", box="smooth_l1", ghm_c=GHM_C, ghm_r=GHM_R))
     stats = gradient_stats(path)
     for key, loss in (("classification", "focal"), ("box", "smooth_l1")):
         part = stats[key]

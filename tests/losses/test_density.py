@@ -1,4 +1,4 @@
-"""Gradient density: exact, and counted in unit regions."""
+"""Gradient density: exact, and counted in bins."""
 
 import functools
 
@@ -13,8 +13,8 @@ from ghm_jax.losses import gradient_density, harmonize
 from ghm_jax.losses.density import (
     _count_by_comparing,
     _count_by_scattering,
-    count_regions,
-    region_index,
+    bin_index,
+    count_bins,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -84,8 +84,8 @@ def test_the_histogram_approximates_the_exact_density(rng):
     # no difference between the two.
     norm = np.float32(rng.beta(1, 3, 200_000))
     exact, *_ = harmonize(norm, density="exact", normalizer="bins")
-    regions, *_ = harmonize(norm, normalizer="bins")
-    ratio = np.asarray(regions / exact)[norm < 0.8]
+    counted, *_ = harmonize(norm, normalizer="bins")
+    ratio = np.asarray(counted / exact)[norm < 0.8]
     assert abs(ratio.mean() - 1) < 0.02
     assert ratio.std() < 0.1
 
@@ -95,21 +95,21 @@ def test_exact_density_keeps_no_histogram():
         harmonize(jnp.zeros(3), density="exact", batch_counts=jnp.ones(30))
 
 
-def test_a_norm_on_an_edge_is_in_the_region_above():
-    for regions in (*range(1, 100), 255, 256, 1000):
-        edges = np.arange(regions, dtype=np.float32) / np.float32(regions)  # as published
-        index = jax.device_get(region_index(edges, None, regions))
-        np.testing.assert_array_equal(index, np.arange(regions))
-        assert region_index(jnp.ones(1), None, regions)[0] == regions - 1
+def test_a_norm_on_an_edge_is_in_the_bin_above():
+    for bins in (*range(1, 100), 255, 256, 1000):
+        edges = np.arange(bins, dtype=np.float32) / np.float32(bins)  # as published
+        index = jax.device_get(bin_index(edges, None, bins))
+        np.testing.assert_array_equal(index, np.arange(bins))
+        assert bin_index(jnp.ones(1), None, bins)[0] == bins - 1
 
 
-def test_regions_tell_masked_and_nonfinite_apart():
+def test_bins_tell_masked_and_nonfinite_apart():
     norm = jnp.array([0.0, 0.5, jnp.nan, jnp.inf, jnp.nan])
     mask = jnp.array([True, False, True, True, False])
-    np.testing.assert_array_equal(region_index(norm, mask, 10), [0, 10, 11, 11, 10])
+    np.testing.assert_array_equal(bin_index(norm, mask, 10), [0, 10, 11, 11, 10])
 
 
-@pytest.mark.parametrize("count", [_count_by_scattering, _count_by_comparing, count_regions])
+@pytest.mark.parametrize("count", [_count_by_scattering, _count_by_comparing, count_bins])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_every_way_of_counting_counts(rng, count, dtype):
     index = rng.integers(0, 7, 1000).astype(dtype)
@@ -120,5 +120,5 @@ def test_every_way_of_counting_counts(rng, count, dtype):
 
 def test_counts_do_not_stop_at_2_to_the_24():
     size = 2**24 + 2**20
-    counts = jax.jit(count_regions, static_argnums=1)(jnp.ones(size, jnp.uint8), 3)
+    counts = jax.jit(count_bins, static_argnums=1)(jnp.ones(size, jnp.uint8), 3)
     np.testing.assert_array_equal(counts, [0, size, 0])

@@ -1,6 +1,7 @@
 """GHM-C, GHM-R and the softmax form: values, gradients and how they take odd input."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def split(array):
     return array.reshape(8, 8, *array.shape[1:])
 
 
+GOLDEN_FILES = Path(__file__).parents[1] / "golden"  # see the README there
 GOLDEN = [
     (kind, bins, momentum)
     for kind in "cr"
@@ -82,8 +84,8 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("kind", "bins", "momentum"), GOLDEN)
-def test_reference_gives_the_golden_numbers(shared, kind, bins, momentum):
-    golden = np.load(shared / "golden" / f"ghm_{kind}_bins{bins}_mom{momentum}.npz")
+def test_reference_gives_the_golden_numbers(kind, bins, momentum):
+    golden = np.load(GOLDEN_FILES / f"ghm_{kind}_bins{bins}_mom{momentum}.npz")
     state = init_ghm_state(bins)
     run = differentiated(kind, momentum=momentum, **REFERENCE)
     for step in range(4):

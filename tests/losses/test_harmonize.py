@@ -256,7 +256,7 @@ def test_counts_of_a_pod_pass_2_to_the_31(monkeypatch):
     # Eight replicas that see 2**30 examples each, without holding them.
     of_a_replica = jnp.array([2**30, 5, 0, 0], jnp.int32)
     module = importlib.import_module("ghm_jax.losses.harmonize")  # the name is the function's too
-    monkeypatch.setattr(module, "count_regions", lambda index, slots: of_a_replica)
+    monkeypatch.setattr(module, "count_bins", lambda index, slots: of_a_replica)
 
     def call(norm):
         return harmonize(norm, bins=2, axis_name="i")[2]

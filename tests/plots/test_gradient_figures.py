@@ -38,8 +38,8 @@ def stairs(figure):
 
 def harmonized(norm, counts, min_count):
     """Gradient norm over density, up to a constant."""
-    region = np.floor(np.float64(norm) * len(counts)).astype(int)
-    curve = norm / np.maximum(counts, min_count)[region]
+    index = np.floor(np.float64(norm) * len(counts)).astype(int)
+    curve = norm / np.maximum(counts, min_count)[index]
     return curve / curve.max()
 
 

@@ -58,7 +58,7 @@ def make_history(length=12, harmonized=("ghm_c", "ghm_r")):
 def make_report(**changes):
     arguments = {
         "title": "digits",
-        "config": {"loss.classification": "ghm_c", "loss.min_count": 25.0},
+        "config": {"loss.classification": "ghm_c", "loss.ghm_c.min_count": 25.0},
         "history": make_history(),
         "figures_of_merit": MERIT,
         "per_class": {"zero": 0.5, "one": 0.25, "two": -1.0},
@@ -313,11 +313,11 @@ def test_the_page_names_every_figure_and_every_part():
     for part in ("GHM-C", "GHM-R", "Training", "Validation images", "Settings", "2 CPU cores"):
         assert part in words
     assert "fewer than 25 examples" in words
-    assert "loss.min_count" in words
+    assert "loss.ghm_c.min_count" in words
 
 
 def test_the_published_losses_are_not_said_to_have_a_floor():
-    text = make_report(config={"loss.preset": "reference", "loss.min_count": 25.0})
+    text = make_report(config={"loss.ghm_c.density": "histogram", "loss.ghm_c.min_count": 0.0})
     assert "floor" not in text
 
 

@@ -53,7 +53,7 @@ def page(rng):
     image = rng.integers(0, 255, (120, 160, 3)).astype(np.uint8)
     return render_report(
         title="a_run_with_a_name_that_is_rather_long_and_has_no_space_to_break_it_anywhere",
-        config={"loss.bins": 30, "data.buckets": ((800, 1344), (1344, 800))},
+        config={"loss.ghm_c.bins": 30, "data.buckets": ((800, 1344), (1344, 800))},
         history=[{"step": i, "loss": 1.0 / i, "loss_class": 1.0 / i} for i in range(1, 9)],
         figures_of_merit=dict.fromkeys(_MERIT, 0.5),
         per_class={"cat": 0.5, "a class with a name that is rather long, too": 0.25},

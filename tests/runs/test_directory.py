@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ghm_jax.config import Config, Loss, Predict, Run
+from ghm_jax.config import Config, Harmonizing, Loss, Predict, Run
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import RunDirectory, claim_run, load_run
 from ghm_jax.runs.experiments import experiment_name, load_experiment
@@ -20,7 +20,7 @@ def refusal(function, *args):
 
 
 def test_a_new_run_gets_its_directory_and_its_config(tmp_path):
-    config = Config(seed=5, loss=Loss(momentum=0.5))
+    config = Config(seed=5, loss=Loss(ghm_c=Harmonizing(momentum=0.5)))
     run = claim_run(tmp_path / "runs" / "a", config)
     assert run == RunDirectory(tmp_path / "runs" / "a")
     assert load_run(run.path) == (run, config)
@@ -41,9 +41,9 @@ def test_the_same_config_goes_on_and_harmless_settings_may_change(tmp_path):
 def test_another_config_is_refused_and_everything_that_differs_is_named(tmp_path):
     config = Config()
     claim_run(tmp_path, config)
-    other = dataclasses.replace(config, seed=3, loss=Loss(bins=20))
+    other = dataclasses.replace(config, seed=3, loss=Loss(ghm_c=Harmonizing(bins=20)))
     line = refusal(claim_run, tmp_path, other)
-    for words in (str(tmp_path), "seed 0, not 3", "loss.bins", "`run_dir`", "`restart`"):
+    for words in (str(tmp_path), "seed 0, not 3", "loss.ghm_c.bins", "`run_dir`", "`restart`"):
         assert words in line
     assert load_run(tmp_path)[1] == config
 

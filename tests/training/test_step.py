@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from oracles import (
     sigmoid,
     weights_after,
 )
-from tiny import SIDE, tiny_batch, tiny_config
+from tiny import GHM_C, GHM_R, SIDE, tiny_batch, tiny_config
 
 from ghm_jax import losses
 from ghm_jax.batch import NO_CLASS
-from ghm_jax.config import Anchors, Loss, Optimizer
+from ghm_jax.config import REFERENCE, Anchors, Loss, Optimizer
 from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.loss import GHMStates
 from ghm_jax.detection.outputs import make_targets, normalize
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = tiny_config(
     optimizer=Optimizer(name="sgd", batch_size=8, learning_rate=0.003, warmup_steps=0)
 )
+PUBLISHED = {"ghm_c": replace(GHM_C, **REFERENCE), "ghm_r": replace(GHM_R, **REFERENCE)}
 NUM_ANCHORS, NUM_CLASSES = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1, 2
 SCALARS = {
     *("loss", "loss_class", "loss_box", "cross_entropy", "box_error"),
@@ -91,12 +93,15 @@ def mean_over(terms, used):
 @pytest.mark.parametrize(
     "loss",
     [
-        Loss(bins=10, box_bins=5, weight=2.0),
-        Loss(bins=10, box_bins=5, preset="reference"),
+        Loss(ghm_c=GHM_C, ghm_r=GHM_R, weight=2.0),
+        Loss(**PUBLISHED),
         Loss(classification="focal", box="smooth_l1", box_weight=3.0),
-        Loss(classification="cross_entropy", box_bins=5, box_min_count=1.0),
+        Loss(classification="cross_entropy", ghm_r=replace(GHM_R, min_count=1.0)),
         Loss(classification="ohem", box="asl1", mu=0.05),
-        Loss(bins=10, box_bins=5, strength=0.5, box_strength=0.75, normalizer="bins"),
+        Loss(
+            ghm_c=replace(GHM_C, strength=0.5, normalizer="bins"),
+            ghm_r=replace(GHM_R, strength=0.75, normalizer="bins"),
+        ),
     ],
     ids=["ghm", "reference", "focal", "cross_entropy", "ohem", "strength"],
 )
@@ -129,12 +134,12 @@ def test_losses_are_those_of_the_formulas(loss):
         value = np.append(positive, np.sort(negative)[-3 * positive.size :]).mean()
     elif loss.classification == "cross_entropy":
         value = mean_over(terms, masks[-1])
-    elif loss.preset == "reference":
+    elif loss.ghm_c == PUBLISHED["ghm_c"]:
         weights, moving = published_weights(norms, masks, bins=10, momentum=0.75)
         np.testing.assert_allclose(state.ghm.classification.counts, moving, rtol=1e-5)
         value = mean_over(weights * terms, masks[-1])
     else:
-        how = {"strength": loss.strength, "normalizer": loss.normalizer}
+        how = {"strength": loss.ghm_c.strength, "normalizer": loss.ghm_c.normalizer}
         weights = weights_after(norms, masks, bins=10, momentum=0.75, **how)
         value = mean_over(weights * terms, masks[-1])
     if loss.box == "smooth_l1":
@@ -143,13 +148,13 @@ def test_losses_are_those_of_the_formulas(loss):
         box_value = mean_over(box_terms, box_masks[-1])
     elif loss.box == "asl1":
         box_value = mean_over(box_terms, box_masks[-1])
-    elif loss.preset == "reference":
+    elif loss.ghm_r == PUBLISHED["ghm_r"]:
         weights, _ = published_weights(box_norms, box_masks, bins=5, momentum=0.7)
         box_value = mean_over(weights * box_terms, box_masks[-1])
     else:
-        how = {"strength": loss.box_strength, "normalizer": loss.normalizer}
+        how = {"strength": loss.ghm_r.strength, "normalizer": loss.ghm_r.normalizer}
         weights = weights_after(
-            box_norms, box_masks, bins=5, momentum=0.7, min_count=loss.box_min_count, **how
+            box_norms, box_masks, bins=5, momentum=0.7, min_count=loss.ghm_r.min_count, **how
         )
         box_value = mean_over(weights * box_terms, box_masks[-1])
 
@@ -196,7 +201,7 @@ def network(norm, axis_name):
 
 
 def test_the_published_scope_is_a_call_for_each_level():
-    loss = Loss(bins=10, box_bins=5, preset="reference", ghm_scope="level")
+    loss = Loss(**PUBLISHED, ghm_scope="level")
     config = dataclasses.replace(CONFIG, loss=loss)
     state, step = table_state(), table_step(config)
     edges = np.cumsum([8 * 8, 4 * 4, 2 * 2, 1])
@@ -241,9 +246,9 @@ def test_losses_without_a_histogram_have_one_mean_over_all_levels_in_the_publish
     np.testing.assert_allclose(*values, rtol=1e-6)
 
 
-@pytest.mark.parametrize("how", [{"preset": "reference"}, {"min_count": 3.0, "strength": 0.5}])
+@pytest.mark.parametrize("how", [REFERENCE, {"min_count": 3.0, "strength": 0.5}])
 def test_exact_density_weighs_by_the_batch_alone(how):
-    loss = Loss(bins=10, density="exact", **how)
+    loss = Loss(ghm_c=replace(GHM_C, density="exact", **how), ghm_r=GHM_R)
     config = dataclasses.replace(CONFIG, loss=loss)
     state, step = table_state(), table_step(config)
     for batch in batches(2):
@@ -253,8 +258,7 @@ def test_exact_density_weighs_by_the_batch_alone(how):
     targets = (classes[..., None] == np.arange(NUM_CLASSES)).astype(float)
     used = np.broadcast_to(classes[..., None] > -2, targets.shape)
     nearby = exact_density(np.abs(sigmoid(logits) - targets), used, 0.1) / 10
-    published = "preset" in how
-    inverse = np.maximum(nearby, 1e-9 if published else 3.0) ** -(1.0 if published else 0.5)
+    inverse = np.maximum(nearby, how["min_count"] or 1e-9) ** -how["strength"]
     weights = inverse / mean_over(inverse, used)
     value = mean_over(weights * binary_cross_entropy(logits, targets), used)
     np.testing.assert_allclose(metrics["loss_class"], value, rtol=1e-4)
@@ -419,7 +423,7 @@ def test_anchors_in_the_padding_are_ignored():
 
 @pytest.mark.parametrize("classification", ["ghm_c", "focal"])
 def test_a_batch_without_any_box_is_background_to_learn_from(classification):
-    config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, bins=10))
+    config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, ghm_c=GHM_C))
     batch = batches(1)[0]
     batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
     optimizer = optax.sgd(1.0)
@@ -436,7 +440,7 @@ def test_a_batch_without_any_box_is_background_to_learn_from(classification):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(classification, value):
     config = dataclasses.replace(
         CONFIG,
-        loss=Loss(classification=classification, bins=10),
+        loss=Loss(classification=classification, ghm_c=GHM_C),
         optimizer=dataclasses.replace(CONFIG.optimizer, ema=0.9),
     )
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -496,8 +500,8 @@ class Fragile(Table):
 @pytest.mark.parametrize(
     "loss",
     [
-        Loss(bins=10, box_bins=5, ghm_scope="level", preset="reference"),
-        Loss(bins=10, density="exact"),
+        Loss(**PUBLISHED, ghm_scope="level"),
+        Loss(ghm_c=replace(GHM_C, density="exact"), ghm_r=replace(GHM_R, density="exact")),
         Loss(classification="ohem", box="smooth_l1"),
     ],
     ids=["levels", "exact", "ohem"],

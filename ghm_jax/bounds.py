@@ -1,0 +1,45 @@
+"""Bounds that stand beside the settings they bound, as in `bins: Positive[int] = 30`."""
+
+import functools
+import math
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+class Bound(NamedTuple):
+    """A condition on the value of a setting, beside its type: `Annotated[int, Bound(...)]`."""
+
+    holds: Callable[[Any], bool]
+    words: str
+    """What is said of a value for which it does not hold, such as "must be positive"."""
+
+
+Positive = Annotated[Number, Bound(lambda value: value > 0, "must be positive")]
+NotNegative = Annotated[Number, Bound(lambda value: value >= 0, "must not be negative")]
+Fraction = Annotated[Number, Bound(lambda value: 0 <= value <= 1, "must be in [0, 1]")]
+BelowOne = Annotated[Number, Bound(lambda value: 0 <= value < 1, "must be in [0, 1)")]
+
+
+def problems(settings: Any) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong with it) of the fields of a dataclass that are out of bounds.
+
+    A field is bounded by each `Bound` of its type and by the choices of a `Literal`; a float must
+    be finite besides. Fields that hold a dataclass are not looked into.
+    """
+    for name, kind in _kinds(type(settings)).items():
+        value = getattr(settings, name)
+        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+            yield name, f"{value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield name, f"must be a finite number, got {value}"
+        for bound in getattr(kind, "__metadata__", ()):
+            if isinstance(bound, Bound) and not bound.holds(value):
+                yield name, f"{bound.words}, got {value}"
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
