@@ -208,8 +208,7 @@ def _harmonized_curves(
 
 
 def _grid(reach: float, points: int) -> np.ndarray:
-    """Midpoints, which avoid 0, where a logit would be infinite, and the edges of bins for the usual
-    numbers of bins."""
+    """Midpoints: they avoid 0, where a logit would be infinite, and usually the edges of bins."""
     return (np.arange(points) + 0.5) / points * reach
 
 
