@@ -105,8 +105,8 @@ def load_results(path: str | Path, truth: dict[str, Any]) -> list[dict[str, Any]
         except (KeyError, TypeError, ValueError):
             raise ConfigError(
                 str(path),
-                f"row {number} lacks a finite image_id, category_id, score or "
-                "bbox [x, y, width, height]",
+                f"row {number} needs image_id, category_id, score and bbox [x, y, width, height], "
+                "all finite",
                 "fix the file",
             ) from None
         if image_id not in images or category_id not in categories:
