@@ -1,21 +1,20 @@
-"""What a run survives: kills at any moment, damaged files, a full disk, bad images, bad numbers.
+"""Fault injection: kills at any moment, damaged files, a full disk, bad images, bad numbers.
 
-    python -m experiments.fault_injection                        # 50 kills, and every other fault
-    python -m experiments.fault_injection --kills 4 --repeats 1  # a taste of it
+    python -m experiments.fault_injection                        # 50 kills, and all other faults
+    python -m experiments.fault_injection --kills 4 --repeats 1  # a quick version
 
-A tiny detector is trained once undisturbed and again and again with faults, always by the real
-command in a process of its own. A fault is survived if the same command goes on afterwards and the
-run ends with the same bits in every parameter, every other array of the state, and every line of
-the log. Data is lost if a checkpoint that was whole is gone or cannot be read afterwards.
+A tiny detector is trained once undisturbed and many times with faults, always by the real command
+in a process of its own. A run survives a fault if the same command then resumes it and it ends
+bit-identical in every array of the state and every line of the log (except times). Data is lost if
+a complete checkpoint is gone or cannot be read afterwards.
 
-Prints a table; with --out FILE writes it as JSON too.
+Prints a table; with --out FILE also writes it as JSON.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -36,10 +35,11 @@ from ghm_jax.config import Anchors, Config, Data, Harmonizing, Loss, Model, Opti
 from ghm_jax.data import prepare_folder
 from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.runs.records import write_record
 
-STEPS, EVERY = 120, 5  # so that a run is saved two dozen times
+STEPS, EVERY = 120, 5  # two dozen checkpoints per run
 NAN_STEP = 60
-TIMED = ("images_per_second", "seconds", "data_wait", "mfu")  # of the clock, never the same
+TIMED = ("images_per_second", "seconds", "data_wait", "mfu")  # depend on wall time
 
 config = Config(
     data=Data(name="squares", dir="", short_side=64, long_side=64, buckets=((64, 64),)),
@@ -62,8 +62,8 @@ config = Config(
 
 
 @dataclasses.dataclass
-class Row:
-    """How one kind of fault went."""
+class FaultResult:
+    """Counts of one kind of fault."""
 
     fault: str
     tried: int = 0
@@ -72,8 +72,8 @@ class Row:
     note: str = ""
 
 
-class Torture:
-    """A folder with the data and the undisturbed run, and the faults."""
+class FaultInjector:
+    """A folder with the data and the undisturbed run, and methods for the faults."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
@@ -102,16 +102,17 @@ class Torture:
             )
 
     def output(self, name: str) -> str:
-        """All that the command said for a run so far."""
+        """The output of the command for a run so far."""
         return (self.folder / f"{name.replace('/', '-')}.log").read_text()
 
     def is_same(self, name: str) -> bool:
-        """Whether a finished run is the undisturbed one, bit for bit."""
+        """Whether a finished run is bit-identical to the undisturbed one."""
         return outcome(self.folder / name) == self.expected
 
-    def kills(self, count: int) -> list[Row]:
-        """SIGKILL while a process starts, between steps and while it saves."""
-        rows = {kind: Row(f"SIGKILL {kind}") for kind in ("at any time", "in a step", "in a save")}
+    def kills(self, count: int) -> list[FaultResult]:
+        """SIGKILL during startup, between steps, and while saving a checkpoint."""
+        kinds = ("at any time", "in a step", "in a save")
+        rows = {kind: FaultResult(f"SIGKILL {kind}") for kind in kinds}
         total = number = 0
         while total < count:
             number += 1
@@ -127,7 +128,7 @@ class Torture:
                 rows[kind].data_lost += newest(self.folder / name) < before
             self.train(name).wait()
             same = self.is_same(name)
-            # A checkpoint that looks whole and is not is skipped when the run goes on.
+            # A checkpoint that looks complete but is not is skipped when the run resumes.
             rows["in a save"].data_lost += self.output(name).count("is skipped")
             for row in killed:
                 row.survived += same
@@ -136,28 +137,28 @@ class Torture:
         return list(rows.values())
 
     def kill(self, process: subprocess.Popen[bytes], name: str, kind: str) -> bool:
-        """Kills at a random moment of the kind; False if the run was over before."""
+        """Kills the process at a random moment of that kind; False if it had finished before."""
         run = RunDirectory(self.folder / name)
         before = size(run.history)
         longest = {"at any time": 8.0, "in a step": 1.0, "in a save": 0.05}[kind]
         if kind == "in a step":
-            await_(lambda: size(run.history) != before, process)
+            wait_until(lambda: size(run.history) != before, process)
         if kind == "in a save":
             old = set(run.checkpoints.glob("*tmp*"))
-            await_(lambda: set(run.checkpoints.glob("*tmp*")) - old, process)
+            wait_until(lambda: set(run.checkpoints.glob("*tmp*")) - old, process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(self.random.uniform(0, longest))
         process.kill()
         return process.wait() == -signal.SIGKILL
 
-    def damage(self, repeats: int) -> Row:
-        """A file of the newest checkpoint is cut off at a random place, or emptied, or gone."""
-        row = Row("a damaged file in the newest checkpoint", repeats)
+    def damage(self, repeats: int) -> FaultResult:
+        """A file of the newest checkpoint is truncated at a random byte, emptied, or removed."""
+        row = FaultResult("a damaged file in the newest checkpoint", repeats)
         for number in range(repeats):
             name = f"damaged{number}"
             process = self.train(name)
             run = RunDirectory(self.folder / name)
-            await_(lambda: len(whole(run.path)) >= 2, process)  # noqa: B023 (called here only)
+            wait_until(lambda: len(whole(run.path)) >= 2, process)  # noqa: B023 (called here only)
             process.terminate()
             process.wait()
             last = run.checkpoints / str(newest(run.path))
@@ -173,24 +174,25 @@ class Torture:
             row.data_lost += not older
         return row
 
-    def full_disk(self) -> Row:
-        """The disk has no room for a checkpoint for a while, then it has."""
-        row, name = Row("a full disk", 1), "small/full"
+    def full_disk(self) -> FaultResult:
+        """The disk is too full for a checkpoint for a while."""
+        row, name = FaultResult("a full disk", 1), "small/full"
         disk = self.folder / "small"
         disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
         if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-            return dataclasses.replace(row, tried=0, note="not tried: needs leave to mount a tmpfs")
+            note = "not tried: needs permission to mount a tmpfs"
+            return dataclasses.replace(row, tried=0, note=note)
         try:
             process = self.train(name)
-            await_(lambda: len(whole(self.folder / name)) >= 2, process)
-            process.send_signal(signal.SIGSTOP)  # or a fast machine has done all its saves by then
+            wait_until(lambda: len(whole(self.folder / name)) >= 2, process)
+            process.send_signal(signal.SIGSTOP)  # or a fast machine finishes its saves before
             before = whole(self.folder / name)
             with contextlib.suppress(OSError), (disk / "ballast").open("wb", 0) as ballast:
                 while True:
                     ballast.write(bytes(4096))
             process.send_signal(signal.SIGCONT)
-            await_(lambda: "a checkpoint was not written" in self.output(name), process)
+            wait_until(lambda: "a checkpoint was not written" in self.output(name), process)
             row.data_lost += not whole(self.folder / name) & before
             (disk / "ballast").unlink()
             code = process.wait()
@@ -200,9 +202,9 @@ class Torture:
             subprocess.run(["umount", "-l", str(disk)], check=False)
         return row
 
-    def broken_image(self) -> Row:
-        """An image is cut off: the run says which, or goes on with another one if asked to."""
-        row = Row("an image that cannot be decoded", 2)
+    def broken_image(self) -> FaultResult:
+        """An image is truncated: the run names it, or replaces it if `data.on_error` says so."""
+        row = FaultResult("an image that cannot be decoded", 2)
         draw_squares(self.folder / "cut", broken=7)
         prepare(self.folder / "cut_data", self.folder / "cut")
         data = ["--data.dir", str(self.folder / "cut_data")]
@@ -212,9 +214,9 @@ class Torture:
         row.survived += code == 0
         return row
 
-    def bad_numbers(self) -> list[Row]:
-        """A batch with NaN costs one update; a hopeless learning rate ends the run in words."""
-        row = Row("a NaN in one batch", 1)
+    def bad_numbers(self) -> list[FaultResult]:
+        """A batch with NaN costs one update; a far too high learning rate stops with a message."""
+        row = FaultResult("a NaN in one batch", 1)
         code = f"""
 import jax.numpy as jnp
 import ghm_jax.train
@@ -227,20 +229,20 @@ ghm_jax.train.train_step = poisoned
         if self.train("poisoned", code=code).wait() == 0:
             state = outcome(self.folder / "poisoned")["state"]
             row.survived = int(np.frombuffer(state[".skipped.total"], np.int32)[0] == 1)
-        rate = Row("a learning rate of 1e30", 1)
+        rate = FaultResult("a learning rate of 1e30", 1)
         code = self.train("diverged", "--optimizer.learning-rate", "1e30").wait()
         said = self.output("diverged").splitlines()[-1]
         rate.survived = int(code == 1 and "learning-rate" in said)
-        rate.note = "the run stops with the reason"
+        rate.note = "the run stops with a message"
         return [row, rate]
 
 
 def outcome(path: Path) -> dict[str, Any]:
-    """All that a finished run has computed: the bytes of its state, and its log but for times."""
+    """What a finished run has computed: the bytes of its state, and its log except times."""
     try:
         run, resolved = load_run(path)
         state = restore_state(run, resolved, jax.devices()[0])
-    except Exception as error:  # whatever it is, it is not the same
+    except Exception as error:  # compares as different, whatever it is
         return {"state": {}, "error": repr(error)}
     leaves = jax.tree.leaves_with_path(state)
     records = [json.loads(line) for line in run.history.read_text().splitlines()]
@@ -251,12 +253,12 @@ def outcome(path: Path) -> dict[str, Any]:
 
 
 def whole(path: Path) -> set[str]:
-    """Names of the checkpoints of a run that are whole."""
+    """Names of the complete checkpoints of a run."""
     return {p.name for p in (path / "checkpoints").glob("*") if p.name.isdigit()}
 
 
 def newest(path: Path) -> int:
-    """Steps done at the newest of them, or -1."""
+    """Steps done at the newest complete checkpoint, or -1."""
     return max(map(int, whole(path)), default=-1)
 
 
@@ -264,14 +266,14 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def await_(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
-    """Returns when it holds, or when the process is over."""
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+    """Returns when the condition holds or the process has finished."""
     while process.poll() is None and not condition():
         time.sleep(0.002)
 
 
 def draw_squares(folder: Path, broken: int | None) -> None:
-    """Twelve images of dark and light squares, with their COCO file; one image can be cut off."""
+    """Twelve images of dark and light squares, with their COCO file; one may be truncated."""
     folder.mkdir(parents=True)
     rng, annotations = np.random.default_rng(0), []
     for number in range(12):
@@ -305,35 +307,33 @@ def prepare(out: Path, images: Path) -> None:
 
 
 def main(kills: int = 50, repeats: int = 10, seed: int = 0, out: Path | None = None) -> None:
-    """Tries every kind of fault.
+    """Injects every kind of fault.
 
     Args:
-        kills: SIGKILLs in all.
-        repeats: damaged checkpoints.
+        kills: number of SIGKILLs.
+        repeats: number of damaged checkpoints.
         seed: of the moments and files.
         out: JSON file for the table.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        torture = Torture(Path(folder), seed)
-        rows = torture.kills(kills)
-        rows += [torture.damage(repeats), torture.full_disk(), torture.broken_image()]
-        rows += torture.bad_numbers()
+        injector = FaultInjector(Path(folder), seed)
+        rows = injector.kills(kills)
+        rows += [injector.damage(repeats), injector.full_disk(), injector.broken_image()]
+        rows += injector.bad_numbers()
     print(f"{'fault':<44}{'tried':>6}{'survived':>10}{'data lost':>11}")
     for row in rows:
         counts = f"{row.tried:>6}{row.survived:>10}{row.data_lost:>11}"
         print(f"{row.fault:<44}{counts}  {row.note}".rstrip())
     if out:
-        record = {
-            "command": f"python -m experiments.fault_injection --kills {kills} --repeats {repeats} "
-            f"--seed {seed}",
-            "date": time.strftime("%Y-%m-%d"),
-            "device": f"{os.cpu_count()} CPU cores",
-            "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        command = f"python -m experiments.fault_injection --kills {kills} --repeats {repeats} "
+        command += f"--seed {seed}"
+        contents = {
             "seconds": round(time.perf_counter() - start),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        device = f"{os.cpu_count()} CPU cores"
+        write_record(out, command, contents, packages=("jax",), device=device)
     if any(row.survived < row.tried or row.data_lost for row in rows):
         sys.exit(1)
 

@@ -1,15 +1,12 @@
-"""How much of what the network sees is padding, for several choices of shape buckets.
+"""How much of the network's input is padding, for several choices of shape buckets.
 
     python experiments/padding_waste.py DATA_DIR [--name coco/2017] [--split validation]
 
-From the sizes of a prepared data set alone; nothing is decoded. The result goes to
+Uses only the image sizes of a prepared data set; nothing is decoded. The result goes to
 experiments/results/padding_waste.json.
 """
 
 import dataclasses
-import json
-import platform
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from ghm_jax.data import open_dataset
 from ghm_jax.data.batching import choose_bucket
 from ghm_jax.data.order import group_images
 from ghm_jax.data.transforms import resized_size
+from ghm_jax.runs.records import write_record
 
 RESULT = Path(__file__).parent / "results" / "padding_waste.json"
 SQUARE = ((1344, 1344),)
@@ -45,7 +43,7 @@ def main(
         return {"padding": 1 - resized.prod(axis=1).sum() / seen, "programs": len(groups)}
 
     def mixed(buckets: tuple[tuple[int, int], ...]) -> dict[str, float | int]:
-        """Batches of any images, padded to the first bucket that holds all of them."""
+        """Batches of arbitrary images, padded to the first bucket that fits all of them."""
         rng, used, seen, kept = np.random.default_rng(0), set(), 0, 0
         for _ in range(1000):
             batch = resized[rng.choice(images, BATCH)]
@@ -63,16 +61,10 @@ def main(
     ]
     for row in rows:
         print(f"{row['choice']:<34}{row['padding']:>7.1%} padding, {row['programs']} programs")
-    record = {
-        "command": f"python experiments/padding_waste.py DATA_DIR --name {name} --split {split}",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": "none: computed from sizes",
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "images": len(sizes),
-        "batch_size": BATCH,
-        "rows": rows,
-    }
-    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    command = f"python experiments/padding_waste.py DATA_DIR --name {name} --split {split}"
+    contents = {"images": len(sizes), "batch_size": BATCH, "rows": rows}
+    device = "none: computed from sizes"
+    write_record(RESULT, command, contents, packages=("numpy",), device=device)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,20 @@
         --devices 1 --runs runs/calibration
         --result experiments/results/calibration_800_steps.json
 
-focal: focal loss (0.25, 2). published: GHM-C without the floor, which is the published weighting
-with one histogram for all levels. floored: the quickstart itself. Nine runs of a
-few minutes on two cores; finished ones are not run again, and the result in
-experiments/results/quickstart_losses.json holds all that are finished. It goes into the README.
+focal: focal loss (0.25, 2). published: GHM-C without the floor, the published weighting with one
+histogram for all levels. floored: the quickstart itself. Nine runs of a few minutes on two cores;
+finished runs are skipped, and the result in experiments/results/quickstart_losses.json has all
+finished runs. It goes into the README.
 
-By name, what the defaults of the losses were chosen from: published_levels is the published code
-as it stands, a call for each pyramid level; printed divides by all bins, as in the paper, with the
-floor; uncorrected lets the average start at zero, with the floor; softened has strength 0.75 in
-place of a floor.
+The other names are the alternatives to the defaults of the losses: published_levels is the
+published code, with one call per pyramid level; printed divides by the number of all bins, as in
+the paper, with the floor; uncorrected starts the moving average at zero, with the floor; softened
+has strength 0.75 instead of a floor.
 
-The second command asks whose scores are to be trusted: expected calibration error, the mean
-distance between score and precision (a detection is right from IoU 0.5 on) in ten bins of score,
-over all detections above the threshold of 0.05, and over those that score 0.3 or more. The same
-of two full runs is in experiments/results/calibration.json.
+The second command measures calibration: expected calibration error, the mean distance between
+score and precision (at IoU 0.5) in ten bins of score, over all detections above the threshold of
+0.05 and over those with a score of at least 0.3. The same for two full runs is in
+experiments/results/calibration.json.
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.evaluate import evaluate
 from ghm_jax.progress import Bar
 from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.runs.records import write_record
 from ghm_jax.train import train
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -79,13 +79,13 @@ def main(
     result: Path = RESULT,
     steps: int = 0,
 ) -> None:
-    """Trains and scores what is not finished yet, and writes the table.
+    """Trains and scores the runs that are not finished, and writes the table.
 
     Args:
         seeds: of the runs.
         losses: names of `LOSSES`.
         devices: for each run; 0: all.
-        runs: where the runs go.
+        runs: directory for the runs.
         result: JSON file for the table.
         steps: of each run; 0: the quickstart's.
     """
@@ -103,28 +103,28 @@ def main(
 
 
 def calibration(run_dir: Path) -> dict[str, Any]:
-    """What the scores of a run are worth, with the bins that say it."""
+    """How well the scores of a run are calibrated, with the bins."""
     bins = json.loads((run_dir / "errors.json").read_text())["calibration"]["bins"]
 
     def mean(distance: Callable[[float], float], bins: list[dict[str, float]]) -> float:
-        total = sum(part["count"] for part in bins)
+        total = sum(each["count"] for each in bins)
         return (
-            sum(part["count"] * distance(part["score"] - part["precision"]) for part in bins)
+            sum(each["count"] * distance(each["score"] - each["precision"]) for each in bins)
             / total
         )
 
-    confident = [part for part in bins if part["score_from"] > 0.25]
+    confident = [each for each in bins if each["score_from"] > 0.25]
     return {
         "ECE": mean(abs, bins),
         "ECE_03": mean(abs, confident),
         "overconfidence": mean(float, confident),  # score minus precision, from 0.3 on
-        "detections": sum(part["count"] for part in bins),
+        "detections": sum(each["count"] for each in bins),
         "bins": bins,
     }
 
 
 def write_result(runs: Path, result: Path, steps: int) -> None:
-    """Gathers the figures of all finished runs."""
+    """Collects the figures of all finished runs."""
     rows = []
     for path in sorted(runs.glob("*/metrics.json")):
         name, seed = path.parent.name.rsplit("-", 1)
@@ -144,16 +144,10 @@ def write_result(runs: Path, result: Path, steps: int) -> None:
             }
             for key in FIGURES
         }
-    record = {
-        "command": "python experiments/quickstart_losses.py " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{os.cpu_count()} cores, {jax.devices()[0].device_kind} {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "steps": steps,
-        "summary": summary,
-        "runs": rows,
-    }
-    result.write_text(json.dumps(record, indent=2) + "\n")
+    command = "python experiments/quickstart_losses.py " + " ".join(sys.argv[1:])
+    device = f"{os.cpu_count()} cores, {jax.devices()[0].device_kind} {platform.machine()}"
+    contents = {"steps": steps, "summary": summary, "runs": rows}
+    write_record(result, command, contents, packages=("jax",), device=device)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ from flax import traverse_util
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from ghm_jax.analysis.cost import describe, table
+from ghm_jax.analysis.cost import describe
+from ghm_jax.cli.tables import description_table
 from ghm_jax.distributed.devices import use_cpu_cores
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.models.weight_names import MMDETECTION
@@ -93,7 +94,7 @@ model = replace(published.model, weights="", dtype="float32")
 if SMOKE:
     model = replace(model, backbone="resnet10", width=8, channels=16)
 published = replace(published, model=model)
-print(table(describe(published, num_classes=80, image_size=(800, 1280))))
+print(description_table(describe(published, num_classes=80, padded_size=(800, 1280))))
 
 # %% [markdown]
 # ## Import

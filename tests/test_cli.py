@@ -123,7 +123,7 @@ def fails(capsys, *args):
         ("evaluate run --evaluator coco", ["evaluator", "hotcoco", "pycocotools"]),
         ("evaluate run --annotations gone.json", ["data.annotations", "no file gone.json"]),
         ("evaluate run --detections gone.json", ["gone.json", "no such file", "COCO results"]),
-        ("evaluate run --detections tiny.py", ["tiny.py", "is no JSON"]),
+        ("evaluate run --detections tiny.py", ["tiny.py", "is not JSON"]),
         ("evaluate taken --detections gone.json", ["taken", "not a run"]),
         ("evaluate nosuch.py --detections gone.json", ["nosuch.py", "no such experiment"]),
         ("evaluate table.py --detections gone.json", ["table.py:one"]),

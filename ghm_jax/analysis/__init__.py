@@ -1,1 +1,1 @@
-"""What a run, a data set or a machine is like: nothing here changes one."""
+"""Measurements of runs, data sets and machines, which they leave unchanged."""

@@ -1,8 +1,8 @@
-"""What the losses of a trained detector see: gradient norms, weights, and who makes the gradient.
+"""What the losses of a trained detector see: gradient norms, weights, and sources of the gradient.
 
-Gradient norms are |d loss / d prediction| of the plain losses: |p - p*| of an anchor and class
-under cross-entropy, and that of a coordinate under ASL1 (Li, Liu, Wang, "Gradient Harmonized
-Single-stage Detector", AAAI 2019, equations 2 and 17). Every gradient here is taken by `jax.grad`
+Gradient norms are |d loss / d prediction| of the plain losses: |p - p*| of an (anchor, class) pair
+for cross-entropy, and the gradient of a coordinate for ASL1 (Li, Liu, Wang, "Gradient Harmonized
+Single-stage Detector", AAAI 2019, equations 2 and 17). All gradients are computed by `jax.grad`
 from the losses of `ghm_jax.losses`.
 """
 
@@ -36,7 +36,7 @@ from ghm_jax.distributed.devices import (
     split_batch,
 )
 from ghm_jax.evaluation.detector import restore_state
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.losses.density import bin_index, shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
@@ -46,9 +46,9 @@ from ghm_jax.training.build import make_model
 from ghm_jax.training.state import TrainState
 
 DIFFICULTY = {"easy": (0.0, 0.1), "middle": (0.1, 0.5), "hard": (0.5, 0.9), "outlier": (0.9, 1.0)}
-"""Ranges of gradient norm, [from, to); 1 is an outlier."""
+"""Ranges of gradient norm, [from, to); 1 counts as an outlier."""
 
-_TENTHS = 10  # bins that the ranges above are made of
+_TENTHS = 10  # bins that make up the ranges above
 _TINY = 1e-30
 
 
@@ -71,11 +71,12 @@ def write_stats(
         The statistics, and the files.
 
     Raises:
-        ConfigError: as `gradient_stats`, or `out` cannot be written.
+        ConfigError: as for `gradient_stats`.
+        ArgumentError: as for `gradient_stats`, or `out` cannot be written.
     """
     folder = Path(out or run_dir)
     if out and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out: {folder} is a file; choose a directory")
+        raise ArgumentError("out", f"{folder} is a file", "choose a directory")
     stats = gradient_stats(run_dir, split=split, images=images, progress=progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,8 @@ def write_stats(
             paths.append(folder / f"stats_{name}.png")
             stats_panel(key, stats[key], stats["batch_size"]).savefig(paths[-1])
     except OSError as error:
-        raise ConfigError(
-            f"--out: {folder} cannot be written ({error.strerror}); choose another directory"
+        raise ArgumentError(
+            "out", f"{folder} cannot be written ({error.strerror})", "choose another directory"
         ) from error
     return stats, paths
 
@@ -98,39 +99,40 @@ def gradient_stats(
     images: int = 500,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What both losses make of the gradient norms of a run's newest checkpoint.
+    """Statistics of gradient norms and of both losses for a run's newest checkpoint.
 
-    The network looks at images without augmentation, in batches of `optimizer.batch_size`. Each
-    batch is what the next training step would see: its own histogram is averaged with that of the
-    checkpoint. A last batch that is not full is left out, unless it is the only one.
+    The network sees images without augmentation, in batches of `optimizer.batch_size`. Each batch
+    is treated as the next training step would: its histogram is averaged with the moving average of
+    the checkpoint. An incomplete last batch is skipped unless it is the only one.
 
     Args:
         run_dir: of a run that has a checkpoint.
         split: TFDS split; None: the run's validation split.
-        images: to look at, at most (at least one batch).
-        progress: who hears about it.
+        images: maximum number of images (at least one batch is used).
+        progress: receives progress updates.
 
     Returns:
-        `step`, `split`, `images` (that were used), `batch_size`, and for `classification` and
-        `box` a dict, all lists [bins]:
+        `step`, `split`, `images` (number used), `batch_size`, and for `classification` and `box` a
+        dict (lists are [bins]):
             loss: name of the run's loss.
-            counts: mean examples of a batch.
-            positive_counts: those of them whose target is 1 (`classification` only).
-            ema: the checkpoint's moving average, as the loss uses it; None for other losses
-                and before the first step.
-            weights: mean factor between the gradient of the loss and the plain one; of a loss that
-                is not GHM scaled to a mean of 1 over the examples. None where there is no example.
+            counts: mean number of examples per batch.
+            positive_counts: of these, the examples whose target is 1 (`classification` only).
+            ema: the checkpoint's moving average of the counts, as the loss uses it; None for other
+                losses and before the first step.
+            weights: mean ratio of the gradient of the loss to that of the plain loss; unless the
+                loss is GHM, scaled to a mean of 1 over the examples. None for empty bins.
             gradient: share of the total gradient by loss: the plain loss, the common baseline
                 and the run's loss.
             difficulty: for `easy`, `middle`, `hard` and `outlier` the `range` of gradient norm,
                 the share of the `examples`, and the share of the `gradient` by loss.
-            nonfinite: examples left out because their gradient norm was NaN or infinite.
+            nonfinite: examples skipped because their gradient norm was NaN or infinite.
 
     Raises:
-        ConfigError: no run, no checkpoint, no data, or `images` not positive.
+        ConfigError: no run, no checkpoint, or no data.
+        ArgumentError: `images` is not positive.
     """
     if images < 1:
-        raise ConfigError(f"--images: must be positive, got {images}")
+        raise ArgumentError("images", f"must be positive, got {images}")
     progress = progress or Silent()
     run, config = load_run(run_dir)
     split = split or config.data.validation_split
@@ -139,8 +141,9 @@ def gradient_stats(
     dataset = open_dataset(config.data, split)
     if config.data.classes and dataset.class_names != config.data.classes:
         raise ConfigError(
-            f"data.name: {dataset.name} has other classes than {run.path} was trained on; "
-            "use a data set with the same class names"
+            "data.name",
+            f"{dataset.name} has other classes than {run.path} was trained on",
+            "use a data set with the same class names",
         )
     state = restore_state(run, config, devices[0])
     progress.say(f"{run.path}: gradients of step {int(state.step)} on images of {dataset.name}")
@@ -157,7 +160,7 @@ def measure_gradients(
     images: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`gradient_stats` of a state on the first images of a data set, without `step` and `split`."""
+    """The `gradient_stats` of a state on the first images of a data set, except `step`, `split`."""
     size = config.optimizer.batch_size
     wanted = min(max(images // size, 1), -(-len(dataset) // size))
     step = functools.partial(_measure, config=config, num_classes=len(dataset.class_names))
@@ -188,7 +191,7 @@ def measure_gradients(
 def _measure(
     state: dict[str, Any], seen: tuple[Batch, jax.Array], *, config: Config, num_classes: int
 ) -> dict[str, Any]:
-    """Sums over all replicas' examples, by bins of gradient norm; one replica's part of it.
+    """Sums over the examples of all replicas, by bin of gradient norm; runs on each replica.
 
     `seen` is a batch and which of its images count, bool[b].
     """
@@ -202,11 +205,11 @@ def _measure(
     sizes = level_sizes(batch.model_inputs().padded_size, model.anchors_per_cell)
 
     def ours(logits: jax.Array, deltas: jax.Array) -> tuple[jax.Array, Any]:
-        parts, _, stats = detection_loss(
+        terms, _, stats = detection_loss(
             logits, deltas, targets, state["ghm"],
             config=config, level_sizes=sizes, axis_name=REPLICA,
         )  # fmt: skip
-        return parts.classification + parts.box, stats  # each depends on one of the two only
+        return terms.classification + terms.box, stats  # each depends on only one of the inputs
 
     gradient_of = jax.grad(ours, argnums=(0, 1), has_aux=True)
     (by_logits, by_deltas), (stats_class, stats_box) = gradient_of(logits, deltas)
@@ -243,7 +246,7 @@ def _gradient(
     mask: jax.Array | None,
     loss: Callable[..., tuple[jax.Array, Any, losses.LossStats]],
 ) -> jax.Array:
-    """|d loss / d value| of every example, times the number of examples of all replicas."""
+    """|d loss / d value| of each example, multiplied by the number of examples of all replicas."""
 
     def total(x: jax.Array) -> jax.Array:
         mean, _, stats = loss(x, targets, mask, axis_name=REPLICA)
@@ -259,16 +262,16 @@ def _by_bin(
     gradients: dict[str, jax.Array],
     bins: int,
 ) -> dict[str, Any]:
-    """Per bin, of `bins` and of ten: examples, positive ones, the gradients of each loss."""
+    """For `bins` bins and for ten: number of examples, of positive ones, and gradient by loss."""
 
-    def sums(count: int) -> dict[str, Any]:
-        index = bin_index(norm, used, count)
+    def sums(num_bins: int) -> dict[str, Any]:
+        index = bin_index(norm, used, num_bins)
 
-        def of_one(number: jax.Array) -> dict[str, Any]:
+        def of_bin(number: jax.Array) -> dict[str, Any]:
             inside = index == number
 
             def sum_inside(values: jax.Array) -> jax.Array:
-                # One axis after the other: short sums, and so exact to the last digits.
+                # One axis after the other: short sums lose fewer digits.
                 return jnp.where(inside, values, 0.0).sum(axis=1).sum(axis=1).sum()
 
             return {
@@ -277,8 +280,8 @@ def _by_bin(
                 "gradient": {key: sum_inside(value) for key, value in gradients.items()},
             }
 
-        # One bin at a time: adding up by scattering would lose digits in the first.
-        return jax.lax.map(of_one, jnp.arange(count, dtype=index.dtype))
+        # One bin at a time: a scatter-add would lose digits in the first bin.
+        return jax.lax.map(of_bin, jnp.arange(num_bins, dtype=index.dtype))
 
     broken = used & ~jnp.isfinite(norm)
     return {
@@ -291,7 +294,7 @@ def _by_bin(
 def _summary(
     key: str, total: dict[str, Any], *, batches: int, config: Config, states: GHMStates
 ) -> dict[str, Any]:
-    """One loss's part of `gradient_stats`, from sums over `batches` batches."""
+    """The `gradient_stats` of one loss term, from sums over `batches` batches."""
     loss = config.loss
     if key == "classification":
         name, plain, baseline = loss.classification, "cross_entropy", "focal"

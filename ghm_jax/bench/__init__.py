@@ -1,1 +1,1 @@
-"""Measurements that `ghm-jax bench` prints. Times are compared within one run only."""
+"""Measurements that `ghm-jax bench` prints. Compare times only within one run."""

@@ -11,20 +11,20 @@ class DetectorCase:
     """A detector to time."""
 
     backbone: str = "resnet50"
-    image_size: tuple[int, int] = (800, 1344)
-    """(height, width) in pixels, multiples of 32."""
+    padded_size: tuple[int, int] = (800, 1344)
+    """(height, width) of the padded images in pixels, multiples of 32."""
     num_classes: int = 80
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     channels: int = 256
     """Of pyramid and heads."""
 
     def config_with(self, **sections: Any) -> Config:
-        """The config of the detector on images of this size, with other sections as given."""
+        """The config of the detector for this image size, with other sections as given."""
         return Config(
             data=Data(
-                short_side=min(self.image_size),
-                long_side=max(self.image_size),
-                buckets=(self.image_size,),
+                short_side=min(self.padded_size),
+                long_side=max(self.padded_size),
+                buckets=(self.padded_size,),
             ),
             model=Model(backbone=self.backbone, channels=self.channels, dtype=self.dtype),
             **sections,

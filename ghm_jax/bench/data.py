@@ -1,14 +1,12 @@
-"""What the input pipeline costs an image and a core, stage by stage.
+"""CPU time of the input pipeline per image, stage by stage.
 
-All of it in processor time, that of every thread added up: images a second and core is then one
-over it, on a busy machine too. The limit is OpenCV's own decoding and resizing, which no pipeline
-on a host can do without.
+CPU time is summed over all threads, so the reciprocal is images per second and core, even on a busy
+machine. The limit is OpenCV's decoding and resizing alone, which every pipeline on a host needs.
 """
 
 import contextlib
 import functools
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ghm_jax.bench.timing import time_rounds
 from ghm_jax.config import Config, Data, Optimizer, Run
 from ghm_jax.data.batching import Example, choose_bucket, collate, make_example
 from ghm_jax.data.dataset import Dataset
@@ -29,71 +28,60 @@ LIMIT = "cv2 decode + resize"
 PIPELINE = "record to batch"
 TF_DATA = "tf.data: decode, resize, flip, pad, batch"
 _BATCH = 8
-_BOXES = 8  # an image; COCO has 7.3
+_BOXES = 8  # per image; COCO has 7.3
 
 
 @dataclass(frozen=True)
-class Row:
-    """One stage."""
+class StageTime:
+    """Time of one stage."""
 
     stage: str
     milliseconds: float
-    """Processor time an image, median over the repeats, which go round all stages."""
+    """CPU time per image, median over the repeats."""
     fastest: float
-    """Least milliseconds of a repeat."""
+    """CPU time per image in the fastest repeat."""
     images_per_second: float
     """Of one core: 1000 / milliseconds."""
     of_limit: float
-    """`images_per_second` over that of `LIMIT`."""
+    """`images_per_second` relative to `LIMIT`."""
 
 
 @dataclass(frozen=True)
-class LoaderRow:
-    """The loader as training reads it, by the clock."""
+class LoaderRate:
+    """Throughput of the training loader in wall time."""
 
     workers: int
-    """Processes that decode; 0: threads of this one."""
+    """Processes that decode; 0: threads of this process."""
     images_per_second: float
-    """After the first batches, of the whole machine."""
+    """Of the whole machine, after the first batches."""
 
 
 def measure_data(
     source_size: tuple[int, int] = (480, 640), repeats: int = 7, data: Data | None = None
-) -> list[Row]:
-    """Times every stage on JPEGs of (height, width); with TensorFlow installed, tf.data too.
+) -> list[StageTime]:
+    """Times every stage on JPEG images, and with TensorFlow installed tf.data.
 
     Args:
-        source_size: of the stored images, in pixels.
+        source_size: (height, width) of the stored images in pixels.
         repeats: timed rounds, after one that warms up.
-        data: sizes to resize to and buckets; None: those of COCO, 800 x 1333 in 800 x 1344.
+        data: target size and buckets; None: COCO's, 800 x 1333 padded to 800 x 1344.
     """
     data = data or Data()
     records = make_records(2 * _BATCH, source_size)
     with _one_thread():
-        times = _time(_stages(records, data), repeats, len(records))
-        # By itself: what runs right after TensorFlow is slower.
+        stages = _stages(records, data)
+        times = [*time_rounds(list(stages.values()), repeats).cpu]
+        # Timed separately: whatever runs right after TensorFlow is slower.
         if importlib.util.find_spec("tensorflow"):
-            times |= _time({TF_DATA: _tf_data(records, data)}, repeats, len(records))
-    limit = statistics.median(times[LIMIT])
-    rows = []
-    for stage, values in times.items():
-        median = statistics.median(values)
-        rows.append(Row(stage, median, min(values), 1000 / median, limit / median))
-    return rows
-
-
-def _time(
-    stages: dict[str, Callable[[], object]], repeats: int, images: int
-) -> dict[str, list[float]]:
-    """Milliseconds an image of every stage and repeat, after a round that warms up."""
-    times: dict[str, list[float]] = {stage: [] for stage in stages}
-    for number in range(repeats + 1):
-        for stage, run in stages.items():
-            start = time.process_time()
-            run()
-            if number:
-                times[stage].append(1000 * (time.process_time() - start) / images)
-    return times
+            stages[TF_DATA] = _tf_data(records, data)
+            times += [*time_rounds([stages[TF_DATA]], repeats).cpu]
+    per_image = {stage: values / len(records) for stage, values in zip(stages, times, strict=True)}
+    limit = float(np.median(per_image[LIMIT]))
+    measured = []
+    for stage, values in per_image.items():
+        median, fastest = float(np.median(values)), float(values.min())
+        measured.append(StageTime(stage, median, fastest, 1000 / median, limit / median))
+    return measured
 
 
 def measure_loader(
@@ -101,25 +89,25 @@ def measure_loader(
     source_size: tuple[int, int] = (480, 640),
     num_batches: int = 20,
     data: Data | None = None,
-) -> list[LoaderRow]:
-    """Times `train_batches` by the clock; rates depend on what else the machine does.
+) -> list[LoaderRate]:
+    """Times `train_batches` in wall time; rates depend on other work on the machine.
 
     Args:
         workers: numbers of processes to try.
         source_size: see `measure_data`.
-        num_batches: batches timed, of 8 images.
+        num_batches: timed batches of 8 images.
         data: see `measure_data`.
     """
     records = make_records(4 * _BATCH, source_size)
     dataset = Dataset(source=records, name="noise", class_names=("thing",), category_ids=(1,))
-    rows = []
+    rates = []
     for count in workers:
         config = Config(
             data=data or Data(), optimizer=Optimizer(batch_size=_BATCH), run=Run(workers=count)
         )
         batches = train_batches(dataset, config, 0)
         try:
-            ahead = 4 + 2 * count  # what was read ahead before the clock starts
+            ahead = 4 + 2 * count  # batches that were prefetched before the timing starts
             for _ in range(ahead):
                 next(batches)
             start = time.perf_counter()
@@ -128,12 +116,12 @@ def measure_loader(
             elapsed = time.perf_counter() - start
         finally:
             batches.close()
-        rows.append(LoaderRow(count, num_batches * _BATCH / elapsed))
-    return rows
+        rates.append(LoaderRate(count, num_batches * _BATCH / elapsed))
+    return rates
 
 
 def make_records(count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Records of a `Dataset`: JPEGs of (height, width) pixels and COCO's usual weight, with boxes.
+    """Records of a `Dataset`: JPEGs of (height, width) pixels with boxes.
 
     Smooth shapes under fine noise: 640 x 480 pixels take about 150 kB, as in COCO.
     """
@@ -164,7 +152,7 @@ def make_records(count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
 
 
 def _stages(records: list[dict[str, Any]], data: Data) -> dict[str, Callable[[], object]]:
-    """{name: what handles all records once}"""
+    """Name -> a function that processes all records once."""
     encoded = [record["image"] for record in records]
     buffers = [np.frombuffer(image, np.uint8) for image in encoded]
     images = [decode_image(image) for image in encoded]
@@ -188,7 +176,7 @@ def _stages(records: list[dict[str, Any]], data: Data) -> dict[str, Callable[[],
 
     def pipeline() -> None:
         for start in range(0, len(records), _BATCH):
-            # As the loader does, no more than a batch of images is held.
+            # Like the loader, holds no more than a batch of images.
             batch(
                 [
                     make_example(record, data, np.random.default_rng(start))
@@ -211,7 +199,7 @@ def _stages(records: list[dict[str, Any]], data: Data) -> dict[str, Callable[[],
 
 
 def _tf_data(records: list[dict[str, Any]], data: Data) -> Callable[[], object]:
-    """The same for the images alone (boxes cost little), as tf.data's guides do it."""
+    """The same for the images only (boxes cost little), following tf.data's guides."""
     tf: Any = importlib.import_module("tensorflow")
     encoded = tf.constant([record["image"] for record in records])
     height, width = data.buckets[0]
@@ -235,7 +223,7 @@ def _tf_data(records: list[dict[str, Any]], data: Data) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """OpenCV without threads, whose start and end would be measured as well."""
+    """OpenCV without threads, whose start and stop would be measured as well."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:

@@ -1,13 +1,13 @@
-"""Time of inference: from images to detections, of the network alone and of the suppression alone.
+"""Time of inference: from images to detections, of the network alone and of the NMS alone.
 
-Weights are random. What matters of trained ones is how many scores pass the threshold, and that is
-set here: a few hundred an image, as after focal loss, or all of them, as at worst after GHM.
+Weights are random. The only property of trained weights that matters for the time is how many
+scores pass the threshold, and that is set here: a few hundred per image, as after focal loss, or
+all of them, the worst case after GHM.
 """
 
 import functools
 import importlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from ghm_jax.bench.case import DetectorCase
+from ghm_jax.bench.timing import time_rounds
 from ghm_jax.config import Config, Predict
 from ghm_jax.data.batching import Example, collate
 from ghm_jax.detection.outputs import choose_detections, network_outputs
@@ -29,9 +30,9 @@ from ghm_jax.distributed.devices import (
 from ghm_jax.evaluation.detector import Detector
 from ghm_jax.training.build import build
 
-_PEAKED = 300  # (anchor, class) pairs an image that pass the threshold, if all do not
+_PEAKED = 300  # (anchor, class) pairs per image above the threshold, unless all are
 
-_OPERATORS = (  # of torchvision: what importing it looks for
+_OPERATORS = (  # of torchvision: looked up when it is imported
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
@@ -43,155 +44,150 @@ _OPERATORS = (  # of torchvision: what importing it looks for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(DetectorCase):
-    """A detector whose calls are timed."""
+class InferenceCase(DetectorCase):
+    """A detector whose inference is timed."""
 
     batch_size: int = 2
-    """Images a call, over all devices."""
+    """Images per call, over all devices."""
 
     @property
     def config(self) -> Config:
-        """What a run would have."""
+        """The config of such a run."""
         return self.config_with(predict=Predict(batch_size=self.batch_size))
 
 
 @dataclass(frozen=True)
-class Row:
-    """A detector with scores of one kind."""
+class InferenceTime:
+    """Time of a detector with one distribution of scores."""
 
     detector: str
     scores: str
-    """Peaked: some hundred (anchor, class) pairs an image pass the threshold; flat: all do."""
+    """peaked: a few hundred (anchor, class) pairs per image pass the threshold; flat: all do."""
     candidates: int
-    """How many do."""
+    """Pairs per image that pass the threshold."""
     detections: float
-    """An image."""
+    """Per image."""
     milliseconds: float
-    """A call, from uint8 images in memory to detections in memory: median over the repeats, which
-    go round everything that is timed."""
+    """Per call, from uint8 images to detections, both in host memory: median over the repeats."""
     fastest: float
-    """Fewest milliseconds of a call."""
+    """Milliseconds of the fastest call."""
     images_per_second: float
     network: float | None
     """Milliseconds of the network alone; None: not timed."""
     selection: float | None
-    """Milliseconds alone of what comes after it: the best pairs, decoding, suppression."""
+    """Milliseconds of the selection alone: best pairs, decoding, NMS."""
 
     @property
     def share(self) -> float | None:
-        """Of the selection in the time of both."""
+        """The selection's share of the time of network and selection."""
         if self.network is None or self.selection is None:
             return None
         return self.selection / (self.network + self.selection)
 
 
 @dataclass(frozen=True)
-class _Timed:
-    """What is timed for a row, each without arguments."""
+class _Detector:
+    """A detector that is ready to be timed."""
 
-    detector: str
+    name: str
     scores: str
     candidates: int
     detections: float
     calls: tuple[Callable[[], Any], ...]
-    """End to end, and where known network and selection."""
+    """End to end and, where they can be separated, network and selection."""
 
 
-def measure_inference(case: Case, devices: Sequence[Device], repeats: int = 5) -> list[Row]:
-    """Times a detector; where torch and torchvision are installed, torchvision's RetinaNet too.
+def measure_inference(
+    case: InferenceCase, devices: Sequence[Device], repeats: int = 5
+) -> list[InferenceTime]:
+    """Times a detector and, where torch and torchvision are installed, torchvision's RetinaNet.
 
     Args:
         case: what to time.
-        devices: as many as divide the batch.
+        devices: their number must divide the batch size.
         repeats: timed rounds, after one that compiles.
     """
-    timed = _ours(case, devices) + _torchvision(case)
-    calls = [call for row in timed for call in row.calls]
-    times: list[list[float]] = [[] for _ in calls]
-    for i in range(repeats + 1):
-        for call, of_call in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            if i > 0:
-                of_call.append(1e3 * (time.perf_counter() - start))
-    rows = []
-    for row in timed:
-        end_to_end, *parts = (times.pop(0) for _ in row.calls)
-        network, selection = map(float, map(np.median, parts)) if parts else (None, None)
-        rows.append(
-            Row(
-                detector=row.detector,
-                scores=row.scores,
-                candidates=row.candidates,
-                detections=row.detections,
+    detectors = _ours(case, devices) + _torchvision(case)
+    times = iter(time_rounds([call for d in detectors for call in d.calls], repeats).wall)
+    measured = []
+    for detector in detectors:
+        end_to_end, *stages = (next(times) for _ in detector.calls)
+        network, selection = map(float, map(np.median, stages)) if stages else (None, None)
+        measured.append(
+            InferenceTime(
+                detector=detector.name,
+                scores=detector.scores,
+                candidates=detector.candidates,
+                detections=detector.detections,
                 milliseconds=float(np.median(end_to_end)),
-                fastest=min(end_to_end),
+                fastest=float(end_to_end.min()),
                 images_per_second=1e3 * case.batch_size / float(np.median(end_to_end)),
                 network=network,
                 selection=selection,
             )
         )
-    return rows
+    return measured
 
 
-def _images(case: Case) -> np.ndarray:
+def _images(case: InferenceCase) -> np.ndarray:
     """Noise, u8[B, H, W, 3]."""
-    shape = case.batch_size, *case.image_size, 3
+    shape = case.batch_size, *case.padded_size, 3
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def _last_layer(logits: np.ndarray, threshold: float) -> tuple[float, dict[str, float]]:
-    """How the last layer of a fresh network has to change for scores of each kind.
+    """How to change the last layer of an untrained network for each distribution of scores.
 
     Args:
-        logits: [B, ...] of the network, the last layer's bias left out: small beside it, they would
-            lose their digits.
+        logits: [B, ...] of the network without the last layer's bias, which would cost them
+            precision.
         threshold: of the scores.
 
     Returns:
-        A factor for its kernel, which gives the logits a deviation of 1, and its bias by kind.
+        A factor for the kernel that gives the logits a standard deviation of 1, and the bias for
+        `peaked` and `flat` scores.
     """
     factor = 1 / float(logits.std())
     values = np.sort(logits.ravel() * factor)
     passing = {"peaked": min(values.size, _PEAKED * len(logits)), "flat": values.size}
-    limit = float(np.log(threshold / (1 - threshold))) + 1e-3  # beyond what rounding moves
+    limit = float(np.log(threshold / (1 - threshold))) + 1e-3  # beyond rounding errors
     return factor, {kind: limit - float(values[values.size - n]) for kind, n in passing.items()}
 
 
-def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
+def _ours(case: InferenceCase, devices: Sequence[Device]) -> list[_Detector]:
     config = case.config
     trainer = build(config, case.num_classes)
     state = jit_init(trainer.init_state, devices[0])()
     examples = [Example(image, valid=True) for image in _images(case)]
-    loaded = collate(examples, case.image_size, max_boxes=1)
+    loaded = collate(examples, case.padded_size, max_boxes=1)
     on_devices = split_batch(loaded.batch.model_inputs(), len(devices))
     over_devices = functools.partial(
         parallelize, devices=list(devices), wrapper=config.run.wrapper, split_output=True
     )
     detector = Detector(config, case.num_classes, devices)
     network: Any = over_devices(functools.partial(network_outputs, model=trainer.model))
-    select: Any = over_devices(lambda _, given: choose_detections(*given, config=config))
+    select: Any = over_devices(lambda _, inputs: choose_detections(*inputs, config=config))
 
     variables = replicate(state.variables, list(devices))
     threshold = config.predict.score_threshold
     last = variables["params"]["class_head"]["output"]
 
     def with_last(factor: float, bias: float) -> dict[str, Any]:
-        changed = jax.tree.map(lambda x: x, variables)  # dicts of their own
+        changed = jax.tree.map(lambda x: x, variables)  # copies the dicts
         kernel, zeros = last["kernel"] * factor, last["bias"] * 0
         changed["params"]["class_head"]["output"] = {"kernel": kernel, "bias": zeros + bias}
         return changed
 
     logits = np.asarray(network(with_last(1, 0), on_devices)[0]).reshape(case.batch_size, -1)
     factor, biases = _last_layer(logits, threshold)
-    timed = []
+    detectors = []
     for scores, bias in biases.items():
         shifted = with_last(factor, bias)
         outputs = network(shifted, on_devices)
         found = detector(shifted, loaded)
-        timed.append(
-            _Timed(
-                detector="ghm-jax",
+        detectors.append(
+            _Detector(
+                name="ghm-jax",
                 scores=scores,
                 candidates=_count_passing(outputs[0], case.batch_size, threshold),
                 detections=float(np.sum(found.labels >= 0)) / case.batch_size,
@@ -202,11 +198,11 @@ def _ours(case: Case, devices: Sequence[Device]) -> list[_Timed]:
                 ),
             )
         )
-    return timed
+    return detectors
 
 
 def _count_passing(logits: Any, images: int, threshold: float) -> int:
-    """Scores above the threshold, an image."""
+    """Scores per image above the threshold."""
     return int(np.sum(np.asarray(logits) > np.log(threshold / (1 - threshold)))) // images
 
 
@@ -214,8 +210,8 @@ def _wait(function: Callable[..., Any], *args: Any) -> None:
     jax.block_until_ready(function(*args))
 
 
-def _torchvision(case: Case) -> list[_Timed]:
-    """Its RetinaNet of the same size, in its fast memory format; nothing where it lacks it."""
+def _torchvision(case: InferenceCase) -> list[_Detector]:
+    """torchvision's RetinaNet in channels_last format; empty where it has no such network."""
     if case.backbone != "resnet50" or case.channels != 256:
         return []
     try:
@@ -229,8 +225,8 @@ def _torchvision(case: Case) -> list[_Timed]:
         weights=None,
         weights_backbone=None,
         num_classes=case.num_classes,
-        min_size=min(case.image_size),
-        max_size=max(case.image_size),
+        min_size=min(case.padded_size),
+        max_size=max(case.padded_size),
     )
     model = model.eval().to(device, memory_format=torch.channels_last)
     images, low_precision = _images(case), case.dtype == "bfloat16"
@@ -249,7 +245,7 @@ def _torchvision(case: Case) -> list[_Timed]:
     run()
     factor, biases = _last_layer(seen[0].reshape(case.batch_size, -1), model.score_thresh)
     last.weight.data *= factor
-    timed = []
+    detectors = []
     for scores, bias in biases.items():
 
         def call(bias: float = bias) -> list[dict[str, Any]]:
@@ -259,16 +255,16 @@ def _torchvision(case: Case) -> list[_Timed]:
         seen.clear()
         found = sum(len(each["scores"]) for each in call()) / case.batch_size
         candidates = _count_passing(seen[0], case.batch_size, model.score_thresh)
-        timed.append(_Timed(label, scores, candidates, found, (call,)))
+        detectors.append(_Detector(label, scores, candidates, found, (call,)))
     head._forward_hooks.clear()
-    return timed
+    return detectors
 
 
 def _import_torchvision(torch: Any) -> tuple[Any, str]:
-    """torchvision and what to call it.
+    """torchvision, and its name in the table.
 
-    Builds for GPUs do not import where there is none, for want of their compiled operators. Of
-    these RetinaNet needs suppression alone, which is then left out: a time to its advantage.
+    GPU builds cannot be imported on machines without a GPU, as their compiled operators are
+    missing. RetinaNet only needs NMS of these, which is then left out: an advantage in time.
     """
     try:
         return importlib.import_module("torchvision"), "torchvision"
@@ -277,14 +273,14 @@ def _import_torchvision(torch: Any) -> tuple[Any, str]:
             del sys.modules[name]
         library = declare_operators(torch)
         torchvision: Any = importlib.import_module("torchvision")
-        torchvision.declared = library  # the declarations go when it does
+        torchvision.declared = library  # keeps the declarations alive
         torchvision.ops.boxes.nms = lambda boxes, scores, iou: scores.argsort(descending=True)
         return torchvision, "torchvision without suppression"
 
 
 def declare_operators(torch: Any) -> Any:
-    """The names of torchvision's compiled operators, so that it can be imported without them. They
-    last as long as what is returned."""
+    """Declares torchvision's compiled operators, so that it can be imported without them, for as
+    long as the returned library is alive."""
     library = torch.library.Library("torchvision", "DEF")
     for schema in _OPERATORS:
         library.define(schema)

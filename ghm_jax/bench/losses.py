@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,32 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghm_jax import losses
+from ghm_jax.bench.timing import time_rounds
 from ghm_jax.detection.anchors import level_sizes
 
-IMAGE_SIZES = ((640, 640), (800, 1344))
+PADDED_SIZES = ((640, 640), (800, 1344))
 ANCHORS_PER_CELL = 9
 NUM_CLASSES = 80
 
 
 @dataclass(frozen=True)
-class Row:
-    """One loss at one image size."""
+class LossTime:
+    """Time of one loss at one image size."""
 
-    image_size: tuple[int, int]
+    padded_size: tuple[int, int]
+    """(height, width) in pixels."""
     loss: str
     milliseconds: float
-    """Median over the repeats, which go round all losses."""
+    """Median over the repeats."""
     fastest: float
-    """Fewest milliseconds of a repeat."""
+    """Milliseconds of the fastest repeat."""
     to_focal: float
-    """Median time over that of focal loss at this size."""
+    """Median time relative to focal loss at this size."""
     extra_memory: float | None
-    """Temporary memory beside inputs and outputs, in sizes of the logits; None: not known."""
+    """Temporary memory, excluding inputs and outputs, relative to the logits; None: unknown."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a detector early in training gives to the losses for one image."""
+    """Inputs of the losses for one image, as of a detector early in training."""
 
     logits: np.ndarray
     """f32[A, K]."""
@@ -50,39 +51,34 @@ class Inputs:
 
 
 def measure_losses(
-    image_sizes: tuple[tuple[int, int], ...] = IMAGE_SIZES, repeats: int = 7
-) -> list[Row]:
-    """Times every loss at every image size; with torch installed, the published algorithm too.
+    padded_sizes: tuple[tuple[int, int], ...] = PADDED_SIZES, repeats: int = 7
+) -> list[LossTime]:
+    """Times every loss at every image size, and with torch installed the published algorithm.
 
     Args:
-        image_sizes: (height, width) in pixels; 9 anchors a cell and 80 classes.
-        repeats: timed calls of each loss, after one that compiles.
+        padded_sizes: (height, width) in pixels, with 9 anchors per cell and 80 classes.
+        repeats: timed calls of each loss.
     """
-    rows = []
-    for size in image_sizes:
+    measured = []
+    for size in padded_sizes:
         inputs = make_inputs(sum(level_sizes(size, ANCHORS_PER_CELL)))
         calls, memory = _jax_calls(inputs)
         if importlib.util.find_spec("torch") is not None:
             calls |= _torch_calls(inputs)
-        times = {name: [] for name in calls}
-        for _ in range(repeats):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(1e3 * (time.perf_counter() - start))
+        times = dict(zip(calls, time_rounds(list(calls.values()), repeats).wall, strict=True))
         median = {name: float(np.median(values)) for name, values in times.items()}
-        rows += [
-            Row(
-                image_size=size,
+        measured += [
+            LossTime(
+                padded_size=size,
                 loss=name,
                 milliseconds=median[name],
-                fastest=min(values),
+                fastest=float(values.min()),
                 to_focal=median[name] / median["focal loss (optax)"],
                 extra_memory=memory.get(name),
             )
             for name, values in times.items()
         ]
-    return rows
+    return measured
 
 
 def make_inputs(num_anchors: int, seed: int = 0) -> Inputs:
@@ -116,7 +112,6 @@ def _jax_calls(inputs: Inputs) -> tuple[dict[str, Callable[[], Any]], dict[str, 
         on_device = jax.device_put((*arrays, state))
         compiled = jax.jit(_value_and_gradient(loss)).lower(*on_device).compile()
         calls[name] = functools.partial(_run, compiled, on_device)
-        calls[name]()
         analysis = compiled.memory_analysis()
         if analysis is not None:
             memory[name] = analysis.temp_size_in_bytes / jnp.asarray(arrays[0]).nbytes
@@ -136,7 +131,7 @@ def _run(compiled: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
 
 def _torch_calls(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """The published algorithm in PyTorch, eager: one masked assignment for each bin."""
+    """The published algorithm in eager PyTorch: one masked assignment per bin."""
     import torch  # pyright: ignore[reportMissingImports]
 
     classes = torch.from_numpy(inputs.classes).long()
@@ -162,5 +157,4 @@ def _torch_calls(inputs: Inputs) -> dict[str, Callable[[], Any]]:
         cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
         (cross_entropy(logits, targets, weights, reduction="sum") / total).backward()
 
-    ghm_c()
     return {"GHM-C, published algorithm (torch)": ghm_c}

@@ -1,6 +1,6 @@
-"""Time of a training step: by network, part, loss, number of devices, and size of the problem.
+"""Time of a training step by network, loss, number of devices, and size of the problem.
 
-Batches are random and lie in memory: how long a run waits for its data is `ghm-jax bench data`'s.
+Batches are random and stay in memory; `ghm-jax bench data` times the input pipeline.
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 from ghm_jax.analysis.cost import peak_flops, training_operations
 from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.bench.case import DetectorCase
+from ghm_jax.bench.timing import time_rounds
 from ghm_jax.config import Config, Loss, Optimizer
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import detection_loss
@@ -24,27 +25,27 @@ from ghm_jax.distributed.devices import REPLICA, jit_init, parallelize, split_ba
 from ghm_jax.training.build import build
 from ghm_jax.training.state import TrainState
 
-PARTS = ("networks", "losses", "devices", "image", "batch", "classes")
-"""What can be compared; of the last three the growth of the time is given as well."""
+COMPARISONS = ("networks", "losses", "devices", "image", "batch", "classes")
+"""What can be compared; `growth` is that of the last three."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(DetectorCase):
+class TrainCase(DetectorCase):
     """A training step to time."""
 
     backbone: str = "resnet18"
-    image_size: tuple[int, int] = (128, 128)
+    padded_size: tuple[int, int] = (128, 128)
     batch_size: int = 8
-    """Images, over all devices."""
+    """Images per step, over all devices."""
     classification: Literal["ghm_c", "focal"] = "ghm_c"
-    """GHM-R for the boxes in both."""
+    """The box loss is GHM-R in both cases."""
     devices: int = 1
     collectives: bool = True
-    """False: every device for itself, as a measure of what adding up costs."""
+    """False: no sums over devices, to measure what they cost."""
 
     @property
     def config(self) -> Config:
-        """What `ghm-jax train` would be given; nothing is frozen."""
+        """The config of such a run; nothing is frozen."""
         return self.config_with(
             loss=Loss(classification=self.classification),
             optimizer=Optimizer(batch_size=self.batch_size),
@@ -52,89 +53,87 @@ class Case(DetectorCase):
 
 
 @dataclass(frozen=True)
-class Row:
-    """A step in a comparison."""
+class StepTime:
+    """Time of a training step in a comparison."""
 
-    part: str
-    """One of `PARTS`."""
-    case: Case
+    comparison: str
+    """One of `COMPARISONS`."""
+    case: TrainCase
     milliseconds: float
-    """Median over the repeats, which go round all cases of the part."""
+    """Median over the repeats."""
     fastest: float
-    """Fewest milliseconds of a repeat."""
+    """Milliseconds of the fastest repeat."""
     ratio: float
-    """Time over that of the part's first case in the same round, median over the rounds ..."""
+    """Time relative to the comparison's first case in the same round, median over the rounds ..."""
     ratio_quartiles: tuple[float, float]
-    """... and the quartiles, between which half of the rounds lie."""
+    """... and its quartiles."""
     processor_ratio: float | None
-    """The same of the processor time, which other work on the machine disturbs less; None: not on
-    CPU."""
+    """The same for CPU time, which other work on the machine affects less; None: not on CPU."""
     images_per_second: float
     teraflops: float
-    """Operations of the convolutions a second, in 10^12, see `describe.training_operations`."""
+    """10^12 operations of the convolutions per second, see `cost.training_operations`."""
     mfu: float | None
-    """Share of the peak: of the published one in bfloat16, of `matrix_peak` on CPU. None: not
-    known."""
+    """Share of the peak: the published one for bfloat16, `matrix_peak` on CPU. None: unknown."""
     memory: int | None
-    """Bytes that the step needs on a device, as XLA plans it; None: not known."""
+    """Bytes that the step needs on a device, as planned by XLA; None: unknown."""
     split: dict[str, float] | None
     """Networks on one device: milliseconds of forward, loss (matching, value, gradient), optimizer
-    and transfer (a batch to the device), each timed alone; backward, what is left of the step; and
-    dispatch, until the call of a step returns, which is host overhead where the devices are ahead
-    of it and on CPU part of the step."""
+    and transfer (a batch to the device), each timed alone; backward, the rest of the step; and
+    dispatch, until the call of a step returns: host overhead on accelerators, part of the step on
+    CPU."""
 
 
 def measure_train(
-    base: Case,
+    base: TrainCase,
     *,
-    parts: Sequence[str] = PARTS,
+    comparisons: Sequence[str] = COMPARISONS,
     backbones: Sequence[str] = ("resnet18", "resnet50", "resnet101"),
     device_counts: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 5,
-) -> Iterator[Row]:
-    """Times training steps, one difference to `base` at a time. Rows come as they are measured.
+) -> Iterator[StepTime]:
+    """Times training steps that differ from `base` in one respect; yields them as they are done.
 
     Args:
         base: on one device.
-        parts: which of `PARTS`.
-        backbones: of the networks.
-        device_counts: those there are and that divide the batch are used.
-        repeats: timed rounds, after one that is not timed; of the losses, whose difference is
-            small, five times as many.
+        comparisons: which of `COMPARISONS`.
+        backbones: for the comparison of networks.
+        device_counts: those that are available and divide the batch size are used.
+        repeats: timed rounds, after one that warms up; five times as many for the losses, whose
+            difference is small.
     """
-    # A state and a program of several comparisons are made once.
+    # States and programs that several comparisons share are made once.
     first_state = functools.cache(_first_state)
     prepare = functools.cache(functools.partial(_prepare, first_state))
     peak = _peak(base)
-    for part, cases in _comparisons(base, backbones, device_counts).items():
-        if part not in parts:
+    for comparison, cases in _cases(base, backbones, device_counts).items():
+        if comparison not in comparisons:
             continue
         calls = [prepare(case) for case in cases]
-        rounds = 5 * repeats if part == "losses" else repeats
-        times, processor = _rounds([call.run for call in calls], rounds)
-        ratios, processor_ratios = times / times[0], processor / processor[0]
+        rounds = 5 * repeats if comparison == "losses" else repeats
+        times, cpu_times = time_rounds([call.run for call in calls], rounds)
+        ratios, processor_ratios = times / times[0], cpu_times / cpu_times[0]
         for i, (case, call) in enumerate(zip(cases, calls, strict=True)):
             split = None
-            if part == "networks":
+            if comparison == "networks":
                 state = first_state(case.config, case.num_classes)
                 split = _split(case, state, repeats, float(np.median(times[i])))
                 split["dispatch"] = float(np.median(call.dispatches[-repeats:]))
-            row = _row(part, case, times[i], ratios[i], call.memory, split, peak)
+            measured = _step_time(comparison, case, times[i], ratios[i], call.memory, split, peak)
             if jax.devices()[0].platform == "cpu":
-                row = replace(row, processor_ratio=float(np.median(processor_ratios[i])))
-            yield row
+                measured = replace(measured, processor_ratio=float(np.median(processor_ratios[i])))
+            yield measured
 
 
 def matrix_peak(size: int = 1536, repeats: int = 5) -> float:
-    """Operations a second of the fastest of some products of float32 matrices on all CPU cores."""
+    """Operations per second of a float32 matrix product on all CPU cores, the fastest of some."""
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)
-    times, _ = _rounds([lambda: jax.block_until_ready(product(x, x))], repeats)
+    times, _ = time_rounds([lambda: jax.block_until_ready(product(x, x))], repeats)
     return 2 * size**3 / (1e-3 * float(times.min()))
 
 
-def _peak(base: Case) -> Callable[[int], float | None]:
-    """Operations a second of a number of devices."""
+def _peak(base: TrainCase) -> Callable[[int], float | None]:
+    """Peak operations per second as a function of the number of devices."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         cores = matrix_peak() if base.dtype == "float32" else None
@@ -143,30 +142,31 @@ def _peak(base: Case) -> Callable[[int], float | None]:
     return lambda devices: peak and peak * devices
 
 
-def growth(rows: Sequence[Row]) -> dict[str, float]:
-    """Slopes of log time over log pixels, images and classes: 1 is proportional, 0 is free.
+def growth(measured: Sequence[StepTime]) -> dict[str, float]:
+    """Slopes of log time over log pixels, images and classes: 1 is proportional, 0 is constant.
 
-    Of ratios to the first case in the same round, on CPU of processor time.
+    Times are relative to the first case in the same round; CPU time on CPU.
     """
-    size_of: dict[str, Callable[[Case], int]] = {
-        "image": lambda case: case.image_size[0] * case.image_size[1],
+    size_of: dict[str, Callable[[TrainCase], int]] = {
+        "image": lambda case: case.padded_size[0] * case.padded_size[1],
         "batch": lambda case: case.batch_size,
         "classes": lambda case: case.num_classes,
     }
     slopes = {}
-    for part, size in size_of.items():
-        of_part = [row for row in rows if row.part == part]
-        x = np.log([size(row.case) for row in of_part])
+    for comparison, size in size_of.items():
+        steps = [step for step in measured if step.comparison == comparison]
+        x = np.log([size(step.case) for step in steps])
         if len(set(x.tolist())) > 1:
-            ratios = [r.ratio if r.processor_ratio is None else r.processor_ratio for r in of_part]
-            slopes[part] = float(np.polyfit(x, np.log(ratios), 1)[0])
+            ratios = [s.ratio if s.processor_ratio is None else s.processor_ratio for s in steps]
+            slopes[comparison] = float(np.polyfit(x, np.log(ratios), 1)[0])
     return slopes
 
 
-def _comparisons(
-    base: Case, backbones: Sequence[str], device_counts: Sequence[int]
-) -> dict[str, list[Case]]:
-    height, width = base.image_size
+def _cases(
+    base: TrainCase, backbones: Sequence[str], device_counts: Sequence[int]
+) -> dict[str, list[TrainCase]]:
+    """The cases of each comparison."""
+    height, width = base.padded_size
     half = max(32, height // 64 * 32), max(32, width // 64 * 32)
     counts = [n for n in device_counts if n <= jax.device_count() and base.batch_size % n == 0]
     across = [replace(base, devices=n) for n in counts]
@@ -177,7 +177,7 @@ def _comparisons(
         "losses": [replace(base, classification=name) for name in ("focal", "ghm_c")],
         "devices": across,
         "image": [
-            replace(base, image_size=size) for size in (half, (half[0], width), base.image_size)
+            replace(base, padded_size=size) for size in (half, (half[0], width), base.padded_size)
         ],
         "batch": [
             replace(base, batch_size=n)
@@ -192,11 +192,11 @@ class _Call:
     run: Callable[[], Any]
     memory: int | None
     dispatches: list[float]
-    """Milliseconds until a call of the step returned, of each run."""
+    """Milliseconds until the call of the step returned, for each run."""
 
 
-def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _Call:
-    """A compiled step that goes on from where its last call ended, as in training."""
+def _prepare(first_state: Callable[[Config, int], TrainState], case: TrainCase) -> _Call:
+    """A compiled step that continues from the state of its last call, as in training."""
     config, devices = case.config, jax.devices()[: case.devices]
     axis_name = REPLICA if case.collectives else None
     trainer = build(config, case.num_classes, axis_name)
@@ -204,7 +204,7 @@ def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _C
     batch = split_batch(random_batch(case), case.devices)
     state = first_state(config, case.num_classes)
     compiled = replicated.lower(state, batch).compile()
-    # The batch is on the devices before a step begins: what its way there costs is in the split.
+    # The batch is on the devices before the step starts; the transfer is timed in the split.
     batch = jax.device_put(batch, compiled.input_shardings[0][1])
     held = [jax.device_put(state, compiled.input_shardings[0][0])]
     plan = compiled.memory_analysis()
@@ -220,7 +220,7 @@ def _prepare(first_state: Callable[[Config, int], TrainState], case: Case) -> _C
 
 
 def _first_state(config: Config, num_classes: int) -> TrainState:
-    """On the host, as steps take the memory of the state that they are given."""
+    """On the host, because steps donate the memory of their input state."""
     trainer = build(config, num_classes)
     return jax.device_get(jit_init(trainer.init_state, jax.devices()[0])())
 
@@ -232,10 +232,10 @@ def _planned_bytes(plan: Any) -> int | None:
     return kept + plan.temp_size_in_bytes
 
 
-def random_batch(case: Case, seed: int = 0) -> Batch:
-    """Noise with seven boxes an image, a little more than COCO has on average."""
+def random_batch(case: TrainCase, seed: int = 0) -> Batch:
+    """Noise with seven boxes per image, about COCO's average."""
     rng = np.random.default_rng(seed)
-    (height, width), images, most, count = case.image_size, case.batch_size, 100, 7
+    (height, width), images, most, count = case.padded_size, case.batch_size, 100, 7
     corners = rng.uniform(0, 0.7, (images, count, 2))
     sides = rng.uniform(0.05, 0.3, (images, count, 2))
     boxes = np.zeros((images, most, 4), np.float32)
@@ -245,14 +245,14 @@ def random_batch(case: Case, seed: int = 0) -> Batch:
     labels[:, :count] = rng.integers(0, case.num_classes, (images, count))
     return Batch(
         images=rng.integers(0, 256, (images, height, width, 3), np.uint8),
-        image_size=np.full((images, 2), case.image_size, np.int32),
+        image_size=np.full((images, 2), case.padded_size, np.int32),
         image_id=np.arange(images, dtype=np.int32),
         truth=GroundTruth(boxes, labels, np.zeros((images, most), bool)),
     )
 
 
-def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str, float]:
-    """Milliseconds of the parts of a step on one device."""
+def _split(case: TrainCase, state: TrainState, repeats: int, step: float) -> dict[str, float]:
+    """Milliseconds of the stages of a step on one device, see `StepTime.split`."""
     config = case.config
     trainer = build(config, case.num_classes)
     model, optimizer = trainer.model, trainer.optimizer
@@ -260,7 +260,7 @@ def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str
     host_batch = random_batch(case)
     batch = jax.device_put(host_batch)
     variables = state.variables
-    sizes = level_sizes(case.image_size, model.anchors_per_cell)
+    sizes = level_sizes(case.padded_size, model.anchors_per_cell)
 
     @jax.jit
     def forward(variables: Any, batch: Any) -> Any:
@@ -272,15 +272,15 @@ def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str
 
         def total(outputs: Any) -> tuple[jax.Array, Any]:
             logits, deltas = outputs
-            parts, *rest = detection_loss(
+            terms, *rest = detection_loss(
                 logits, deltas, targets, state.ghm, config=config, level_sizes=sizes
             )
-            return parts.total, rest
+            return terms.total, rest
 
         return jax.value_and_grad(total, has_aux=True)(outputs)
 
     @jax.jit
-    def update(state: Any) -> Any:  # any gradient does
+    def update(state: Any) -> Any:  # any gradient will do
         updates, opt_state = optimizer.update(state.params, state.opt_state, state.params)
         return jax.tree.map(jnp.add, state.params, updates), opt_state
 
@@ -291,45 +291,28 @@ def _split(case: Case, state: TrainState, repeats: int, step: float) -> dict[str
         "optimizer": lambda: jax.block_until_ready(update(state)),
         "transfer": lambda: jax.block_until_ready(jax.device_put(split_batch(host_batch, 1))),
     }
-    times, _ = _rounds(list(calls.values()), repeats)
+    times, _ = time_rounds(list(calls.values()), repeats)
     split = {name: float(np.median(of)) for name, of in zip(calls, times, strict=True)}
     split["backward"] = step - split["forward"] - split["loss"] - split["optimizer"]
     return split
 
 
-def _rounds(calls: Sequence[Callable[[], Any]], repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds [calls, repeats] by the clock and of processor time (all threads).
-
-    A round is all calls, every other one from the last to the first; one before them does not
-    count.
-    """
-    times = np.zeros((2, len(calls), repeats + 1))
-    for i in range(repeats + 1):
-        order = range(len(calls)) if i % 2 else reversed(range(len(calls)))
-        for j in order:
-            start, processor = time.perf_counter(), time.process_time()
-            calls[j]()
-            times[0, j, i] = 1e3 * (time.perf_counter() - start)
-            times[1, j, i] = 1e3 * (time.process_time() - processor)
-    return times[0, :, 1:], times[1, :, 1:]
-
-
-def _row(
-    part: str,
-    case: Case,
+def _step_time(
+    comparison: str,
+    case: TrainCase,
     times: np.ndarray,
     ratios: np.ndarray,
     memory: int | None,
     split: dict[str, float] | None,
     peak: Callable[[int], float | None],
-) -> Row:
+) -> StepTime:
     milliseconds = float(np.median(times))
-    operations = training_operations(case.config, case.num_classes, case.image_size)
+    operations = training_operations(case.config, case.num_classes, case.padded_size)
     flops = operations * case.batch_size / (1e-3 * milliseconds)
     at_most = peak(case.devices)
     low, ratio, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
-    return Row(
-        part=part,
+    return StepTime(
+        comparison=comparison,
         case=case,
         milliseconds=milliseconds,
         fastest=float(times.min()),

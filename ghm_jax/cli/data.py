@@ -104,11 +104,12 @@ def inspect_command(args: list[str]) -> None:
     a = parse(Inspect, args, "ghm-jax data inspect", Inspect(experiment or "", config=default))
     a.config.check()
 
-    from ghm_jax.analysis.data_preview import inspect_data, table
+    from ghm_jax.analysis.data_preview import inspect_data
+    from ghm_jax.cli.tables import inspection_table
     from ghm_jax.progress import Bar
 
     inspection, files = inspect_data(
-        a.config, a.out, num_batches=a.batches, num_pictures=a.pictures, progress=Bar()
+        a.config, a.out, batches=a.batches, pictures=a.pictures, progress=Bar()
     )
-    print(table(inspection))
+    print(inspection_table(inspection))
     print(f"\nwritten: {', '.join(map(str, files))}")

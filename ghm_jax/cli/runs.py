@@ -143,7 +143,7 @@ def evaluate_command(args: list[str]) -> None:
 
 def _print_figures(result: "Evaluation") -> None:
     """The twelve figures with what they mean, and AP by class in columns."""
-    from ghm_jax.evaluation.coco import METRICS
+    from ghm_jax.runs.metrics import METRICS
 
     for name, meaning in METRICS.items():
         print(f"  {name:<6} {_percent(result.metrics[name]):>6}  {meaning}")
@@ -230,7 +230,8 @@ def describe_command(args: list[str]) -> None:
     """`ghm-jax describe`."""
     import jax
 
-    from ghm_jax.analysis.cost import describe, table
+    from ghm_jax.analysis.cost import describe
+    from ghm_jax.cli.tables import description_table
 
     experiment = positional(args, "ghm-jax describe EXPERIMENT")
     default = load_experiment(experiment) if experiment else Config()
@@ -242,7 +243,8 @@ def describe_command(args: list[str]) -> None:
         raise ConfigError(f"--size: must be positive, got {arguments.size}")
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     num_classes = arguments.classes or _num_classes(config.data)
-    print(f"{config.model.backbone}, {table(describe(config, num_classes, arguments.size))}")
+    description = describe(config, num_classes, arguments.size)
+    print(f"{config.model.backbone}, {description_table(description)}")
 
 
 def _num_classes(data: Data) -> int:

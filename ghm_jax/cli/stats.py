@@ -1,12 +1,13 @@
 """The command that shows what the losses of a run see."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from ghm_jax.cli.arguments import parse, positional
 from ghm_jax.cli.runs import start_devices
+from ghm_jax.cli.tables import gradient_table
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import load_run
 
@@ -43,19 +44,6 @@ def stats_command(args: list[str]) -> None:
         a.run, a.out or None, split=a.split or None, images=a.images, progress=Bar()
     )
     for key, what in (("classification", "class scores"), ("box", "box coordinates")):
-        print(_table(what, stats[key], LOSS_NAMES))
+        print(gradient_table(what, stats[key], LOSS_NAMES))
     for path in paths:
         print(path)
-
-
-def _table(what: str, part: dict[str, Any], names: dict[str, str]) -> str:
-    """Shares of examples and gradient by difficulty, as text."""
-    groups = part["difficulty"].values()
-    rows = {f"examples: {what}": [group["examples"] for group in groups]}
-    for loss in part["gradient"]:
-        label = f"gradient: {names[loss]}" + (" (this run)" if loss == part["loss"] else "")
-        rows[label] = [group["gradient"][loss] for group in groups]
-    lines = [" " * 32 + "".join(f"{label:>10}" for label in part["difficulty"])]
-    for label, values in rows.items():
-        lines.append(f"{label:<32}" + "".join(f"{100 * value:>8.2f} %" for value in values))
-    return "\n".join(lines)

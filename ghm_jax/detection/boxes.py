@@ -9,7 +9,7 @@ MAX_LOG_SCALE = (
 
 
 def box_area(boxes: jax.Array) -> jax.Array:
-    """Area f32[...] in square pixels; 0 for boxes turned inside out."""
+    """Area f32[...] in square pixels; 0 for boxes with a negative side."""
     sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0.0)
     return sides[..., 0] * sides[..., 1]
 
@@ -29,16 +29,16 @@ def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def box_coverage(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Share f32[N, M] of the area of each box in a f32[N, 4] that each box in b f32[M, 4] covers.
+    """Fraction f32[N, M] of the area of each box in a f32[N, 4] covered by each box in b f32[M, 4].
 
-    0 for an empty box in `a`. This is how COCO compares detections with crowd regions.
+    0 for an empty box in `a`. COCO compares detections with crowd regions this way.
     """
     area = box_area(a)[:, None]
     return jnp.where(area > 0, _intersection(a, b) / jnp.where(area > 0, area, 1.0), 0.0)
 
 
 def _intersection(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Shared area f32[N, M] of a f32[N, 4] and b f32[M, 4]."""
+    """Intersection area f32[N, M] of a f32[N, 4] and b f32[M, 4]."""
     low = jnp.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
     high = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
     sides = jnp.maximum(high - low, 0.0)
@@ -46,11 +46,11 @@ def _intersection(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def encode_boxes(boxes: jax.Array, anchors: jax.Array) -> jax.Array:
-    """Box deltas f32[..., 4] (dx, dy, dw, dh) that `decode_boxes` turns back into `boxes`.
+    """Box deltas f32[..., 4] (dx, dy, dw, dh), the inverse of `decode_boxes`.
 
-    Offsets of the centre in anchor sides, and logarithms of the ratios of the sides; means 0 and
-    standard deviations 1, as the published code. Boxes thinner than a thousandth of a pixel are
-    treated as that thin, so that the result is finite.
+    Center offsets in anchor sides, and log ratios of the sides, with means 0 and standard
+    deviations 1 as in the published code. Sides below 0.001 pixels are clamped to that, so the
+    result is finite.
     """
     center, size = _center_size(boxes)
     anchor_center, anchor_size = _center_size(anchors)
@@ -62,9 +62,9 @@ def encode_boxes(boxes: jax.Array, anchors: jax.Array) -> jax.Array:
 def decode_boxes(deltas: jax.Array, anchors: jax.Array) -> jax.Array:
     """Boxes f32[..., 4] from deltas and anchors, the inverse of `encode_boxes`.
 
-    The logarithms are limited to `MAX_LOG_SCALE`, so that a wild delta does not overflow. This is
-    torchvision's rule; mmdetection limits shrinking to the same factor as well, which nothing
-    but a box below a 62nd of its anchor can show.
+    Log ratios are clamped to at most `MAX_LOG_SCALE`, so that extreme deltas do not overflow. This
+    is torchvision's rule; mmdetection also clamps from below, which matters only for boxes smaller
+    than 1/62 of their anchor.
     """
     anchor_center, anchor_size = _center_size(anchors)
     center = deltas[..., :2] * anchor_size + anchor_center
@@ -73,7 +73,7 @@ def decode_boxes(deltas: jax.Array, anchors: jax.Array) -> jax.Array:
 
 
 def clip_boxes(boxes: jax.Array, image_size: jax.Array) -> jax.Array:
-    """Boxes f32[..., 4] cut to an image of image_size [..., 2] (height, width) pixels."""
+    """Boxes f32[..., 4] clipped to an image of image_size [..., 2] (height, width) pixels."""
     height, width = image_size[..., 0], image_size[..., 1]
     limit = jnp.stack([width, height, width, height], axis=-1).astype(boxes.dtype)
     return jnp.clip(boxes, 0.0, limit)

@@ -1,4 +1,4 @@
-"""Non-maximum suppression and the choice of detections, at static shapes."""
+"""Non-maximum suppression and selection of detections, with static shapes."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from ghm_jax.detection.boxes import box_area, clip_boxes, decode_boxes
 
 
 class Detections(NamedTuple):
-    """Detections of an image by falling score; unused rows have score 0 and label -1."""
+    """Detections of an image by descending score; unused rows have score 0 and label -1."""
 
     boxes: jax.Array
     """f32[D, 4], x0, y0, x1, y1 in pixels of the padded image."""
@@ -32,43 +32,39 @@ def suppress(
 ) -> tuple[jax.Array, jax.Array]:
     """The first `count` picks of greedy non-maximum suppression.
 
-    Pick the highest score (of equal ones the first), lower its rivals, and again: at most `count`
-    passes over N boxes, however flat the scores, and no N x N overlaps.
+    Repeatedly picks the highest score (the first of equal ones) and suppresses the boxes that
+    overlap it. At most `count` passes over N boxes, whatever the scores; no N x N IoU matrix.
 
     Args:
         boxes: f32[N, 4]. scores: f32[N]. classes: i32[N].
-        count: picks.
-        threshold: boxes whose score is not above it neither stay nor suppress.
-        iou: of hard suppression: rivals that overlap a pick by more than this go.
-        soft_sigma: of Gaussian soft-NMS (Bodla et al. 2017), where a rival's score is multiplied by
-            exp(-IoU^2 / soft_sigma) instead; 0: hard.
-        agnostic: all boxes are rivals, not only those of one class.
+        count: number of picks.
+        threshold: boxes with a score at or below it are neither picked nor suppress others.
+        iou: hard NMS removes boxes that overlap a pick by more than this IoU.
+        soft_sigma: Gaussian soft-NMS (Bodla et al. 2017) multiplies scores by
+            exp(-IoU^2 / soft_sigma) instead; 0: hard NMS.
+        agnostic: a pick suppresses boxes of all classes, not only of its own.
 
     Returns:
-        Positions i32[count], and scores f32[count] at the time of the pick; 0 for picks that found
-        nothing above the threshold.
+        Indices i32[count], and scores f32[count] at the time of the pick; the score is 0 where
+        nothing was left above the threshold.
     """
     size = scores.shape[0]
-    place = jnp.arange(size, dtype=jnp.int32)
-    x0, y0, x1, y1 = boxes.T  # columns: a pass reads them in one go
+    index = jnp.arange(size, dtype=jnp.int32)
+    columns = tuple(boxes.T)  # contiguous reads in each pass
     area = box_area(boxes)
 
     def step(carry: Any) -> Any:
         i, scores, picks, found = carry
         best = jnp.max(scores)
-        pick = jnp.min(jnp.where(scores == best, place, size - 1))
-        width = jnp.minimum(x1, x1[pick]) - jnp.maximum(x0, x0[pick])
-        height = jnp.minimum(y1, y1[pick]) - jnp.maximum(y0, y0[pick])
-        shared = jnp.maximum(width, 0.0) * jnp.maximum(height, 0.0)
-        union = area + area[pick] - shared
-        overlap = jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
+        pick = jnp.min(jnp.where(scores == best, index, size - 1))
+        overlap = _iou_with(pick, columns, area)
         if soft_sigma > 0:
             left = scores * jnp.exp(-(overlap**2) / soft_sigma)
         else:
             left = jnp.where(overlap > iou, 0.0, scores)
         if not agnostic:
             left = jnp.where(classes == classes[pick], left, scores)
-        left = jnp.where((place != pick) & (left > threshold), left, 0.0)
+        left = jnp.where((index != pick) & (left > threshold), left, 0.0)
         return i + 1, left, picks.at[i].set(pick), found.at[i].set(best)
 
     start = (
@@ -81,6 +77,16 @@ def suppress(
         lambda carry: (carry[0] < count) & jnp.any(carry[1] > 0), step, start
     )
     return picks, found
+
+
+def _iou_with(pick: jax.Array, columns: tuple[jax.Array, ...], area: jax.Array) -> jax.Array:
+    """IoU f32[N] of one box with all boxes, given as x0, y0, x1, y1 and area, f32[N] each."""
+    x0, y0, x1, y1 = columns
+    width = jnp.minimum(x1, x1[pick]) - jnp.maximum(x0, x0[pick])
+    height = jnp.minimum(y1, y1[pick]) - jnp.maximum(y0, y0[pick])
+    shared = jnp.maximum(width, 0.0) * jnp.maximum(height, 0.0)
+    union = area + area[pick] - shared
+    return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
 
 
 def select_detections(
@@ -99,15 +105,15 @@ def select_detections(
 ) -> Detections:
     """Detections of one image from the heads' outputs; `vmap` it over a batch.
 
-    The best `candidates` (anchor, class) pairs of every level are decoded, all of them that are
-    above the threshold go through suppression, and its first `max_detections` are returned. The
-    cost is the same however flat the scores. A score that is not a number is no detection.
+    The best `candidates` (anchor, class) pairs of every level are decoded, those above the
+    threshold go through NMS, and the first `max_detections` are returned. The cost does not depend
+    on how many scores pass the threshold. NaN scores are never detections.
 
     Args:
         logits: f32[A, K]. deltas: f32[A, 4]. anchors: f32[A, 4].
-        image_size: [2], (height, width) of the image inside its padding; boxes are cut to it.
-        level_sizes: anchors per pyramid level, adding up to A.
-        score_threshold: least score of a detection.
+        image_size: [2], (height, width) of the image inside its padding; boxes are clipped to it.
+        level_sizes: anchors per pyramid level; their sum is A.
+        score_threshold: detections have scores above it.
         candidates: pairs kept per level.
         nms_iou, soft_sigma, agnostic: see `suppress`.
         max_detections: D.
@@ -142,10 +148,10 @@ def select_detections(
 
 
 def _highest(logits: jax.Array) -> jax.Array:
-    """The highest logit of each anchor, [A]; one that is not a number counts for nothing.
+    """The highest logit of each anchor, [A]; NaN logits are skipped.
 
-    Not `max` of cleaned logits: fused with anything before it, XLA's reduction on CPU takes 20
-    times as long, 70 ms for the 16 million logits of an image of 800 x 1344 and 80 classes.
+    Not `max` after replacing NaN: XLA's reduction on CPU takes 20 times as long when fused with
+    preceding operations, 70 ms for the 16 million logits of an 800 x 1344 image with 80 classes.
     """
     logits = jax.lax.optimization_barrier(logits)
     lowest = jnp.array(-jnp.inf, logits.dtype)
@@ -155,21 +161,21 @@ def _highest(logits: jax.Array) -> jax.Array:
 def _best_pairs(
     logits: jax.Array, highest: jax.Array, start: int, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The highest logits of a level and their places in the raveled logits f32[A, K], [count].
+    """The highest logits of a level and their indices in the raveled logits f32[A, K], [count].
 
-    Equal ones in the order of their places. `count` pairs lie on at most `count` anchors, those
-    with the highest maxima: these are sorted, and not all pairs of the level.
+    Equal logits are ordered by index. The best `count` pairs lie on the `count` anchors with the
+    highest maxima, so only the pairs of these anchors are sorted.
 
     Args:
         logits: of all levels.
-        highest: of each anchor of the level.
+        highest: highest logit of each anchor of the level.
         start: the level's first anchor.
-        count: pairs; fewer if the level has no more.
+        count: number of pairs; fewer if the level has fewer.
     """
     num_classes = logits.shape[1]
     _, anchor = jax.lax.top_k(highest, min(count, highest.size))
-    anchor = start + jnp.sort(anchor)  # sorted, so that equal pairs stay in their order
+    anchor = start + jnp.sort(anchor)  # sorted, so that equal logits stay ordered by index
     few = logits[anchor].ravel()
     few = jnp.where(jnp.isnan(few), -jnp.inf, few)
-    best, place = jax.lax.top_k(few, min(count, few.size))
-    return best, anchor[place // num_classes] * num_classes + place % num_classes
+    best, index = jax.lax.top_k(few, min(count, few.size))
+    return best, anchor[index // num_classes] * num_classes + index % num_classes

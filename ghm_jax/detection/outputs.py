@@ -1,4 +1,4 @@
-"""From a batch to what the network says of it, what it should say, and the detections."""
+"""From a batch to the network's outputs, their targets and the detections."""
 
 import functools
 from typing import Any
@@ -13,20 +13,20 @@ from ghm_jax.detection.matching import IGNORE, Targets, match_anchors
 from ghm_jax.detection.nms import Detections, select_detections
 from ghm_jax.models import RetinaNet
 
-# Channel means and standard deviations of ImageNet in 0..255, as torchvision and mmdetection.
+# ImageNet's channel means and standard deviations in 0..255, as in torchvision and mmdetection.
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
 
 def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
-    """Images f32[b, H, W, 3] as the network takes them, of mean 0 and deviation 1 over ImageNet.
+    """The network's input f32[b, H, W, 3]: mean 0 and standard deviation 1 over ImageNet.
 
-    What lies beyond image_size i32[b, 2] (height, width) is padding and becomes 0, the mean colour:
-    weights trained elsewhere know it so, from pipelines that pad after this.
+    Padding becomes 0, the mean color, as imported weights expect it: other pipelines normalize
+    before they pad.
 
     Args:
         images: u8[b, H, W, 3], RGB.
-        image_size: pixels of each image that are not padding.
+        image_size: i32[b, 2], (height, width) of each image inside its padding.
     """
     height, width = images.shape[1:3]
     values = (images.astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
@@ -40,7 +40,7 @@ def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
 def apply_network(
     model: RetinaNet, params: Any, batch_stats: Any, inputs: ModelInputs, *, train: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """Logits f32[b, A, K] and deltas f32[b, A, 4], and the next batch statistics."""
+    """Logits f32[b, A, K] and deltas f32[b, A, 4], and the updated batch statistics."""
     images = normalize(inputs.images, inputs.image_size)
     outputs, changed = model.apply(
         {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
@@ -51,7 +51,7 @@ def apply_network(
 def network_outputs(
     variables: dict[str, Any], inputs: ModelInputs, *, model: RetinaNet
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits f32[b, A, K] and deltas f32[b, A, 4], as the network is in prediction.
+    """Logits f32[b, A, K] and deltas f32[b, A, 4] in inference mode.
 
     Args:
         variables: `params` and `batch_stats`.
@@ -64,10 +64,10 @@ def network_outputs(
 
 
 def make_targets(batch: Batch, config: Config) -> Targets:
-    """Targets [b, A] of a batch. Anchors whose centre lies in the padding are ignored.
+    """Targets [b, A] of a batch. Anchors whose center lies in the padding are ignored.
 
-    An image counts as reaching to the next multiple of 32 pixels, as in the published code, where
-    every image is padded so far by itself before it is padded to the batch.
+    As in the published code, the image extends to the next multiple of 32 pixels for this purpose:
+    there, each image is first padded to that, and only then to the size of the batch.
     """
     anchors = _anchors(config, batch.model_inputs().padded_size)
     match = functools.partial(
@@ -77,7 +77,7 @@ def make_targets(batch: Batch, config: Config) -> Targets:
         negative_iou=config.anchors.negative_iou,
         convention=config.anchors.convention,
     )
-    # Not given, a crowd region is background.
+    # Without `is_crowd`, crowd regions are background.
     is_crowd = batch.truth.is_crowd if config.anchors.crowd == "ignore" else None
     targets = jax.vmap(match)(batch.truth.boxes, batch.truth.labels, is_crowd)
     reach = -(-batch.image_size // 32) * 32  # [b, 2] height, width
@@ -89,7 +89,7 @@ def make_targets(batch: Batch, config: Config) -> Targets:
 def loss_inputs(
     variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
 ) -> tuple[jax.Array, jax.Array, Targets]:
-    """What the losses would see of a batch, as the network is in prediction.
+    """What the losses would see of a batch, with the network in inference mode.
 
     Args:
         variables: `params` and `batch_stats`.
@@ -105,7 +105,7 @@ def loss_inputs(
 def choose_detections(
     outputs: tuple[jax.Array, jax.Array], inputs: ModelInputs, *, config: Config
 ) -> Detections:
-    """Detections [b, D] of the network's outputs for these images, in pixels of them."""
+    """Detections [b, D] from the network's outputs, in pixels of the padded image."""
     size = inputs.padded_size
     per_cell = config.anchors.octaves * len(config.anchors.ratios)
     select = functools.partial(

@@ -1,6 +1,6 @@
-"""Why a detector is not perfect: kinds of errors, what its scores are worth, what it confuses.
+"""Errors of a detector: by type, by score (calibration), and confusions between classes.
 
-The arithmetic is hotcoco's, at IoU 0.5: TIDE (Bolya et al., "TIDE: A General Toolbox for
+Computed by hotcoco at IoU 0.5: TIDE (Bolya et al., "TIDE: A General Toolbox for
 Identifying Object Detection Errors", ECCV 2020), confusion matrix and calibration.
 """
 
@@ -12,34 +12,34 @@ import numpy as np
 
 SCORE_BINS = 20
 CONFUSION_MIN_SCORE = 0.3
-"""Detections below it are left out of the confusion matrix, where each would be one error."""
+"""Detections below this score are left out of the confusion matrix."""
 
 _IOU = ("0.50", "0.75", "0.90")  # of the precision-recall curves
 
 
 def error_analysis(truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is wrong with detections; None where there is nothing to analyse.
+    """Error statistics of detections.
 
     Args:
         truth: COCO instances.
         detections: COCO results.
 
     Returns:
-        A dict that JSON can hold, or None values in it when there are no detections or no objects:
-            tide: `ap` at IoU 0.5, `delta_ap` (by how much that would rise if all errors of a kind
-                were mended) and `counts`, each by kind: Cls, Loc, Both, Dupe, Bkg, Miss; the first
-                also FP and FN.
+        JSON data; the values are None if there are no detections or no objects:
+            tide: `ap` at IoU 0.5; `delta_ap`, the AP gained if all errors of a type were fixed, by
+                type: Cls, Loc, Both, Dupe, Bkg, Miss, FP, FN; `counts` of the first six.
             precision_recall: `recall` [101], and `precision` by IoU, means over the classes.
-            scores: `correct` and `wrong`: detections in each of 20 bins of score over [0, 1].
-            calibration: `ece` (expected error: mean distance of score and precision), `mce` (the
-                largest) and `bins`: score_from, score_to, score, precision, count of each of ten.
+            scores: `correct` and `wrong`: number of detections in each of 20 equal bins of score.
+            calibration: `ece` (expected calibration error: mean distance between score and
+                precision), `mce` (the maximum) and ten `bins`: score_from, score_to, score,
+                precision, count.
             confusion: `names`, `min_score` and `matrix` [K + 1][K + 1]: true class by detected
-                class; the last row holds detections of nothing, the last column missed objects.
+                class; the last row holds detections of background, the last column missed objects.
     """
     objects = [a for a in truth["annotations"] if not a.get("iscrowd")]
     if not detections or not objects:
-        parts = ("tide", "precision_recall", "scores", "calibration", "confusion")
-        return dict.fromkeys(parts)
+        keys = ("tide", "precision_recall", "scores", "calibration", "confusion")
+        return dict.fromkeys(keys)
     evaluation = _evaluated(truth, detections)
     tide = evaluation.tide_errors()
     curves = evaluation.report()["curves"]
@@ -68,7 +68,7 @@ def _evaluated(truth: dict[str, Any], detections: list[dict[str, Any]]) -> Any:
 
 
 def _scores(evaluation: Any, detections: list[dict[str, Any]]) -> dict[str, list[int]]:
-    status = evaluation.image_diagnostics()["dt_status"]  # by number, from 1
+    status = evaluation.image_diagnostics()["dt_status"]  # by index, from 1
     scores = np.array([row["score"] for row in detections])
     kinds = np.array([status.get(i + 1, "") for i in range(len(scores))])
     return {
@@ -86,7 +86,7 @@ def _calibration(evaluation: Any) -> dict[str, Any]:
         "precision": "avg_accuracy",
         "count": "count",
     }
-    bins = [{ours: part[theirs] for ours, theirs in names.items()} for part in found["bins"]]
+    bins = [{ours: each[theirs] for ours, theirs in names.items()} for each in found["bins"]]
     return {"ece": found["ece"], "mce": found["mce"], "bins": bins}
 
 

@@ -1,10 +1,10 @@
 """Feature pyramid P3 to P7.
 
-Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017. P6 and P7, 3x3
-convolutions of stride 2, differ from source to source:
+Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017. P6 and P7 are 3x3
+convolutions of stride 2; implementations differ:
 
-- mmdetection, so the published GHM models: P6 from C5, no ReLU;
-- torchvision: ReLU before P7, P6 from P5 in the first version and from C5 in `v2`.
+- mmdetection, including the published GHM models: P6 from C5, no ReLU;
+- torchvision: ReLU before P7; P6 from P5 in the first version, from C5 in `v2`.
 """
 
 from typing import Any, Literal
@@ -46,9 +46,9 @@ class FPN(nn.Module):
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[B, H, W, C] -> [B, *size, C], every cell repeated: the inverse of halving and rounding up.
+    """[B, H, W, C] -> [B, *size, C], each cell repeated: the inverse of halving and rounding up.
 
-    `size` is 2H or 2H - 1 and 2W or 2W - 1; for these PyTorch's "nearest" picks the same cells.
+    `size` is 2H or 2H - 1, and 2W or 2W - 1; for these, PyTorch's "nearest" picks the same cells.
     """
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))

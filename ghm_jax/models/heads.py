@@ -11,9 +11,9 @@ from ghm_jax.models.resnet import num_groups_for
 
 
 class Head(nn.Module):
-    """`depth` 3x3 convolutions with ReLU, and one more to `outputs` values for each anchor.
+    """`depth` 3x3 convolutions with ReLU, then one to `outputs` values per anchor.
 
-    [B, H, W, C] -> f32[B, H * W * anchors, outputs]. The last bias starts at `bias`.
+    [B, H, W, C] -> f32[B, H * W * anchors, outputs]. The last bias is initialized to `bias`.
     """
 
     anchors: int
@@ -54,5 +54,5 @@ class Head(nn.Module):
 
 
 def prior_bias(probability: float) -> float:
-    """The logit of a probability: sigmoid(-4.595) = 0.01 keeps a fresh detector quiet."""
+    """The logit of a probability, so that the initial scores are low: sigmoid(-4.595) = 0.01."""
     return math.log(probability / (1.0 - probability))

@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt as torchvision has them: stride in the 3x3 convolution, explicit padding.
+"""ResNet and ResNeXt as in torchvision: stride in the 3x3 convolution, explicit padding.
 
 Sources: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1; Xie et al.,
 "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017, table 1.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 class Architecture(NamedTuple):
-    """What tells one backbone from another."""
+    """What distinguishes the backbones."""
 
     bottleneck: bool
     """Bottleneck blocks (1x1, 3x3, 1x1) or basic ones (3x3, 3x3)."""
@@ -22,11 +22,11 @@ class Architecture(NamedTuple):
     groups: int = 1
     """Groups of the 3x3 convolutions of bottleneck blocks: ResNeXt's cardinality ..."""
     group_width: int = 64
-    """... and their channels a group in the first stage, for a stem of 64 channels."""
+    """... and the channels per group in the first stage, for a stem of 64 channels."""
 
 
 ARCHITECTURES = {
-    "resnet10": Architecture(False, (1, 1, 1, 1)),  # in no paper: for small data on a CPU
+    "resnet10": Architecture(False, (1, 1, 1, 1)),  # not published: for small data on a CPU
     "resnet18": Architecture(False, (2, 2, 2, 2)),
     "resnet34": Architecture(False, (3, 4, 6, 3)),
     "resnet50": Architecture(True, (3, 4, 6, 3)),
@@ -44,9 +44,9 @@ NormKind = Literal["frozen", "batch", "group"]
 class Norm(nn.Module):
     """The backbone's normalization: [..., C] -> [..., C].
 
-    kind: "frozen" uses stored statistics and never changes them (the affine part is trained, as in
-    the published recipes); "batch" uses the batch's, over all replicas of `axis_name`; "group" is
-    GroupNorm with 32 groups, or fewer where a group would have less than two channels.
+    kind: "frozen" is BatchNorm with fixed stored statistics (scale and bias are trained, as in the
+    published recipes); "batch" is BatchNorm over all replicas of `axis_name`; "group" is GroupNorm,
+    see `num_groups_for`.
     epsilon: added to the variance.
     """
 
@@ -71,12 +71,12 @@ class Norm(nn.Module):
 
 
 def num_groups_for(channels: int) -> int:
-    """Groups of a GroupNorm: 32, or fewer where a group would have less than two channels."""
+    """Groups of a GroupNorm: 32, or fewer where a group would have fewer than two channels."""
     return min(32, max(1, channels // 2))
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padded by half its kernel on each side as PyTorch does."""
+    """Convolution without bias, padded by half its kernel on each side as in PyTorch."""
 
     features: int
     size: int
@@ -101,8 +101,8 @@ class Conv(nn.Module):
 class Block(nn.Module):
     """A residual block, basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1).
 
-    [B, H, W, C] -> [B, H / stride, W / stride, out]; bottleneck blocks put out four times
-    `features`, the channels of the stage.
+    [B, H, W, C] -> [B, H / stride, W / stride, out], where out is `features`, or four times that
+    for bottleneck blocks.
     """
 
     architecture: Architecture
@@ -143,14 +143,15 @@ class ResNet(nn.Module):
     """Images [B, H, W, 3] -> (C3, C4, C5), features at strides 8, 16 and 32.
 
     The stem (if `frozen_stages` is not 0) and the first `frozen_stages` stages are frozen: no
-    gradient reaches them and their norms use stored statistics. Their parameters stand still only
-    if the optimizer leaves them alone as well; `is_frozen` tells which they are.
+    gradient reaches them and their norms use stored statistics. The optimizer must leave their
+    parameters unchanged too (weight decay); `is_frozen` says which they are.
 
-    With `remat` the backward pass computes each stage again from its input instead of keeping all
-    that is inside: less memory, about a third more time, the same results.
+    With `remat` the backward pass recomputes each stage from its input instead of storing its
+    activations: less memory, about a third more time, the same results.
     """
 
-    name_of: str
+    architecture: str
+    """One of `ARCHITECTURES`."""
     width: int
     stem_kernel: int
     norm: NormKind
@@ -162,17 +163,17 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, ...]:
-        part = nn.remat(ResNet._part, static_argnums=(2, 3)) if self.remat else ResNet._part
+        apply = nn.remat(ResNet._stage, static_argnums=(2, 3)) if self.remat else ResNet._stage
         x, features = images, []
-        for stage in range(1 + len(ARCHITECTURES[self.name_of].depths)):
+        for stage in range(1 + len(ARCHITECTURES[self.architecture].depths)):
             frozen = self.frozen_stages >= max(stage, 1)
-            x = part(self, x, stage, train and not frozen)
+            x = apply(self, x, stage, train and not frozen)
             if frozen:
                 x = jax.lax.stop_gradient(x)
             features.append(x)
         return tuple(features[2:])
 
-    def _part(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
+    def _stage(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
         """The stem (stage 0) or one of the stages 1 to 4."""
         if stage == 0:
             x = Conv(self.width, self.stem_kernel, 2, dtype=self.dtype, name="stem_conv")(x)
@@ -180,7 +181,7 @@ class ResNet(nn.Module):
             x = norm(x, train=train)
             padding: Any = ((1, 1), (1, 1))
             return nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)
-        architecture = ARCHITECTURES[self.name_of]
+        architecture = ARCHITECTURES[self.architecture]
         for i in range(architecture.depths[stage - 1]):
             x = Block(
                 architecture,
@@ -196,6 +197,6 @@ class ResNet(nn.Module):
 
 
 def is_frozen(name: str, frozen_stages: int) -> bool:
-    """Whether a part of the backbone's parameters, by its name in the tree, is frozen."""
+    """Whether a module of the backbone is frozen, by its name among the parameters."""
     stage = 1 if name.startswith("stem_") else int(name.removeprefix("stage").split("_")[0])
     return stage <= frozen_stages

@@ -1,4 +1,4 @@
-"""RetinaNet: the network that turns images into logits and box deltas.
+"""RetinaNet: the network from images to logits and box deltas.
 
 Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section 4.
 """
@@ -17,9 +17,8 @@ from ghm_jax.models.resnet import NormKind, ResNet
 class RetinaNet(nn.Module):
     """Normalized images f32[B, H, W, 3] -> (logits f32[B, A, K], box deltas f32[B, A, 4]).
 
-    The A anchors are in the order of `ghm_jax.detection.anchors.make_anchors`. `axis_name` is
-    the replica axis that batch statistics are taken over. Activations are in `dtype`,
-    parameters in float32.
+    The A anchors are in the order of `ghm_jax.detection.anchors.make_anchors`. Batch statistics
+    are taken over the replica axis `axis_name`. Activations are in `dtype`, parameters in float32.
     """
 
     num_classes: int
@@ -42,17 +41,22 @@ class RetinaNet(nn.Module):
 
     def setup(self) -> None:
         self.backbone = ResNet(
-            self.backbone_name,
-            self.width,
-            self.stem_kernel,
-            self.norm,
-            self.axis_name,
-            self.dtype,
-            self.frozen_stages,
-            self.remat,
-            self.norm_epsilon,
+            architecture=self.backbone_name,
+            width=self.width,
+            stem_kernel=self.stem_kernel,
+            norm=self.norm,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            frozen_stages=self.frozen_stages,
+            remat=self.remat,
+            norm_epsilon=self.norm_epsilon,
         )
-        self.fpn = FPN(self.channels, self.dtype, self.p6_from, self.relu_before_p7)
+        self.fpn = FPN(
+            channels=self.channels,
+            dtype=self.dtype,
+            p6_from=self.p6_from,
+            relu_before_p7=self.relu_before_p7,
+        )
 
         def head(outputs: int, bias: float) -> Head:
             return Head(

@@ -1,11 +1,11 @@
-"""Weights in the names of torchvision and mmdetection to variables of ours, and back.
+"""Converts weights of torchvision and mmdetection to our variables and back.
 
-Pure: a flat dict of arrays in, `params` and `batch_stats` out. Files are `ghm_jax.import_weights`'.
-Nothing is left to chance: each of our leaves gets the tensor of its name and shape, and every
-tensor is used or known to be no part of the network.
+Pure functions: a flat dict of arrays in, `params` and `batch_stats` out; `weight_files` reads the
+files. The match is strict: each of our leaves gets the tensor with its name and shape, and every
+tensor is either used or known not to belong to the network.
 
-The outputs of a head run over anchors, then classes or coordinates, in all sources and here, so
-only the axes of kernels change: out x in x height x width there, height x width x in x out here.
+In all sources, as here, head outputs are ordered by anchor, then class or coordinate. So only the
+axes of kernels change: [out, in, height, width] there, [height, width, in, out] here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,25 +24,25 @@ from ghm_jax.models.weight_names import (
 )
 
 Tensors = Mapping[str, np.ndarray]
-"""Arrays by the names of a PyTorch state dict."""
+"""Arrays by their names in a PyTorch state dict."""
 Path = tuple[str, ...]
 
 _CLASS_OUTPUT, _BOX_OUTPUT = ("class_head", "output"), ("box_head", "output")
 
 
 def import_backbone(tensors: Tensors, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone of an ImageNet classifier; its last layer `fc` is left out.
+    """The backbone of an ImageNet classifier, without its last layer `fc`.
 
     Args:
         tensors: of torchvision or timm.
-        like: `params` and `batch_stats` of a RetinaNet (arrays or ShapeDtypeStructs); only the
-            parts named `backbone` count.
+        like: `params` and `batch_stats` of a RetinaNet (arrays or ShapeDtypeStructs); only
+            `backbone` is used.
 
     Returns:
         `params` and `batch_stats`, each with a `backbone` of f32 arrays.
 
     Raises:
-        ValueError: as `import_detector`.
+        ValueError: as for `import_detector`.
     """
     like = {kind: {"backbone": tree.get("backbone", {})} for kind, tree in like.items()}
     return _import(tensors, like, _require(tensors, (BACKBONE,)), None)
@@ -56,26 +56,26 @@ def import_detector(
     Args:
         tensors: of torchvision's RetinaNet (v1, v2) or of mmdetection's (1.x to 3.x, GHM too).
         like: `params` and `batch_stats` of a RetinaNet (arrays or ShapeDtypeStructs).
-        class_rows: for each of our classes, its number among the tensors'; None: the same ones.
-            See `class_rows_of`.
+        class_rows: for each of our classes, its index among the classes of the tensors, see
+            `class_rows_of`; None: the same classes.
 
     Returns:
         `params` and `batch_stats` of f32 arrays.
 
     Raises:
-        ValueError: names or shapes do not fit `like`, or a value is not finite. One line that
-            names the first such tensors.
+        ValueError: names or shapes do not match `like`, or a value is NaN or infinite. One line
+            that names the first such tensors.
     """
     return _import(tensors, like, _require(tensors, DETECTORS), class_rows)
 
 
 def export_detector(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A RetinaNet in today's names of torchvision: f32 arrays, what `import_detector` reads.
+    """A RetinaNet under torchvision's current names: f32 arrays that `import_detector` reads.
 
-    The classes are ours, K of them: torchvision's model is to be built with `num_classes=K`.
+    With K classes of ours, torchvision's model must be built with `num_classes=K`.
 
     Raises:
-        ValueError: a part that torchvision does not have, such as GroupNorm in the backbone.
+        ValueError: a module that torchvision does not have, such as GroupNorm in the backbone.
     """
     return {
         tensor: np.ascontiguousarray(_to_torch(path, np.asarray(_leaf(variables, path))))
@@ -86,11 +86,11 @@ def export_detector(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def class_rows_of(
     tensors: Tensors, class_names: Sequence[str], coco_ids: Mapping[str, int]
 ) -> list[int]:
-    """For each class name, its number among the classes that a detector's tensors hold.
+    """For each class name, its index among the classes of a detector's tensors.
 
-    Known are the 80 classes of COCO in the usual order; torchvision's 91, which are numbered by
-    COCO's category ids, so that background (0) and ten gaps are never learnt and are left out; and
-    as many classes as there are names (one more in torchvision, for background), in that order.
+    Three layouts are supported: the 80 COCO classes in the usual order; torchvision's 91, indexed
+    by COCO category id, where background (0) and ten unused ids are skipped; and as many classes as
+    there are names (in torchvision one more, for background), in that order.
 
     Args:
         tensors: of a detector.
@@ -98,7 +98,7 @@ def class_rows_of(
         coco_ids: category id of each of COCO's 80 class names, in their order.
 
     Raises:
-        ValueError: none of these fits.
+        ValueError: the number of classes matches none of these.
     """
     naming = _require(tensors, DETECTORS)
     found = _num_classes(tensors, naming)
@@ -120,7 +120,8 @@ def class_rows_of(
 
 
 def _num_classes(tensors: Tensors, naming: Naming) -> int:
-    names = [naming.tensor((*part, "bias")) or "" for part in (_CLASS_OUTPUT, _BOX_OUTPUT)]
+    outputs = (_CLASS_OUTPUT, _BOX_OUTPUT)
+    names = [naming.tensor((*module, "bias")) or "" for module in outputs]
     missing = [name for name in names if name not in tensors]
     if missing:
         raise ValueError(f"lacks {_some(missing)}")
@@ -134,7 +135,7 @@ def _require(tensors: Tensors, namings: Sequence[Naming]) -> Naming:
         wanted = " or ".join(naming.title for naming in namings)
         other = find_naming(tensors, (BACKBONE, *DETECTORS))
         found = f"holds {other.title}" if other else f"has unknown names ({_some(list(tensors))})"
-        raise ValueError(f"{found}; wanted is {wanted}")
+        raise ValueError(f"{found}; expected {wanted}")
     return naming
 
 
@@ -148,9 +149,9 @@ def _import(
     missing = [name for name in wanted if name not in tensors]
     unused = [name for name in tensors if name not in wanted and not naming.is_ignored(name)]
     if missing or unused:
-        parts = [f"lacks {_some(missing)}"] * bool(missing)
-        parts += [f"has {_some(unused)} that the model has no place for"] * bool(unused)
-        raise ValueError(f"taken for {naming.title}, but it {' and '.join(parts)}")
+        problems = [f"lacks {_some(missing)}"] * bool(missing)
+        problems += [f"has {_some(unused)}, for which the model has no place"] * bool(unused)
+        raise ValueError(f"looks like {naming.title}, but {' and '.join(problems)}")
 
     imported = {}
     for name, path in wanted.items():
@@ -162,26 +163,26 @@ def _import(
             ours = _to_torch(path, np.empty(shape, np.bool_)).shape
             raise ValueError(f"{name} is {tensor.shape}, in the model {ours}")
         if not np.isfinite(value).all():
-            raise ValueError(f"{name} holds values that are not finite; the file is damaged")
+            raise ValueError(f"{name} holds values that are not finite; get the file again")
         imported[path] = np.ascontiguousarray(value)
     return {kind: {} for kind in like} | traverse_util.unflatten_dict(imported)
 
 
 def _leaves_by_tensor(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Path]:
-    """Path of each leaf of our variables by the name of its tensor, sorted by that."""
+    """Path of each leaf of our variables by the name of its tensor, in sorted order."""
     leaves = {}
     for path in traverse_util.flatten_dict(dict(variables)):
         name = naming.tensor(path[1:])  # without params or batch_stats
         if name is None:
-            raise ValueError(f"{naming.title} has no {'/'.join(path[1:])}, the model has one")
+            raise ValueError(f"{naming.title} has no {'/'.join(path[1:])}, but the model does")
         leaves[name] = path
     return dict(sorted(leaves.items()))
 
 
 def _select_classes(tensor: np.ndarray, rows: Sequence[int], num_classes: int) -> np.ndarray:
-    """Of [anchors * num_classes, ...] the outputs of some classes, [anchors * len(rows), ...]."""
+    """The outputs of some classes: [anchors * num_classes, ...] -> [anchors * len(rows), ...]."""
     if tensor.shape[0] % num_classes:
-        return tensor  # its shape is wrong, as whoever compares it will say
+        return tensor  # wrong shape: the caller compares it and raises
     by_class = tensor.reshape(-1, num_classes, *tensor.shape[1:])[:, list(rows)]
     return by_class.reshape(-1, *tensor.shape[1:])
 
@@ -206,6 +207,6 @@ def _leaf(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
+    """The first `most` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

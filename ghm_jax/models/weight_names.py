@@ -1,9 +1,9 @@
-"""How published weights name the parts of a RetinaNet: one table per source, ours -> theirs.
+"""How published weights name the modules of a RetinaNet: one table per source, ours -> theirs.
 
-A part is a module with weights of its own. Ours is named by its path in the variables without
-Flax's inner names: `backbone/stage1_block1/conv1`. Theirs is the prefix of its tensors:
-`layer1.0.conv1`. The tables go on for as many stages, blocks and layers as any published network
-has; a smaller one uses a part of them.
+Each entry is a module with weights of its own. Our name is its path in the variables without Flax's
+inner names: `backbone/stage1_block1/conv1`. Theirs is the prefix of its tensors: `layer1.0.conv1`.
+The tables cover as many stages, blocks and layers as any published network has; smaller networks
+use a subset.
 """
 
 import re
@@ -19,31 +19,31 @@ class Naming:
     """The names of one source."""
 
     title: str
-    """What a person calls the source."""
+    """What the source is called in messages."""
     marker: str
-    """A tensor that every file of this source has, and no file of another."""
-    parts: dict[str, str]
-    """Prefix of the tensors of each of our parts."""
+    """A tensor that every file of this source has and no file of any other."""
+    modules: dict[str, str]
+    """Prefix of the tensors of each of our modules."""
     ignored: str
-    """Regular expression of tensors that are no part of the network."""
+    """Regular expression of tensors that do not belong to the network."""
 
     def tensor(self, path: tuple[str, ...]) -> str | None:
-        """Name of the tensor for a leaf of our variables; None if the source has no such part.
+        """Name of the tensor for a leaf of our variables; None if the source has no such module.
 
         Args:
-            path: without the collection: ("fpn", "lateral3", "kernel").
+            path: without the collection, such as ("fpn", "lateral3", "kernel").
         """
-        *parts, leaf = (name for name in path if not re.fullmatch(r"(Conv|BatchNorm)_0", name))
-        prefix = self.parts.get("/".join(parts))
+        *module, leaf = (name for name in path if not re.fullmatch(r"(Conv|BatchNorm)_0", name))
+        prefix = self.modules.get("/".join(module))
         return None if prefix is None else f"{prefix}.{_LEAVES[leaf]}"
 
     def is_ignored(self, tensor: str) -> bool:
-        """Whether a tensor is left out on purpose."""
+        """Whether a tensor is skipped on purpose."""
         return re.fullmatch(self.ignored, tensor) is not None
 
 
 _LEAVES = {
-    "kernel": "weight",  # of a convolution, height x width x in x out; theirs: out x in x h x w
+    "kernel": "weight",  # of a convolution: [height, width, in, out]; theirs [out, in, h, w]
     "scale": "weight",  # of a normalization
     "bias": "bias",
     "mean": "running_mean",
@@ -52,7 +52,7 @@ _LEAVES = {
 
 
 def _resnet(prefix: str) -> dict[str, str]:
-    """torchvision's names of a ResNet's parts, which timm and mmdetection share."""
+    """torchvision's names of a ResNet's modules, shared by timm and mmdetection."""
     names = {"backbone/stem_conv": f"{prefix}conv1", "backbone/stem_norm": f"{prefix}bn1"}
     for stage in range(1, 5):
         for block in range(MAX_BLOCKS):
@@ -66,7 +66,7 @@ def _resnet(prefix: str) -> dict[str, str]:
 
 
 def _pyramid(lateral: str, output: str, p6: str, p7: str) -> dict[str, str]:
-    """Names of the pyramid's parts; {} stands for 0 (C3, P3), 1 and 2."""
+    """Names of the pyramid's modules; {} stands for 0 (C3, P3), 1 and 2."""
     names = {"fpn/p6": p6, "fpn/p7": p7}
     for i in range(3):
         names[f"fpn/lateral{i + 3}"] = lateral.format(i)
@@ -75,7 +75,7 @@ def _pyramid(lateral: str, output: str, p6: str, p7: str) -> dict[str, str]:
 
 
 def _head(ours: str, output: str, conv: str, norm: str = "", step: int = 1) -> dict[str, str]:
-    """Names of a head's parts; {} stands for 0, `step`, 2 * `step` ..."""
+    """Names of a head's modules; {} stands for 0, `step`, 2 * `step` ..."""
     names = {f"{ours}/output": output}
     for i in range(MAX_HEAD_CONVS):
         names[f"{ours}/conv{i + 1}"] = conv.format(i * step)
@@ -86,19 +86,19 @@ def _head(ours: str, output: str, conv: str, norm: str = "", step: int = 1) -> d
 
 _CLASS = "head.classification_head"
 _BOX = "head.regression_head"
-_COUNTER = r".*\.num_batches_tracked"  # PyTorch's BatchNorm counts its steps; nothing reads it here
+_COUNTER = r".*\.num_batches_tracked"  # step counter of PyTorch's BatchNorm, not used here
 
 BACKBONE = Naming(
     title="an ImageNet classifier of torchvision or timm",
     marker="conv1.weight",
-    parts=_resnet(""),
+    modules=_resnet(""),
     ignored=rf"fc\.(weight|bias)|{_COUNTER}",
 )
 
 TORCHVISION = Naming(
     title="a RetinaNet of torchvision",
     marker="backbone.fpn.inner_blocks.0.0.weight",
-    parts={
+    modules={
         **_resnet("backbone.body."),
         **_pyramid(
             "backbone.fpn.inner_blocks.{}.0",
@@ -114,11 +114,11 @@ TORCHVISION = Naming(
     ignored=_COUNTER,
 )
 
-# The published RetinaNet v1 was saved in 2020, when a layer and its ReLU counted separately.
+# The published RetinaNet v1 was saved in 2020, when convolution and ReLU were numbered separately.
 TORCHVISION_2020 = Naming(
     title="a RetinaNet of torchvision before 0.13",
     marker="backbone.fpn.inner_blocks.0.weight",
-    parts={
+    modules={
         **_resnet("backbone.body."),
         **_pyramid(
             "backbone.fpn.inner_blocks.{}",
@@ -135,7 +135,7 @@ TORCHVISION_2020 = Naming(
 MMDETECTION = Naming(
     title="a RetinaNet of mmdetection",
     marker="neck.lateral_convs.0.conv.weight",
-    parts={
+    modules={
         **_resnet("backbone."),
         **_pyramid(
             "neck.lateral_convs.{}.conv",
@@ -156,7 +156,7 @@ MMDETECTION = Naming(
             "bbox_head.reg_convs.{}.gn",
         ),
     },
-    # GHM's losses are modules there, with bin edges and moving counts as buffers.
+    # There, GHM's losses are modules with bin edges and moving-average counts as buffers.
     ignored=rf"bbox_head\.loss_(cls|bbox)\.(edges|acc_sum)|{_COUNTER}",
 )
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: boxes on images, curves and histograms, the page that shows them together."""
+"""Pictures of a run: boxes on images, curves and histograms, and the report with all of them."""
 
 from ghm_jax.plots.drawing import Sample, class_color, draw_boxes, sample_grid
 from ghm_jax.plots.figures import harmonizing_panel, loss_curves
@@ -10,7 +10,6 @@ from ghm_jax.plots.gradients import (
     reformulated_class_gradients,
 )
 from ghm_jax.plots.report import render_report
-from ghm_jax.runs.history import read_history
 
 __all__ = [
     "Sample",
@@ -21,7 +20,6 @@ __all__ = [
     "gradient_totals",
     "harmonizing_panel",
     "loss_curves",
-    "read_history",
     "reformulated_box_gradients",
     "reformulated_class_gradients",
     "render_report",

@@ -1,4 +1,4 @@
-"""Ground truth and detections, drawn on images. Colours are RGB, images uint8[H, W, 3]."""
+"""Draws ground truth and detections on images. Colors are RGB, images uint8[H, W, 3]."""
 
 import colorsys
 import math
@@ -14,14 +14,14 @@ _PADDING = 3
 _CELL = 480  # long side of an image in the grid, pixels
 _GAP = 8
 _CAPTION_HEIGHT = 32
-# A dark strip with light text reads well on light and on dark pages.
+# Light text on a dark strip is readable on light and on dark pages.
 _CAPTION_BACKGROUND = (32, 36, 43)
 _CAPTION_TEXT = (230, 233, 238)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One image with its ground truth and what the detector found, in pixels of that image."""
+    """An image with its ground truth and detections, in pixels of the image."""
 
     image_id: int
     image: np.ndarray
@@ -39,9 +39,9 @@ class Sample:
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """The fixed RGB colour of a class: steps of the golden ratio around the hue circle.
+    """The fixed RGB color of a class: steps of the golden ratio around the hue circle.
 
-    No colour is dark, so that black text can be read on all of them.
+    All colors are bright enough for black text.
     """
     hue = (0.58 + 0.618034 * label) % 1.0
     saturation, value = ((0.80, 1.00), (0.50, 1.00), (0.95, 0.85))[label % 3]
@@ -65,29 +65,22 @@ def draw_boxes(
 
     Args:
         image: uint8[H, W, 3], RGB.
-        boxes: f32[N, 4] as x0, y0, x1, y1 in pixels of `image`. What lies outside the image is cut
-            off; a box without area inside it, or with a coordinate that is not finite, is left out.
+        boxes: f32[N, 4] as x0, y0, x1, y1 in pixels of `image`, clipped to it. Boxes without area
+            inside the image or with non-finite coordinates are skipped.
         labels: i32[N], class indices.
-        class_names: names in label order; a label beyond them is written as its number.
-        scores: f32[N]; written behind the names, and the highest are drawn last, on top.
-        scale: the image is resized by this factor before anything is drawn, so that lines stay thin
-            and the text readable on small images.
+        class_names: names in label order; labels beyond them are written as numbers.
+        scores: f32[N], written after the names; the highest are drawn last, on top.
+        scale: the image is resized by this factor before drawing, so that lines are thin and text
+            is readable on small images.
 
     Returns:
         uint8[round(scale * H), round(scale * W), 3].
 
     Raises:
-        ValueError: an array has another shape or the image another dtype.
+        ValueError: an array has the wrong shape, or the image the wrong dtype.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
     boxes = np.asarray(boxes, np.float64)
-    if boxes.shape != (len(labels), 4) or (scores is not None and len(scores) != len(labels)):
-        shapes = (list(boxes.shape), len(labels), None if scores is None else len(scores))
-        raise ValueError(
-            "boxes, labels and scores must be [N, 4], [N] and [N], got {}, {}, {}".format(*shapes)
-        )
-
+    _check_shapes(image, boxes, labels, scores)
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
     method = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
     canvas = np.array(
@@ -107,7 +100,7 @@ def draw_boxes(
         corners = int(left), int(top), int(right), int(bottom)
         _rectangle(canvas, corners, class_color(int(labels[i])), thickness)
         drawn.append((i, corners))
-    # Names after all boxes: no line may cross a text.
+    # Names after all boxes, so that no line crosses text.
     for i, corners in drawn:
         label = int(labels[i])
         text = class_names[label] if 0 <= label < len(class_names) else str(label)
@@ -117,6 +110,18 @@ def draw_boxes(
     return canvas
 
 
+def _check_shapes(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray | None
+) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
+    if boxes.shape != (len(labels), 4) or (scores is not None and len(scores) != len(labels)):
+        shapes = (list(boxes.shape), len(labels), None if scores is None else len(scores))
+        raise ValueError(
+            "boxes, labels and scores must be [N, 4], [N] and [N], got {}, {}, {}".format(*shapes)
+        )
+
+
 def sample_grid(
     samples: Sequence[Sample],
     class_names: Sequence[str],
@@ -124,13 +129,13 @@ def sample_grid(
     columns: int = 2,
     min_score: float = 0.3,
 ) -> np.ndarray:
-    """Samples in rows, each a pair of images (ground truth, detections) over a caption.
+    """Samples in rows, each a pair of images (ground truth, detections) with captions.
 
     Args:
         samples: at least one.
         class_names: names in label order.
-        columns: pairs in a row; never more than there are samples.
-        min_score: detections below this score are left out.
+        columns: maximum number of pairs per row.
+        min_score: detections below this score are not drawn.
 
     Returns:
         uint8[H, W, 3].
@@ -153,12 +158,12 @@ def sample_grid(
 def contact_sheet(
     images: Sequence[tuple[np.ndarray, str]], *, columns: int = 4, side: int = 320
 ) -> np.ndarray:
-    """Small images over their captions, in rows.
+    """Small images with captions, in rows.
 
     Args:
-        images: uint8[H, W, 3] and caption, at least one.
-        columns: images in a row; never more than there are.
-        side: of the square cell that every image is fitted into, in pixels.
+        images: (uint8[H, W, 3], caption) pairs, at least one.
+        columns: maximum number of images per row.
+        side: of the square cell that each image is scaled to fit, in pixels.
 
     Returns:
         uint8[H, W, 3].
@@ -180,7 +185,7 @@ def contact_sheet(
 def _pair(sample: Sample, class_names: Sequence[str], min_score: float) -> np.ndarray:
     scale = _CELL / max(sample.image.shape[:2])
     if scale > 1:
-        scale = math.floor(scale)  # whole pixels stay whole
+        scale = math.floor(scale)  # enlarge by integers, so that pixels stay sharp
     shown = np.asarray(sample.detected_scores) >= min_score
     truth = draw_boxes(sample.image, sample.boxes, sample.labels, class_names, scale=scale)
     found = draw_boxes(
@@ -201,7 +206,7 @@ def _pair(sample: Sample, class_names: Sequence[str], min_score: float) -> np.nd
 def _captioned(image: np.ndarray, text: str) -> np.ndarray:
     strip = _background(_CAPTION_HEIGHT, image.shape[1])
     at = (_PADDING * 2, _CAPTION_HEIGHT - 10)
-    # Narrow images: the text shrinks until it fits.
+    # The text shrinks to fit narrow images.
     (text_width, _), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)
     size = _FONT_SCALE * min(1.0, (image.shape[1] - 2 * at[0]) / text_width)
     cv2.putText(strip, text, at, _FONT, max(size, 0.2), _CAPTION_TEXT, 1, cv2.LINE_AA)
@@ -214,7 +219,7 @@ def _rectangle(
     color: tuple[int, int, int],
     thickness: int,
 ) -> None:
-    """Draws inwards from the corner pixels (which belong to the line)."""
+    """Draws inwards from the corner pixels, which belong to the line."""
     left, top, right, bottom = corners
     for inset in range(thickness):
         if left + inset <= right - inset and top + inset <= bottom - inset:
@@ -228,7 +233,7 @@ def _tag(
     corners: tuple[int, int, int, int],
     color: tuple[int, int, int],
 ) -> None:
-    """Writes on a coloured plate: above the box, below it at the upper border of the image."""
+    """Writes on a colored tag above the box, or below it at the upper border of the image."""
     (text_width, text_height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)
     height, width = text_height + 2 * _PADDING, text_width + 2 * _PADDING
     left, top, _, bottom = corners
@@ -254,5 +259,5 @@ def _pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def _join(images: list[np.ndarray], axis: int) -> np.ndarray:
     height, width = images[0].shape[:2]
     gap = _background(height, _GAP) if axis == 1 else _background(_GAP, width)
-    parts = [part for image in images for part in (image, gap)][:-1]
-    return np.concatenate(parts, axis=axis)
+    pieces = [piece for image in images for piece in (image, gap)][:-1]
+    return np.concatenate(pieces, axis=axis)

@@ -1,4 +1,4 @@
-"""Cards of the report about errors: kinds of errors, curves, scores, calibration, confusion."""
+"""Cards of the report about errors: error types, curves, scores, calibration, confusion."""
 
 from collections.abc import Mapping
 from html import escape
@@ -12,19 +12,19 @@ from ghm_jax.plots.figures import BLUE, GREEN, INK, MUTED, ORANGE
 from ghm_jax.plots.page import card, columns, percent, svg
 
 _KINDS = {
-    "Cls": ("wrong class", "well placed, of another class"),
-    "Loc": ("badly placed", "right class, IoU of 0.1 to 0.5"),
-    "Both": ("both", "wrong class and badly placed"),
-    "Dupe": ("duplicate", "of an object that has been found with a higher score"),
-    "Bkg": ("background", "there is no object, IoU below 0.1"),
-    "Miss": ("missed", "of the right class nothing near, nothing in its place"),
+    "Cls": ("classification", "wrong class, IoU at least 0.5"),
+    "Loc": ("localization", "right class, IoU from 0.1 to 0.5"),
+    "Both": ("both", "wrong class, IoU from 0.1 to 0.5"),
+    "Dupe": ("duplicate", "of an object that was detected with a higher score"),
+    "Bkg": ("background", "no object, IoU below 0.1"),
+    "Miss": ("missed", "object not detected, not even with a classification or localization error"),
 }
-_MATRIX_CLASSES = 12  # more do not fit on a phone: the pairs are listed
+_MATRIX_CLASSES = 12  # more do not fit on a phone: pairs are listed instead
 _PAIRS = 15
 
 
 def error_cards(errors: Mapping[str, Any] | None) -> list[str]:
-    """Cards of `ghm_jax.evaluation.error_analysis`; none without detections or objects."""
+    """Cards of the `ghm_jax.evaluation.error_analysis`; none without detections or objects."""
     if not errors or errors["tide"] is None:
         return []
     return [
@@ -44,12 +44,12 @@ def _tide(tide: Mapping[str, Any]) -> str:
         f'<tr class="under"><td class="meaning" colspan="4">{meaning}</td></tr>'
         for kind, (name, meaning) in _KINDS.items()
     )
-    head = '<tr><th>error</th><td></td><td class="number">AP50</td><td class="number">number</td>'
+    head = '<tr><th>error</th><td></td><td class="number">AP50</td><td class="number">count</td>'
     both = tide["delta_ap"]["FP"], tide["delta_ap"]["FN"]
     note = (
-        f"By how much AP50, {tide['ap']:.3f}, would rise if all errors of a kind were mended "
-        f"(TIDE); the kinds do not add up. Without any false detection it would rise by "
-        f"{both[0]:.3f}, without any missed object by {both[1]:.3f}."
+        f"The number is the AP50 gained if these errors were fixed (TIDE); AP50 is "
+        f"{tide['ap']:.3f}. The gains do not add up. Without false positives AP50 would be "
+        f"{both[0]:.3f} higher, without missed objects {both[1]:.3f}."
     )
     body = f'<table class="tide">{head}</tr>{rows}</table><p class="note">{note}</p>'
     return card("What is wrong", body)
@@ -60,13 +60,13 @@ def _precision_recall(curves: Mapping[str, Any]) -> str:
     for (iou, precision), color in zip(
         curves["precision"].items(), (GREEN, BLUE, ORANGE), strict=False
     ):
-        # Beyond what was found the precision is 0 by definition: the line ends there.
+        # Precision is 0 by definition beyond the highest recall: the line ends there.
         y = np.array(precision, np.float64)
         y = np.where(y > 0, y, np.nan)
         ax.plot(curves["recall"], y, color=color, lw=1.6, label=f"IoU {iou}")
     ax.set_xlabel("recall", color=INK, fontsize=9)
     figures.legend(ax)
-    note = "Means over the classes; where a line ends nothing more was found."
+    note = "Means over the classes. A line ends at the highest recall reached."
     picture = svg(figure, "Precision over recall")
     return card("Precision and recall", f'{picture}<p class="note">{note}</p>')
 
@@ -87,25 +87,26 @@ def _scores(scores: Mapping[str, Any]) -> str:
     high = correct[len(correct) // 2 :].sum(), wrong[len(wrong) // 2 :].sum()
     note = (
         f"{total:,.0f} detections, {percent(correct.sum() / max(total, 1))} of them correct at "
-        f"IoU 0.5. With a score of 0.5 or more: {high[0]:,.0f} correct, {high[1]:,.0f} wrong."
+        f"IoU 0.5. With a score of at least 0.5: {high[0]:,.0f} correct, {high[1]:,.0f} wrong."
     )
     picture = svg(figure, "Scores of correct and wrong detections")
     return card("Scores", f'{picture}<p class="note">{note}</p>')
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:
-    bins = [part for part in calibration["bins"] if part["count"]]
+    bins = [each for each in calibration["bins"] if each["count"]]
     figure, ax = _axes("precision")
     ax.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    score = [part["score"] for part in bins]
-    ax.plot(score, [part["precision"] for part in bins], color=BLUE, lw=1.5, marker="o", ms=4)
+    score = [each["score"] for each in bins]
+    ax.plot(score, [each["precision"] for each in bins], color=BLUE, lw=1.5, marker="o", ms=4)
     ax.set_xlabel("score", color=INK, fontsize=9)
     note = (
-        "How many of the detections of a score are correct at IoU 0.5. On the dashed line a score "
-        "is a probability; below it the detector is too sure, above it too careful. Mean distance, "
-        f"weighted by detections: {calibration['ece']:.3f} (largest {calibration['mce']:.3f})."
+        "Precision of the detections at IoU 0.5, by score. On the dashed line scores are "
+        "calibrated probabilities; below it the detector is overconfident, above it "
+        f"underconfident. Expected calibration error: {calibration['ece']:.3f} (maximum "
+        f"{calibration['mce']:.3f})."
     )
-    picture = svg(figure, "Precision of detections by their score")
+    picture = svg(figure, "Precision of detections by score")
     return card("Calibration", f'{picture}<p class="note">{note}</p>')
 
 
@@ -113,12 +114,12 @@ def _confusion(confusion: Mapping[str, Any]) -> str:
     names = confusion["names"]
     matrix = np.array(confusion["matrix"], np.int64)
     note = (
-        f"Detections with a score of {confusion['min_score']:g} or more, matched to objects of any "
-        "class at IoU 0.5."
+        f"Detections with a score of at least {confusion['min_score']:g}, matched to objects of "
+        "any class at IoU 0.5."
     )
     if len(names) <= _MATRIX_CLASSES:
         body = _matrix(names, matrix)
-        note += " Rows: the true class; columns: the detected one; shades: share of the row."
+        note += " Rows: true class. Columns: detected class. Shading: share of the row."
     else:
         body = _pairs(names, matrix)
         note += " The most frequent confusions of two classes."
@@ -128,7 +129,7 @@ def _confusion(confusion: Mapping[str, Any]) -> str:
 def _matrix(names: list[str], matrix: np.ndarray) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in [*names, "missed"])
     rows = []
-    for i, name in enumerate([*names, "nothing"]):
+    for i, name in enumerate([*names, "background"]):
         total = max(matrix[i].sum(), 1)
         cells = "".join(
             f'<td style="--share:{70 * value / total:.0f}">{value or ""}</td>'
@@ -147,13 +148,13 @@ def _pairs(names: list[str], matrix: np.ndarray) -> str:
     order = np.argsort(-between, axis=None, kind="stable")[:_PAIRS]
     pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, between.shape), strict=True)]
     rows = "".join(
-        f"<tr><td>{escape(names[i])} taken for {escape(names[j])}</td>"
+        f"<tr><td>{escape(names[i])} detected as {escape(names[j])}</td>"
         f'<td class="number">{between[i, j]}</td>'
         f'<td class="number">{percent(between[i, j] / matrix[i].sum())}</td></tr>'
         for i, j in pairs
         if between[i, j]
     )
-    head = '<tr><th>object</th><td class="number">number</td><td class="number">of these</td></tr>'
+    head = '<tr><th>confusion</th><td class="number">count</td><td class="number">share</td></tr>'
     return f"<table>{head}{rows}</table>"
 
 

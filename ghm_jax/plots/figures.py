@@ -1,6 +1,6 @@
-"""Curves of a run and the histograms that GHM is about, as matplotlib figures.
+"""Curves of a run and histograms of gradient norms, as matplotlib figures.
 
-Only `Figure` objects, never pyplot: nothing global changes and nothing needs closing.
+Uses `Figure` objects instead of pyplot: no global state, nothing to close.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from ghm_jax.losses.density import shares
 
-# Structure; the report replaces these three to follow the colour scheme of the page.
+# Text and grid; the report replaces these three by the color scheme of the page.
 INK = "#24292f"
 MUTED = "#656d76"
 GRID = "#d8dee4"
-# Series; middle tones that read well on white and on dark grey.
+# Series: mid-tones that are readable on white and on dark gray.
 BLUE = "#2f81f7"
 ORANGE = "#e0702e"
 GREEN = "#2da46c"
@@ -29,15 +29,15 @@ WIDTH = 5.4  # inches: the text keeps a readable size on a phone
 
 
 def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """What was minimized, the plain errors that show learning, and the learning rate, over steps.
+    """The losses, the plain errors that show progress, and the learning rate over steps.
 
-    A harmonized loss stays level by construction (GHM-C near 1), so progress is read from the
-    plain mean cross-entropy and the plain mean box loss. With many records a running mean is drawn
-    over the raw values.
+    A harmonized loss stays flat by construction (GHM-C near 1), so progress shows in the plain mean
+    cross-entropy and the plain mean box loss. With many records a running mean is drawn over the
+    raw values.
 
     Args:
         history: records with `step`, `loss`, `loss_class`, `loss_box`, `cross_entropy`,
-            `box_error`, `learning_rate`; a value that a record lacks is a gap.
+            `box_error`, `learning_rate`; missing values are gaps.
     """
     figure = Figure(figsize=(WIDTH, 6.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(4, 1, sharex=True, height_ratios=(1.3, 1, 1, 0.7))
@@ -51,8 +51,8 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
                 ("loss_box", "boxes", ORANGE),
             ),
         ),
-        ("Plain cross-entropy", "nats an example", (("cross_entropy", "", BLUE),)),
-        ("Plain box error", "loss a coordinate", (("box_error", "", ORANGE),)),
+        ("Plain cross-entropy", "nats per example", (("cross_entropy", "", BLUE),)),
+        ("Plain box error", "loss per coordinate", (("box_error", "", ORANGE),)),
         ("Learning rate", "learning rate", (("learning_rate", "", GREEN),)),
     )
     steps = _column(history, "step")
@@ -79,16 +79,16 @@ def harmonizing_panel(
     title: str,
     xlabel: str,
 ) -> Figure:
-    """The distribution of gradient norms before and after harmonizing, and the weights between.
+    """The distribution of gradient norms before and after harmonizing, and the weights.
 
     Before: the share of the examples in each bin. After: the share of the total weight, that is
-    counts * weights, normalized. It is level over the bins whose density floor does not bind.
+    counts * weights, normalized. It is flat over the bins above the density floor.
 
     Args:
-        counts: f32[bins], examples in each of the equal bins that cover [0, 1].
-        weights: f32[bins], mean weight of these examples; not read where a bin is empty.
+        counts: f32[bins], examples in equal bins over [0, 1].
+        weights: f32[bins], mean weight of the examples in each bin; ignored for empty bins.
         title: of the figure; may be empty.
-        xlabel: what the gradient norm is.
+        xlabel: describes the gradient norm.
     """
     counts = np.asarray(counts, np.float64)
     filled = counts > 0
@@ -110,14 +110,14 @@ def harmonizing_panel(
         baseline=None,
         label="after: examples \N{MULTIPLICATION SIGN} weight",
     )
-    style(top, "Share of each bin", "share")
+    style(top, "Share by bin", "share")
     log_axis(top, np.concatenate([before, after]), percent)
     legend(top)
 
     drawn = np.where(filled & (weights > 0), weights, np.nan)
     bottom.stairs(drawn, edges, color=ORANGE, lw=1.8, baseline=None)
     bottom.axhline(1.0, color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    style(bottom, "Mean weight of an example (dashed: not re-weighted)", "weight")
+    style(bottom, "Mean weight of an example (dashed: unweighted)", "weight")
     log_axis(bottom, np.append(drawn[np.isfinite(drawn)], 1.0), times)
     bottom.set_xlabel(xlabel, color=INK, fontsize=9)
     bottom.set_xlim(0, 1)
@@ -131,8 +131,8 @@ def recent_histogram(
     """The histogram `key` averaged over the last ten records that have it.
 
     Returns:
-        Mean counts f64[bins]; mean weight of an example f64[bins] (0 in an empty bin), so that
-        counts * weights is the mean of the records' counts * weights; the steps averaged over.
+        Mean counts f64[bins]; mean weight of an example f64[bins] (0 for empty bins), such that
+        counts * weights is the mean of counts * weights over the records; the steps averaged over.
         None if no record has the histogram.
     """
     records = [record for record in history if record.get(key)][-_RECENT:]
@@ -155,7 +155,7 @@ def _curve(
     ax: Axes, steps: np.ndarray, y: np.ndarray, color: str, label: str, *, smooth: bool
 ) -> None:
     window = len(y) // 40 if smooth and len(y) >= 200 else 1
-    # A point alone makes no line.
+    # A single point makes no line.
     marker = "o" if np.isfinite(y).sum() == 1 else None
     if window > 1:
         ax.plot(steps, y, color=color, lw=0.6, alpha=0.3)
@@ -164,7 +164,7 @@ def _curve(
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values in a window around each position; shorter at the ends."""
+    """Mean of the finite values in a centered window, which is shorter at the ends."""
     finite = np.isfinite(values)
     kernel = np.ones(2 * (window // 2) + 1)
     total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
@@ -184,7 +184,7 @@ def style(ax: Axes, title: str, unit: str) -> None:
 
 
 def legend(ax: Axes, columns: int = 3) -> None:
-    """Above the axes at the right, in the row of the title: never over the data."""
+    """Above the axes at the right, level with the title: never covers data."""
     ax.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
@@ -199,7 +199,7 @@ def legend(ax: Axes, columns: int = 3) -> None:
 
 
 def _value_axis(ax: Axes, values: np.ndarray) -> None:
-    """Logarithmic when the values span more than a factor of ten, else linear."""
+    """Logarithmic if the values span more than a factor of ten, else linear."""
     positive = values[np.isfinite(values) & (values > 0)]
     if positive.size and positive.max() > 10 * positive.min():
         log_axis(ax, positive, plain)
@@ -229,7 +229,7 @@ def log_axis(ax: Axes, values: np.ndarray, formatter: FuncFormatter) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-# Words instead of powers of ten: they are also plain text in an SVG.
+# Plain numbers instead of powers of ten: in an SVG they are text as well.
 plain = FuncFormatter(lambda value, _: f"{value:g}")
 percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 times = FuncFormatter(lambda value, _: f"\N{MULTIPLICATION SIGN} {value:g}")

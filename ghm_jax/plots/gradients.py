@@ -1,7 +1,7 @@
-"""The figures of the paper: how gradient norms are distributed, and what each loss makes of them.
+"""The figures of the paper: how gradient norms are distributed, and how each loss changes them.
 
-Every curve is the gradient of a loss of `ghm_jax.losses`, taken by `jax.grad`, with the weights
-that training would use; no formula of a gradient is written here.
+Every curve is the gradient of a loss of `ghm_jax.losses` by `jax.grad`, with the weights of
+training; no formula of a gradient is written here.
 """
 
 import functools
@@ -20,7 +20,7 @@ from ghm_jax.plots import figures
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE
 
 Loss = Callable[..., tuple[jax.Array, Any, losses.LossStats]]
-"""A loss of `ghm_jax.losses`, its settings bound."""
+"""A loss of `ghm_jax.losses` with its settings bound."""
 
 _COLORS = (GREY, ORANGE, BLUE, GREEN, INK)
 
@@ -31,11 +31,11 @@ def gradient_norm_distribution(
     """Share of the examples in each bin of gradient norm (figures 2 and 4 of the paper).
 
     Args:
-        counts: [bins], examples in each of the equal bins that cover [0, 1]; `stats.counts` of a
-            GHM loss, or a sum of these.
+        counts: [bins], examples in equal bins over [0, 1]: `stats.counts` of a GHM loss, or a sum
+            of these.
         title: of the figure.
-        xlabel: what the gradient norm is.
-        log: logarithmic shares (figure 2, class scores) or linear ones (figure 4, boxes).
+        xlabel: describes the gradient norm.
+        log: logarithmic (figure 2, class scores) or linear axis (figure 4, boxes).
     """
     share = figures.shares(np.asarray(counts, np.float64))
     figure, ax = _figure(title, xlabel, f"share of the examples, {len(share)} bins")
@@ -43,7 +43,7 @@ def gradient_norm_distribution(
     ax.set_title(ends, loc="left", color=MUTED, fontsize=9)
     edges = np.linspace(0.0, 1.0, len(share) + 1)
     ax.stairs(share, edges, fill=True, color=BLUE, alpha=0.2, lw=0)
-    # On a logarithmic axis the line of an empty bin would fall through the floor: a gap instead.
+    # On a logarithmic axis an empty bin is a gap.
     line = np.where(share > 0, share, np.nan) if log else share
     ax.stairs(line, edges, color=BLUE, lw=1.5, baseline=None)
     if log:
@@ -56,16 +56,16 @@ def gradient_norm_distribution(
 
 
 def reformulated_class_gradients(harmonized: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """What cross-entropy, focal loss and GHM-C make of a gradient norm (figures 1 middle and 3).
+    """Gradients of cross-entropy, focal loss and GHM-C by gradient norm (figures 1 middle and 3).
 
-    Cross-entropy leaves it as it is. The line of the focal loss (gamma 2) has no alpha, as in the
-    paper; the band below it has alpha 0.25, from positives (lower edge) to background. GHM-C is
-    scaled to a largest value of 1, as its scale belongs to the weight of the loss. It jumps where
-    two bins meet, and has a gap where one is empty.
+    For cross-entropy they are equal. The line of focal loss (gamma 2) is without alpha, as in the
+    paper; the band below it is for alpha 0.25, from positives (lower edge) to background. GHM-C is
+    scaled to a maximum of 1, because its scale depends on the weight of the loss. It is
+    discontinuous at the edges of bins and has gaps at empty bins.
 
     Args:
-        harmonized: label -> settings of `ghm_c_loss`: `batch_counts` f[bins], the histogram that
-            it harmonizes, and others such as `min_count`.
+        harmonized: label -> settings of `ghm_c_loss`: `batch_counts` f[bins], the histogram to
+            harmonize, and others such as `min_count`.
     """
     norm = _grid(1.0, 300)
     logits = np.log(norm / (1 - norm))  # of background
@@ -77,9 +77,9 @@ def reformulated_class_gradients(harmonized: Mapping[str, Mapping[str, Any]]) ->
         **_harmonized_curves(losses.ghm_c_loss, harmonized, logits, unweighted),
     }
     figure, ax = _figure(
-        "What each loss makes of a gradient norm",
+        "Gradient of each loss",
         "gradient norm g = |p − p*|",
-        "gradient (GHM-C scaled to at most 1)",
+        "gradient (GHM-C scaled to a maximum of 1)",
     )
     background = reformulated_gradient(losses.focal_loss, logits, 0.0)
     positive = reformulated_gradient(losses.focal_loss, -logits, 1.0)
@@ -96,15 +96,14 @@ def reformulated_class_gradients(harmonized: Mapping[str, Mapping[str, Any]]) ->
 def reformulated_box_gradients(
     harmonized: Mapping[str, Mapping[str, Any]], *, mu: float = 0.02, reach: float = 0.2
 ) -> Figure:
-    """What smooth L1, ASL1 and GHM-R make of the error of a box delta (figure 5).
+    """Gradients of smooth L1, ASL1 and GHM-R by the error of a box delta (figure 5).
 
-    GHM-R is scaled to a largest value of 1. The curves printed in the paper are those of mu 0.04
-    (its ASL1 is at 0.78 where |d| = 0.05), although the text has mu 0.02: to lay this figure
-    beside the printed one, use 0.04.
+    GHM-R is scaled to a maximum of 1. The curves printed in the paper are those of mu 0.04 (its
+    ASL1 is 0.78 at |d| = 0.05), although the text says 0.02: use 0.04 to compare with the paper.
 
     Args:
-        harmonized: label -> settings of `ghm_r_loss`, all but `mu`: `batch_counts` f[bins], the
-            histogram that it harmonizes, and others such as `min_count`.
+        harmonized: label -> settings of `ghm_r_loss` except `mu`: `batch_counts` f[bins], the
+            histogram to harmonize, and others such as `min_count`.
         mu: of ASL1 and GHM-R.
         reach: the largest |d|.
     """
@@ -117,9 +116,9 @@ def reformulated_box_gradients(
         **_harmonized_curves(ghm_r, harmonized, error, norm),
     }
     figure, ax = _figure(
-        "What each loss makes of a box error",
+        "Gradient of each box loss",
         "error |d| of a coordinate, as a box delta",
-        "gradient (GHM-R scaled to at most 1)",
+        "gradient (GHM-R scaled to a maximum of 1)",
     )
     _lines(ax, error, curves)
     _legend(ax)
@@ -129,11 +128,11 @@ def reformulated_box_gradients(
 
 
 def gradient_shares(totals: Mapping[str, np.ndarray]) -> Figure:
-    """Which examples the gradient of a batch comes from, by loss (figure 1 right).
+    """Which examples contribute the gradient of a batch, by loss (figure 1 right).
 
     Args:
-        totals: label -> f[bins], the `gradient_totals` of a loss, shown as shares of their sum;
-            cross-entropy, focal loss and GHM-C in this order have the colours that they have in
+        totals: label -> f[bins], the `gradient_totals` of a loss, shown as shares of their sum. In
+            the order cross-entropy, focal loss, GHM-C the colors are those of
             `reformulated_class_gradients`.
     """
     bins = max((len(total) for total in totals.values()), default=0)
@@ -148,13 +147,13 @@ def gradient_shares(totals: Mapping[str, np.ndarray]) -> Figure:
 
 
 def draw_gradient_shares(ax: Axes, totals: Mapping[str, Any]) -> None:
-    """The lines of `gradient_shares`, on axes that hold more."""
-    parts = {key: figures.shares(np.asarray(total, np.float64)) for key, total in totals.items()}
-    for (label, share), color in zip(parts.items(), _COLORS, strict=False):
+    """The lines of `gradient_shares` on given axes."""
+    shares = {key: figures.shares(np.asarray(total, np.float64)) for key, total in totals.items()}
+    for (label, share), color in zip(shares.items(), _COLORS, strict=False):
         edges = np.linspace(0.0, 1.0, len(share) + 1)
         drawn = np.where(share > 0, share, np.nan)
         ax.stairs(drawn, edges, color=color, lw=1.6, baseline=None, label=label)
-    figures.log_axis(ax, np.concatenate([*parts.values()]), figures.percent)
+    figures.log_axis(ax, np.concatenate([*shares.values()]), figures.percent)
     ax.set_xlim(0, 1)
 
 
@@ -164,8 +163,8 @@ def gradient_totals(loss: Loss, logits: jax.Array, targets: jax.Array, bins: int
     Args:
         loss: of class scores.
         logits: float[..., K].
-        targets: as the loss takes them.
-        bins: equal ones, over [0, 1].
+        targets: as for the loss.
+        bins: number of equal bins over [0, 1].
     """
 
     def gradient(value: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -180,10 +179,10 @@ def gradient_totals(loss: Loss, logits: jax.Array, targets: jax.Array, bins: int
 
 
 def reformulated_gradient(loss: Loss, values: np.ndarray, target: float) -> np.ndarray:
-    """f32[n]: |d loss / d value| where each of the values [n] is an example by itself.
+    """f32[n]: |d loss / d value|, where each of the values [n] is an example of its own.
 
-    Times the number of examples that the loss divides by, which is not 1 when it weighs by the
-    histogram of a batch.
+    Multiplied by the number of examples that the loss divides by, which is not 1 if the loss uses
+    the histogram of a batch.
     """
 
     def of_one(value: jax.Array) -> jax.Array:
@@ -196,7 +195,7 @@ def reformulated_gradient(loss: Loss, values: np.ndarray, target: float) -> np.n
 def _harmonized_curves(
     loss: Loss, harmonized: Mapping[str, Mapping[str, Any]], values: np.ndarray, norm: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """label -> gradient [n], scaled to a largest value of 1, NaN where there are no examples."""
+    """label -> gradient [n], scaled to a maximum of 1; NaN at empty bins."""
     curves = {}
     for label, settings in harmonized.items():
         counts = np.asarray(settings["batch_counts"], np.float32)
@@ -209,8 +208,7 @@ def _harmonized_curves(
 
 
 def _grid(reach: float, points: int) -> np.ndarray:
-    """Midpoints: 0, where a logit would be infinite, is none, and no edge between bins either
-    for the usual numbers of them."""
+    """Midpoints: they avoid 0, where a logit would be infinite, and usually the edges of bins."""
     return (np.arange(points) + 0.5) / points * reach
 
 
@@ -231,7 +229,7 @@ def _lines(ax: Axes, x: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """In rows between title and axes: never over the data, and labels may be long."""
+    """In rows between title and axes: never covers data, and labels may be long."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),

@@ -1,4 +1,4 @@
-"""Pictures of training batches, and of statistics of a data set."""
+"""Pictures of training batches and of their statistics."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,22 +13,22 @@ from ghm_jax.plots.figures import BLUE, DPI, GREY, INK, MUTED, WIDTH, plain, sty
 
 _CELL = 480  # long side of an image in the grid, pixels
 _GAP = 6
-_GAP_COLOR = (208, 215, 222)  # padding is black: the gap must not be
-_CLASSES = 20  # bars; more are summed up
+_GAP_COLOR = (208, 215, 222)  # not black like padding
+_CLASSES = 20  # bars; the remaining classes share one
 
 
 def batch_picture(batch: Batch, class_names: Sequence[str], columns: int = 4) -> np.ndarray:
-    """The images of a batch with their boxes, in a grid; padding stays black.
+    """The images of a batch with their boxes in a grid; padding is black.
 
     Args:
-        batch: on the host.
+        batch: in host memory.
         class_names: names in label order.
-        columns: images in a row.
+        columns: images per row.
 
     Returns:
         uint8[H, W, 3].
     """
-    # Crowd regions get a name of their own, behind the classes.
+    # Crowd regions are drawn as an additional class.
     names, crowd = [*class_names, "crowd"], len(class_names)
     cells = []
     for image, boxes, labels, is_crowd in zip(batch.images, *batch.truth, strict=True):
@@ -52,13 +52,13 @@ def batch_picture(batch: Batch, class_names: Sequence[str], columns: int = 4) ->
 def statistics_figure(
     quantities: Mapping[str, np.ndarray], class_counts: Mapping[str, int], title: str
 ) -> Figure:
-    """Histograms of quantities, their medians dashed, and the boxes of each class.
+    """Histograms of quantities with dashed medians, and the number of boxes by class.
 
-    A quantity that spans more than a factor of fifty gets a logarithmic axis.
+    Quantities that span more than a factor of fifty get a logarithmic axis.
 
     Args:
-        quantities: {name with its unit: its values}.
-        class_counts: {class name: boxes}, in the order to draw.
+        quantities: values by name with unit.
+        class_counts: number of boxes by class name, in the order to draw.
         title: of the figure.
     """
     rows = -(-(len(quantities)) // 2)
@@ -75,7 +75,7 @@ def statistics_figure(
             continue
         _histogram(ax, values)
     ax = figure.add_subplot(grid[rows, :])
-    style(ax, "Boxes of each class", "")
+    style(ax, "Boxes by class", "")
     ax.barh(list(bars), list(bars.values()), color=BLUE, height=0.7)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
@@ -90,7 +90,7 @@ def _histogram(ax: Axes, values: np.ndarray) -> None:
         edges = np.geomspace(low, high, 31)
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(plain)
-    elif np.all(values == np.round(values)):  # whole numbers: bins of equal whole width
+    elif np.all(values == np.round(values)):  # integers: bins of equal integer width
         width = max(1, round((high - low) / 30))
         edges = np.arange(low - 0.5, high + width + 0.5, width)
     else:

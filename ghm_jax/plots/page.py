@@ -1,4 +1,4 @@
-"""Pieces of the page that `report` puts together: its style, cards, inline pictures."""
+"""Building blocks of the report: style, cards, inline pictures."""
 
 import base64
 import io
@@ -94,9 +94,9 @@ def percent(share: float) -> str:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """Inline SVG whose text, grid and ink follow the page's font and colour scheme."""
+    """Inline SVG whose text, grid and ink follow the page's font and color scheme."""
     buffer = io.StringIO()
-    # Text stays text; the salt makes the identifiers reproducible and different in each figure.
+    # Text stays text; the salt makes identifiers reproducible and unique per figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(
             buffer,
@@ -108,9 +108,9 @@ def svg(figure: Figure, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     start, rest = svg.split(">", 1)
     start = re.sub(r' (width|height)="[^"]*"', "", start)
-    # Several figures share a page: the names of their groups would be there twice.
+    # Several figures share a page, so the ids of their groups would not be unique.
     rest = re.sub(r'<g id="[^"]*"', "<g", rest)
-    # Matplotlib names clips after objects in memory; here after their place in the figure.
+    # Matplotlib derives clip ids from memory addresses; here from their order in the figure.
     for number, clip in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', rest))):
         rest = rest.replace(clip, f"clip-{zlib.crc32(label.encode()):08x}-{number}")
     for color, variable in (
@@ -121,7 +121,7 @@ def svg(figure: Figure, label: str) -> str:
 
 
 def jpeg(image: np.ndarray, max_bytes: int) -> str:
-    """A data URI; the quality goes down while the picture is larger than `max_bytes`."""
+    """A data URI; the quality is lowered while the picture is larger than `max_bytes`."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     data = np.empty(0, np.uint8)
     for quality in (85, 70, 50, 30):

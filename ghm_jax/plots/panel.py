@@ -1,4 +1,4 @@
-"""What both losses of a run see and do (`ghm_jax.analysis.gradient_stats`), a tall figure each."""
+"""A tall figure of the gradient statistics (`ghm_jax.analysis.gradient_stats`) of each loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,9 +21,9 @@ LOSS_NAMES = {
     "smooth_l1": "smooth L1",
     "ghm_r": "GHM-R",
 }
-"""How a person writes the losses of a config."""
+"""Display names of the losses of a config."""
 
-# An average keeps a trace of bins that are long empty: fewer examples are not drawn.
+# A moving average never quite forgets bins that have become empty: lower counts are not drawn.
 _TRACE = 0.01
 
 _TITLES = {
@@ -32,16 +32,16 @@ _TITLES = {
 }
 
 
-def stats_panel(part: str, stats: Mapping[str, Any], batch_size: int, title: str = "") -> Figure:
+def stats_panel(term: str, stats: Mapping[str, Any], batch_size: int, title: str = "") -> Figure:
     """Examples, weights and gradient per bin of gradient norm, and gradient by difficulty.
 
     Args:
-        part: "classification" or "box".
-        stats: that part of `ghm_jax.analysis.gradient_stats.gradient_stats`.
-        batch_size: images of a batch.
-        title: of the figure; empty: what the part is and the run's loss.
+        term: of the loss, "classification" or "box".
+        stats: of that term, from `ghm_jax.analysis.gradient_stats.gradient_stats`.
+        batch_size: images per batch.
+        title: of the figure; empty: the term and the run's loss.
     """
-    what, xlabel = _TITLES[part]
+    what, xlabel = _TITLES[term]
     figure = Figure(figsize=(figures.WIDTH, 10.0), dpi=figures.DPI, layout="constrained")
     title = title or f"{what}: {LOSS_NAMES[stats['loss']]}"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
@@ -73,7 +73,7 @@ def _examples(ax: Axes, stats: Mapping[str, Any], batch_size: int) -> None:
             line = np.where(values > _TRACE, values, np.nan)
             ax.stairs(line, edges, color=color, lw=1.5, baseline=None, label=label)
             drawn.append(values)
-    figures.style(ax, "Examples", f"in a batch of {batch_size} images")
+    figures.style(ax, "Examples", f"per batch of {batch_size} images")
     shown = np.concatenate(drawn)
     figures.log_axis(ax, shown[shown > _TRACE], _COUNT)
     figures.legend(ax)
@@ -85,17 +85,17 @@ def _weights(ax: Axes, weights: Sequence[float | None]) -> None:
     edges = np.linspace(0.0, 1.0, len(values) + 1)
     ax.stairs(values, edges, color=ORANGE, lw=1.8, baseline=None)
     ax.axhline(1.0, color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    figures.style(ax, "Mean weight of an example (dashed: not re-weighted)", "weight")
+    figures.style(ax, "Mean weight of an example (dashed: unweighted)", "weight")
     figures.log_axis(ax, np.append(values[np.isfinite(values)], 1.0), figures.times)
 
 
 def _difficulty(ax: Axes, difficulty: Mapping[str, Mapping[str, Any]]) -> None:
-    """Bars: from which examples the gradient comes; their numbers stand on them."""
+    """Labeled bars of the share of examples and gradient by difficulty."""
     rows = {"examples": [group["examples"] for group in difficulty.values()]}
     losses = next(iter(difficulty.values()))["gradient"]
     for loss in losses:
         rows[LOSS_NAMES[loss]] = [group["gradient"][loss] for group in difficulty.values()]
-    # Examples pale, then the colours that the losses have above.
+    # Pale for examples, then the losses in the colors they have above.
     colors = ("#c4cad1", GREY, ORANGE, BLUE)
     width = 0.86 / len(rows)
     places = np.arange(len(difficulty))

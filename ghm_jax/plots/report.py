@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run. No scripts, no request to anywhere."""
+"""A self-contained HTML page about a run, without scripts and external resources."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,25 +9,10 @@ from ghm_jax.plots.drawing import Sample, sample_grid
 from ghm_jax.plots.error_cards import error_cards
 from ghm_jax.plots.page import STYLE, card, columns, fraction, jpeg, percent, svg
 from ghm_jax.plots.panel import stats_panel
+from ghm_jax.runs.metrics import METRICS
 
 _MIN_SCORE = 0.3  # of the detections in the sample pictures
-_PICTURE_BYTES = 1_800_000  # all sample pictures together, before base64
-
-_IOU = "averaged over IoU 0.50 to 0.95"
-_MERIT = {
-    "AP": ("AP", f"average precision, {_IOU}; all classes and sizes"),
-    "AP50": ("AP50", "the same at IoU 0.50: found, roughly placed"),
-    "AP75": ("AP75", "the same at IoU 0.75: found and well placed"),
-    "APs": ("AP small", "AP of objects below 32² pixels"),
-    "APm": ("AP medium", "AP of objects from 32² to 96² pixels"),
-    "APl": ("AP large", "AP of objects above 96² pixels"),
-    "AR1": ("AR 1", f"average recall, {_IOU}; one detection an image"),
-    "AR10": ("AR 10", "the same with 10 detections an image"),
-    "AR100": ("AR 100", "the same with 100 detections an image"),
-    "ARs": ("AR small", "AR 100 of objects below 32² pixels"),
-    "ARm": ("AR medium", "AR 100 of objects from 32² to 96² pixels"),
-    "ARl": ("AR large", "AR 100 of objects above 96² pixels"),
-}
+_PICTURE_BYTES = 1_800_000  # of all sample pictures, before base64
 
 
 def render_report(
@@ -48,28 +33,27 @@ def render_report(
     Args:
         title: headline.
         config: settings by dotted name.
-        history: log records as `read_history` gives them. The histograms `ghm_c` and `ghm_r` are
-            shown if a record has them.
-        figures_of_merit: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl as
-            fractions of 1; -1: there is nothing to measure it on.
+        history: log records, see `ghm_jax.runs.history.read_history`. The histograms `ghm_c` and
+            `ghm_r` are shown if a record has them.
+        figures_of_merit: the twelve `METRICS`.
         per_class: AP by class name.
         samples: validation images to draw.
         class_names: names in label order.
         facts: short texts by name (device, versions, training time).
-        errors: what `ghm_jax.evaluation.error_analysis.error_analysis` says of the detections.
-        stats: what `ghm_jax.analysis.gradient_stats.gradient_stats` says of the network.
+        errors: of the detections, from `ghm_jax.evaluation.error_analysis.error_analysis`.
+        stats: of the network, from `ghm_jax.analysis.gradient_stats.gradient_stats`.
 
     Raises:
         KeyError: one of the twelve figures is missing.
     """
-    parts = [
+    cards = [
         _headline(title, figures_of_merit, facts),
         columns(_merit_table(figures_of_merit), _curves(history)),
         columns(
             _harmonizing("ghm_c", history, config.get("loss.ghm_c.min_count")),
             _harmonizing("ghm_r", history, config.get("loss.ghm_r.min_count")),
         ),
-        columns(*_now(stats)),
+        columns(*_gradients(stats)),
         columns(_classes(per_class)),
         *error_cards(errors),
         columns(_sample_pictures(samples, class_names)),
@@ -79,7 +63,7 @@ def render_report(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
+        + "\n".join(card for card in cards if card)
         + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -102,12 +86,12 @@ def _headline(title: str, merit: Mapping[str, float], facts: Mapping[str, str]) 
 
 def _merit_table(merit: Mapping[str, float]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{name}</th><td class="number">{fraction(merit[key])}</td>'
+        f'<tr><th scope="row">{name}</th><td class="number">{fraction(merit[name])}</td>'
         f'<td class="meaning">{meaning}</td></tr>'
-        for key, (name, meaning) in _MERIT.items()
+        for name, meaning in METRICS.items()
     )
-    none = any(merit[key] < 0 for key in _MERIT)
-    note = '<p class="note">&ndash; : the split holds no such object.</p>' if none else ""
+    none = any(merit[name] < 0 for name in METRICS)
+    note = '<p class="note">&ndash; : the split has no such object.</p>' if none else ""
     return card("The twelve COCO figures", f"<table>{rows}</table>{note}")
 
 
@@ -116,11 +100,11 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
         return ""
     harmonized = any(record.get("ghm_c") for record in history)
     note = (
-        "The GHM-C loss settles at a level that hardly depends on how good the detector is, "
-        "because its weights keep every range of gradient norm equally heavy. Learning shows in "
-        "the plain cross-entropy and the plain box error."
+        "The GHM-C loss converges to a level that hardly depends on how good the detector is, "
+        "because its weights give every bin of gradient norm the same total weight. Look at the "
+        "plain cross-entropy and the plain box error to see progress."
         if harmonized
-        else "The plain cross-entropy and the plain box error can be compared between runs with "
+        else "The plain cross-entropy and the plain box error are comparable between runs with "
         "different losses."
     )
     picture = svg(figures.loss_curves(history), "Losses, plain errors and learning rate over steps")
@@ -139,27 +123,27 @@ def _harmonizing(key: str, history: Sequence[Mapping[str, Any]], floor: float | 
             "gradient norm |p \N{MINUS SIGN} p*| of a class score",
         )
         reading = (
-            "An example is one anchor and one class; its gradient norm is 0 when the score is "
-            "right and 1 when it is entirely wrong. "
-            f"The easiest bin holds {percent(before[0])} of the examples and keeps "
+            "An example is an (anchor, class) pair; its gradient norm is 0 when the score is right "
+            "and 1 when it is completely wrong. "
+            f"The easiest bin has {percent(before[0])} of the examples and, after harmonizing, "
             f"{percent(after[0])} of the total weight."
         )
     else:
         heading, xlabel = "GHM-R: gradient norms of box errors", "gradient norm of a box coordinate"
         reading = (
-            "An example is one coordinate of a positive anchor; its gradient norm is near 0 when "
-            "the box fits and near 1 when it is far off. "
-            f"The worst bin holds {percent(before[-1])} of the examples and keeps "
+            "An example is a coordinate of a positive anchor; its gradient norm is near 0 when the "
+            "box is accurate and near 1 when it is far off. "
+            f"The hardest bin has {percent(before[-1])} of the examples and, after harmonizing, "
             f"{percent(after[-1])} of the total weight."
         )
-    level = "Blue is level where the weights balance the density"
+    level = "The blue line is flat where the weights balance the density"
     if floor:
         level += (
-            f"; it falls off in bins with fewer than {floor:g} examples a step (the density "
-            "floor), so that a few examples cannot steer the training"
+            f"; it drops in bins with fewer than {floor:g} examples per step (the density floor), "
+            "so that a few examples cannot dominate training"
         )
     span = (
-        f"Mean of the last {len(steps)} log records, steps {steps[0]} to {steps[-1]}."
+        f"Mean over the last {len(steps)} log records, steps {steps[0]} to {steps[-1]}."
         if len(steps) > 1
         else f"Step {steps[0]}."
     )
@@ -171,22 +155,22 @@ def _harmonizing(key: str, history: Sequence[Mapping[str, Any]], floor: float | 
     return card(heading, body)
 
 
-def _now(stats: Mapping[str, Any] | None) -> list[str]:
-    """Cards of what the losses would see of the trained network."""
+def _gradients(stats: Mapping[str, Any] | None) -> list[str]:
+    """Cards of the gradient statistics of the trained network."""
     if not stats:
         return []
     headings = {"classification": "Class scores now", "box": "Boxes now"}
     notes = {
-        "classification": "Where the score is wrong by so much, how many examples there are, and "
-        "whose gradient it would be.",
-        "box": "The same of the coordinates of positive anchors.",
+        "classification": "For each bin of gradient norm: number of examples, their weight, and "
+        "their share of the gradient.",
+        "box": "The same for the coordinates of positive anchors.",
     }
     span = f"{stats['images']} images of {stats['split']}, step {stats['step']}."
     cards = []
-    for part, heading in headings.items():
-        figure = stats_panel(part, stats[part], stats["batch_size"])
+    for term, heading in headings.items():
+        figure = stats_panel(term, stats[term], stats["batch_size"])
         picture = svg(figure, f"{heading}: gradient norms, weights and gradients")
-        cards.append(card(heading, f'{picture}<p class="note">{notes[part]} {span}</p>'))
+        cards.append(card(heading, f'{picture}<p class="note">{notes[term]} {span}</p>'))
     return cards
 
 
@@ -199,7 +183,7 @@ def _classes(per_class: Mapping[str, float] | None) -> str:
         f"<em>{fraction(value)}</em></div>"
         for name, value in per_class.items()
     )
-    return card("AP of each class", f'<div class="classes">{rows}</div>')
+    return card("AP by class", f'<div class="classes">{rows}</div>')
 
 
 def _sample_pictures(samples: Sequence[Sample], class_names: Sequence[str]) -> str:
@@ -211,7 +195,7 @@ def _sample_pictures(samples: Sequence[Sample], class_names: Sequence[str]) -> s
         f'src="{jpeg(sample_grid([sample], class_names, min_score=_MIN_SCORE), max_bytes)}">'
         for sample in samples
     )
-    note = f"Left the ground truth, right the detections with a score of {_MIN_SCORE:.0%} or more."
+    note = f"Left: ground truth. Right: detections with a score of at least {_MIN_SCORE:.0%}."
     body = f'<p class="note">{note}</p><div class="samples">{pictures}</div>'
     return card("Validation images", body)
 

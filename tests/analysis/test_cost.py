@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config
 
-from ghm_jax.analysis.cost import PARTS, describe, ideal_seconds, table, training_operations
+from ghm_jax.analysis.cost import MODULES, describe, ideal_seconds, training_operations
+from ghm_jax.cli.tables import description_table
 from ghm_jax.config import Anchors, Model
 from ghm_jax.runs.experiments import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
-def description(experiment, num_classes=80, image_size=(800, 1280)):
-    return describe(load_experiment(EXPERIMENTS / f"{experiment}.py"), num_classes, image_size)
+def description(experiment, num_classes=80, padded_size=(800, 1280)):
+    return describe(load_experiment(EXPERIMENTS / f"{experiment}.py"), num_classes, padded_size)
 
 
 def test_published_r50():
@@ -36,7 +37,7 @@ def test_published_r50():
 )
 def test_published_torchvision(experiment, published):
     """Of a square image of 800 pixels and 91 classes. P6 from C5 or P5 differ by 0.5 %."""
-    found = description(experiment, num_classes=91, image_size=(800, 800))
+    found = description(experiment, num_classes=91, padded_size=(800, 800))
     assert found.total.multiply_adds == pytest.approx(published, rel=1e-4)
 
 
@@ -53,7 +54,7 @@ def test_a_network_small_enough_to_count_by_hand():
         ),
         anchors=Anchors(octaves=2, ratios=(1.0,)),
     )
-    found = describe(config, num_classes=3, image_size=(64, 64))
+    found = describe(config, num_classes=3, padded_size=(64, 64))
     stages = [conv(32, 3, 3, 4), conv(16, 3, 4, 4), conv(16, 3, 4, 4)]
     for side, inputs, outputs in ((8, 4, 8), (4, 8, 16), (2, 16, 32)):
         stages += [conv(side, 3, inputs, outputs), conv(side, 3, outputs, outputs)]
@@ -69,11 +70,11 @@ def test_a_network_small_enough_to_count_by_hand():
     for name, outputs in (("class_head", 2 * 3), ("box_head", 2 * 4)):
         weights = 9 * 8 * 8 + 9 * 8 * outputs
         expected[name] = (weights + 8 + outputs, cells * weights)
-    assert tuple(found.parts) == PARTS
+    assert tuple(found.modules) == MODULES
     for name, (parameters, multiply_adds) in expected.items():
-        part = found.parts[name]
-        assert (part.parameters, part.trained) == (parameters, parameters), name
-        assert part.multiply_adds == multiply_adds, name
+        module = found.modules[name]
+        assert (module.parameters, module.trained) == (parameters, parameters), name
+        assert module.multiply_adds == multiply_adds, name
     assert found.total.parameters == sum(parameters for parameters, _ in expected.values())
     assert found.anchors == 2 * cells
 
@@ -115,7 +116,7 @@ def test_frozen_stages_are_there_but_not_trained(frozen_stages):
     config = tiny_config()
     model = dataclasses.replace(config.model, frozen_stages=frozen_stages)
     found = describe(dataclasses.replace(config, model=model), 3, (64, 64))
-    backbone = found.parts["backbone"]
+    backbone = found.modules["backbone"]
     stem, first = 49 * 3 * 4 + 8, 2 * (9 * 4 * 4 + 8)
     left_out = {0: 0, 1: stem + first, 4: backbone.parameters}[frozen_stages]
     assert backbone.parameters - backbone.trained == left_out
@@ -129,7 +130,7 @@ def test_type_and_rematerialization_cost_nothing_here():
     assert describe(dataclasses.replace(config, model=model), 3, (64, 64)) == plain
 
 
-def test_table_shows_every_part_and_the_sum():
-    lines = table(describe(tiny_config(), 3, (64, 96))).splitlines()
+def test_table_shows_every_module_and_the_sum():
+    lines = description_table(describe(tiny_config(), 3, (64, 96))).splitlines()
     assert lines[0] == "image of 64 x 96 pixels (height x width), 3 classes"
-    assert [line.split()[0] for line in lines[3:8]] == [*PARTS, "total"]
+    assert [line.split()[0] for line in lines[3:8]] == [*MODULES, "total"]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny import SIDE, Listener, tiny_config
 
-from ghm_jax.analysis.data_preview import inspect_data, table
+from ghm_jax.analysis.data_preview import inspect_data
 from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.cli import main
+from ghm_jax.cli.tables import inspection_table
 from ghm_jax.config import Optimizer
 from ghm_jax.data import coco_ground_truth, open_dataset
 from ghm_jax.detection.anchors import make_anchors
@@ -24,7 +25,7 @@ def inspected(dataset_dir, tmp_path_factory):
     set itself."""
     config = tiny_config(dataset_dir, optimizer=Optimizer(batch_size=10))
     listener, out = Listener(), tmp_path_factory.mktemp("inspection") / "new"
-    inspection, files = inspect_data(config, out, num_batches=1, num_pictures=2, progress=listener)
+    inspection, files = inspect_data(config, out, batches=1, pictures=2, progress=listener)
     truth = coco_ground_truth(open_dataset(config.data, "train"))
     return config, inspection, files, truth, listener
 
@@ -99,7 +100,7 @@ def test_files_can_be_read_and_agree(inspected):
 
 def test_the_table_has_every_quantity_and_the_rest_of_the_classes(inspected):
     _, inspection, *_ = inspected
-    text = table(inspection, classes=1)
+    text = inspection_table(inspection, classes=1)
     assert "10 images, 1 without boxes" in text
     for name in inspection.rows:
         assert f"\n{name} " in text

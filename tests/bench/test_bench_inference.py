@@ -6,10 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from ghm_jax.bench.inference import Case, Row, _last_layer, measure_inference
+from ghm_jax.bench.inference import (
+    InferenceCase,
+    InferenceTime,
+    _last_layer,
+    measure_inference,
+)
 from ghm_jax.cli import main
 
-TINY = Case(backbone="resnet10", image_size=(64, 96), batch_size=2, dtype="float32", channels=8)
+TINY = InferenceCase(
+    backbone="resnet10", padded_size=(64, 96), batch_size=2, dtype="float32", channels=8
+)
 
 
 @pytest.mark.slow
@@ -37,7 +44,8 @@ def test_the_last_layer_is_set_for_so_many_scores_above_the_threshold(rng):
 
 
 def test_a_detector_that_is_timed_as_a_whole_has_no_share():
-    assert Row("torchvision", "flat", 1, 1.0, 1.0, 1.0, 1.0, None, None).share is None
+    measured = InferenceTime("torchvision", "flat", 1, 1.0, 1.0, 1.0, 1.0, None, None)
+    assert measured.share is None
 
 
 @pytest.mark.slow
@@ -49,6 +57,7 @@ def test_the_inference_bench_prints_its_table_and_writes_it(tmp_path, capsys):
     printed, record = capsys.readouterr().out, json.loads(out.read_text())
     assert record["command"].startswith(f"ghm-jax bench inference {settings}")
     assert record["case"]["devices"] == 8
+    assert record["case"]["image_size"] == [64, 96]
     assert [row["scores"] for row in record["rows"]] == ["peaked", "flat"]
-    assert "8 images of 64 x 96 a call, float32, on 8 x cpu" in printed
+    assert "8 images of 64 x 96 per call, float32, on 8 x cpu" in printed
     assert f"{record['rows'][1]['share']:.1%}" in printed

@@ -16,7 +16,7 @@ from ghm_jax.data.transforms import decode_image
 def test_every_loss_is_measured_at_every_size():
     rows = measure_losses(((64, 64), (64, 96)), repeats=2)
     for size in ((64, 64), (64, 96)):
-        of_size = {row.loss: row for row in rows if row.image_size == size}
+        of_size = {row.loss: row for row in rows if row.padded_size == size}
         assert {"cross-entropy", "focal loss (optax)", "GHM-C", "GHM-C exact", "GHM-R"} <= set(
             of_size
         )
@@ -36,6 +36,7 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
     printed = capsys.readouterr().out
     record = json.loads(out.read_text())
     assert [row["loss"] in printed for row in record["rows"]] == [True] * len(record["rows"])
+    assert {tuple(row["image_size"]) for row in record["rows"]} == {(64, 64)}
     assert record["versions"]["jax"]
 
 

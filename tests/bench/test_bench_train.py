@@ -9,43 +9,52 @@ import numpy as np
 import pytest
 
 from ghm_jax.analysis.cost import describe, peak_flops, training_operations
-from ghm_jax.bench.train import PARTS, Case, Row, growth, measure_train, random_batch
+from ghm_jax.bench.train import (
+    COMPARISONS,
+    StepTime,
+    TrainCase,
+    growth,
+    measure_train,
+    random_batch,
+)
 from ghm_jax.cli import main
 
-TINY = Case(backbone="resnet10", image_size=(32, 32), batch_size=2, dtype="float32", channels=8)
+TINY = TrainCase(
+    backbone="resnet10", padded_size=(32, 32), batch_size=2, dtype="float32", channels=8
+)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_network_is_timed_by_its_parts():
-    (network,) = measure_train(TINY, parts=("networks",), backbones=("resnet10",), repeats=2)
+def test_the_step_of_a_network_is_timed_by_its_stages():
+    (network,) = measure_train(TINY, comparisons=("networks",), backbones=("resnet10",), repeats=2)
     assert network.ratio == network.processor_ratio == 1
     assert 0 < network.fastest <= network.milliseconds
     assert network.split is not None
-    parts = sum(network.split[name] for name in ("forward", "loss", "optimizer", "backward"))
-    assert parts == pytest.approx(network.milliseconds)
-    operations = 2 * training_operations(TINY.config, 80, TINY.image_size)
+    stages = sum(network.split[name] for name in ("forward", "loss", "optimizer", "backward"))
+    assert stages == pytest.approx(network.milliseconds)
+    operations = 2 * training_operations(TINY.config, 80, TINY.padded_size)
     assert network.teraflops * 1e9 * network.milliseconds == pytest.approx(operations)
     assert 0 < network.mfu < 1  # of a matrix product on this machine
     assert 0 < network.split["dispatch"] <= network.milliseconds
-    assert network.memory > 4 * describe(TINY.config, 80, TINY.image_size).total.parameters
+    assert network.memory > 4 * describe(TINY.config, 80, TINY.padded_size).total.parameters
 
 
 def test_growth_is_the_slope_of_the_logarithms():
-    def row(part, case, milliseconds):
-        return Row(part, case, 1.0, 1.0, milliseconds, (1, 1), None, 1.0, 1.0, None, None, None)
+    def step(comparison, case, ratio):
+        return StepTime(comparison, case, 1.0, 1.0, ratio, (1, 1), None, 1.0, 1.0, None, None, None)
 
-    rows = [
-        row("image", dataclasses.replace(TINY, image_size=(32, 32 * n)), 3 * n) for n in (1, 2, 4)
+    steps = [
+        step("image", dataclasses.replace(TINY, padded_size=(32, 32 * n)), 3 * n) for n in (1, 2, 4)
     ]
-    rows += [row("batch", dataclasses.replace(TINY, batch_size=n), 5 * n**0.5) for n in (1, 4)]
-    rows[1] = dataclasses.replace(rows[1], ratio=99.0, processor_ratio=6.0)  # this one counts
-    rows += [row("classes", TINY, 1.0)]  # a single size has no slope
-    assert growth(rows) == pytest.approx({"image": 1.0, "batch": 0.5})
+    steps += [step("batch", dataclasses.replace(TINY, batch_size=n), 5 * n**0.5) for n in (1, 4)]
+    steps[1] = dataclasses.replace(steps[1], ratio=99.0, processor_ratio=6.0)  # this one counts
+    steps += [step("classes", TINY, 1.0)]  # a single size has no slope
+    assert growth(steps) == pytest.approx({"image": 1.0, "batch": 0.5})
 
 
 def test_boxes_of_a_random_batch_lie_in_the_image():
-    batch = random_batch(dataclasses.replace(TINY, image_size=(64, 160), num_classes=3))
+    batch = random_batch(dataclasses.replace(TINY, padded_size=(64, 160), num_classes=3))
     boxes, labels, is_crowd = batch.truth
     used = labels >= 0
     x0, y0, x1, y1 = np.moveaxis(boxes[used], -1, 0)
@@ -61,7 +70,7 @@ def test_the_table_in_the_docs_is_the_measured_result():
     text = (root / "docs/recipes.md").read_text()
     result = json.loads((root / "experiments/results/bench_train.json").read_text())
     assert f"(load average {result['load_average']:.0f})" in text
-    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in PARTS}
+    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in COMPARISONS}
     for row, name in zip(rows["networks"], (18, 50, 101), strict=True):
         line = f"| ResNet-{name} | {row['milliseconds']:.0f} ms | {row['split']['loss']:.0f} ms |"
         line += f" {row['images_per_second']:.1f} | {row['memory'] / 2**20:.0f} MiB |"
@@ -119,5 +128,6 @@ def test_the_training_bench_prints_its_table_and_writes_it(tmp_path, capsys):
     assert record["command"].startswith(f"ghm-jax bench train {settings}")
     cases = [(row["case"]["devices"], row["case"]["collectives"]) for row in record["rows"]]
     assert cases == [(2, True), (2, False)]
+    assert {row["part"] for row in record["rows"]} == {"devices"}
     assert "resnet10 ghm_c 2 x 32 x 32 on 2" in printed
     assert record["growth"] == {}

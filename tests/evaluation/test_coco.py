@@ -170,8 +170,8 @@ GOOD = {"image_id": 101, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[", "is no JSON"),
-        ("{}", "is no list"),
+        ("[", "is not JSON"),
+        ("{}", "is not a list"),
         (json.dumps([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), "row 1 needs"),
         (json.dumps([{**GOOD, "score": "high"}]), "row 0 needs"),
         (json.dumps([{**GOOD, "score": float("nan")}]), "row 0 needs"),

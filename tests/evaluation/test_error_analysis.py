@@ -102,4 +102,4 @@ def test_cards_name_the_classes_and_the_confusions(rng, classes):
     assert "<tag>" not in html
     for word in ("What is wrong", "Precision and recall", "Scores", "Calibration", "Confusion"):
         assert f"<h2>{word}</h2>" in html
-    assert ("co taken for cat" in html) == (classes > 12)
+    assert ("co detected as cat" in html) == (classes > 12)

@@ -301,17 +301,19 @@ def test_the_page_is_well_formed_and_asks_nobody_for_anything():
     assert "prefers-color-scheme: dark" in text
 
 
-def test_the_page_names_every_figure_and_every_part():
+def test_the_page_names_every_figure_and_every_card():
     words = " ".join(Page(make_report()).words)
-    for name in ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"):
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
         assert f"{name} " in words
-    for name in ("AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large"):
+    for name in ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"):
         assert f"{name} " in words
+    for meaning in ("AP of small objects", "AP of medium objects", "AP of large objects"):
+        assert meaning in words
     for value in MERIT.values():
         assert (f"{value:.3f}" if value >= 0 else "–") in words
     assert "-1" not in words
-    for part in ("GHM-C", "GHM-R", "Training", "Validation images", "Settings", "2 CPU cores"):
-        assert part in words
+    for heading in ("GHM-C", "GHM-R", "Training", "Validation images", "Settings", "2 CPU cores"):
+        assert heading in words
     assert "fewer than 25 examples" in words
     assert "loss.ghm_c.min_count" in words
 

@@ -11,7 +11,7 @@ from coco_scene import detections_of, moved, scene
 from ghm_jax.analysis.gradient_stats import DIFFICULTY
 from ghm_jax.evaluation.error_analysis import error_analysis
 from ghm_jax.plots import Sample, render_report
-from ghm_jax.plots.report import _MERIT
+from ghm_jax.runs.metrics import METRICS
 
 WIDTHS = (390, 1280)
 FRAMES = "".join(
@@ -55,7 +55,7 @@ def page(rng):
         title="a_run_with_a_name_that_is_rather_long_and_has_no_space_to_break_it_anywhere",
         config={"loss.ghm_c.bins": 30, "data.buckets": ((800, 1344), (1344, 800))},
         history=[{"step": i, "loss": 1.0 / i, "loss_class": 1.0 / i} for i in range(1, 9)],
-        figures_of_merit=dict.fromkeys(_MERIT, 0.5),
+        figures_of_merit=dict.fromkeys(METRICS, 0.5),
         per_class={"cat": 0.5, "a class with a name that is rather long, too": 0.25},
         samples=[
             Sample(
