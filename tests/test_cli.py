@@ -1,4 +1,4 @@
-"""The command line: what works prints what to do next, what cannot work is one line."""
+"""The command line: a command that works prints what to do next, one that cannot, one line."""
 
 import contextlib
 import os
@@ -97,7 +97,7 @@ def fails(capsys, *args):
         ("bench train --size 65 64", ["(65, 64)", "multiples of 32"]),
         ("bench train --backbones resnet81", ["resnet81", "did you mean resnet18"]),
         ("bench train --parts speed", ["parts", "networks"]),
-        ("bench train --devices 0", ["--devices", "positive"]),
+        ("bench train --devices 0", ["--devices: must be positive, got (0,)"]),
         ("train tiny.py --distributed.process-id 1", ["--distributed.coordinator", "0 to N - 1"]),
         ("train tiny.py --distributed.proces-id 1", ["distributed.proces_id", "no such setting"]),
         ("bench inference --repeats 0", ["--repeats", "positive"]),
@@ -161,9 +161,7 @@ def fails(capsys, *args):
         ("data prepare folder --name mine --train taken gone.json", ["train", "gone.json"]),
     ],
 )
-def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
-    place, run_dir, capsys, command, words
-):
+def test_a_user_error_is_one_line_and_changes_no_file(place, run_dir, capsys, command, words):
     (place / "taken").mkdir()
     (place / "taken" / "precious.txt").write_text("mine")
     (place / "table.py").write_text("from ghm_jax.config import *\n\nconfigs = {'one': Config()}\n")
@@ -242,7 +240,7 @@ def test_evaluation_prints_the_twelve_figures_and_where_the_report_is(run_dir, c
     assert again in out  # the same lines, without where the report is
 
 
-def test_a_description_is_a_table_of_the_parts(place, capsys):
+def test_a_description_is_a_table_of_the_network(place, capsys):
     settings = ["--model.remat", "True", "--model.frozen-stages", "1"]
     main(["describe", "tiny.py", "--size", "64", "96", *settings])
     out, err = capsys.readouterr()
@@ -266,7 +264,7 @@ def test_a_complete_run_is_not_trained_again(run_dir, capsys):
 
 
 def test_overrides_reach_the_run_and_the_installed_command_trains(place):
-    """As a person does it: a process of its own, in which nothing has started JAX yet."""
+    """As a user does it: a process of its own, in which nothing has started JAX yet."""
     command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
     settings = ["--run-dir", "out", "--optimizer.steps", "2", "--run.devices=1"]
     done = subprocess.run(
@@ -276,14 +274,14 @@ def test_overrides_reach_the_run_and_the_installed_command_trains(place):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "out: done; score it with: ghm-jax evaluate out" in done.stdout
+    assert "out: done; evaluate it with: ghm-jax evaluate out" in done.stdout
     assert "new run of 2 steps on 1 cpu device, 10 images of squares" in done.stdout
     assert (place / "out" / "checkpoints" / "2").is_dir()
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
@@ -294,7 +292,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_full_memory_is_one_line_with_what_helps(place, monkeypatch, capsys):
+def test_out_of_memory_is_one_line_with_the_remedy(place, monkeypatch, capsys):
     def train(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
 
@@ -302,7 +300,7 @@ def test_a_full_memory_is_one_line_with_what_helps(place, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["train", "tiny.py"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert line.startswith("ghm-jax: the memory is full (Out of memory allocating 7 bytes.); raise")
+    assert line.startswith("ghm-jax: out of memory (Out of memory allocating 7 bytes.); raise")
 
 
 def test_another_error_of_jax_keeps_its_traceback(place, monkeypatch):

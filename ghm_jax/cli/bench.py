@@ -1,4 +1,4 @@
-"""Commands that measure."""
+"""`ghm-jax bench`: commands that measure time and memory."""
 
 import contextlib
 import dataclasses
@@ -11,27 +11,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ghm_jax.cli.arguments import parse
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.cli.arguments import Arguments, check_positive, parse
 
 
 @dataclass
 class BenchLosses:
-    """Times the losses, value and gradient, on one image's logits (9 anchors, 80 classes)."""
+    """Times value and gradient of the losses on the logits of one image (9 anchors, 80 classes)."""
 
     sizes: tuple[tuple[int, int], ...] = ((640, 640), (800, 1344))
     """(height, width) of the images."""
     repeats: int = 7
-    """Timed calls of each loss."""
+    """Timed calls per loss."""
     out: str = ""
     """JSON file to write the rows into."""
 
 
-def losses_command(args: list[str]) -> None:
+def losses_command(arguments: Arguments) -> None:
     """`ghm-jax bench losses`."""
     from ghm_jax.bench.losses import measure_losses
 
-    a = parse(BenchLosses, args, "ghm-jax bench losses")
+    a = parse(BenchLosses, arguments, "ghm-jax bench losses")
     rows = measure_losses(a.sizes, a.repeats)
     print(
         f"{'image':>10}  {'value and gradient of':<36}{'ms':>9}{'x focal':>9}{'extra memory':>14}"
@@ -45,21 +44,21 @@ def losses_command(args: list[str]) -> None:
         )
     if a.out:
         rows = [dataclasses.asdict(row) for row in rows]
-        _write_result(Path(a.out), "losses", args, {"rows": rows}, "jax")
+        _write_result(Path(a.out), "losses", arguments.words, {"rows": rows}, "jax")
 
 
 @dataclass
 class BenchData:
-    """Times the input pipeline, stage by stage, in processor time an image."""
+    """Times the input pipeline, stage by stage, in CPU time per image."""
 
     source: tuple[int, int] = (480, 640)
     """Height and width of the stored JPEGs."""
     repeats: int = 7
     """Timed rounds over all stages."""
     workers: tuple[int, ...] = (0, 1, 2)
-    """Numbers of worker processes to time the loader with, by the clock."""
+    """Numbers of worker processes to time the loader with, in wall-clock time."""
     batches: int = 20
-    """Batches of 8 images the loader is timed over."""
+    """Batches of 8 images that the loader is timed over."""
     out: str = ""
     """JSON file to write the rows into."""
 
@@ -67,34 +66,32 @@ class BenchData:
 _DATA_PACKAGES = ("grain", "opencv-python-headless", "tensorflow", "tensorflow-cpu")
 
 
-def data_command(args: list[str]) -> None:
+def data_command(arguments: Arguments) -> None:
     """`ghm-jax bench data`."""
     from ghm_jax.bench.data import measure_data, measure_loader
 
-    a = parse(BenchData, args, "ghm-jax bench data")
-    for name, value in (("repeats", a.repeats), ("batches", a.batches), ("source", min(a.source))):
-        if value < 1:
-            raise ConfigError(f"--{name}: must be positive, got {value}")
+    a = parse(BenchData, arguments, "ghm-jax bench data")
+    check_positive(repeats=a.repeats, batches=a.batches, source=a.source)
     rows = measure_data(a.source, a.repeats)
-    print(f"{'':<44}{'ms of a core':>14}{'images/s/core':>15}{'of the limit':>14}")
+    print(f"{'':<44}{'CPU-ms':>14}{'images/s/core':>15}{'of the limit':>14}")
     for row in rows:
         print(
             f"{row.stage:<44}{row.milliseconds:>14.2f}{row.images_per_second:>15.0f}"
             f"{row.of_limit:>14.0%}"
         )
     loader = measure_loader(a.workers, a.source, a.batches)
-    print(f"\n{'loader, by the clock':<44}{'':>14}{'images/s':>15}")
+    print(f"\n{'loader, wall-clock':<44}{'':>14}{'images/s':>15}")
     for row in loader:
         print(f"{f'{row.workers} workers':<58}{row.images_per_second:>15.0f}")
     if a.out:
         parts = {"rows": rows, "loader": loader}
         tables = {key: [dataclasses.asdict(row) for row in part] for key, part in parts.items()}
-        _write_result(Path(a.out), "data", args, tables, *_DATA_PACKAGES)
+        _write_result(Path(a.out), "data", arguments.words, tables, *_DATA_PACKAGES)
 
 
 @dataclass
 class BenchTrain:
-    """Times training steps on random batches: networks and their parts, GHM-C against focal loss,
+    """Times training steps on random batches: networks and their modules, GHM-C against focal loss,
     1 to 8 devices (virtual ones on CPU), and how time grows with pixels, images and classes."""
 
     parts: tuple[Literal["networks", "losses", "devices", "image", "batch", "classes"], ...] = (
@@ -102,11 +99,11 @@ class BenchTrain:
     )
     """What to compare."""
     backbones: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
-    """Of the networks; all other comparisons use the first."""
+    """Backbones of the networks; all other comparisons use the first."""
     size: tuple[int, int] | None = None
     """Height and width of the images (800 1344; on CPU 96 96)."""
     batch_size: int = 8
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     channels: int | None = None
     """Of pyramid and heads (256; on CPU 64)."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -114,7 +111,7 @@ class BenchTrain:
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices; those that the machine has and that divide the batch are used."""
     repeats: int = 5
-    """Timed steps of each."""
+    """Timed steps per case."""
     out: str = ""
     """JSON file to write the rows into."""
 
@@ -122,14 +119,14 @@ class BenchTrain:
 _SIZES = {"image": "pixels of an image", "batch": "images", "classes": "classes"}
 
 
-def train_command(args: list[str]) -> None:
+def train_command(arguments: Arguments) -> None:
     """`ghm-jax bench train`."""
     import jax
 
     from ghm_jax.bench.train import Case, growth, measure_train
 
-    a = parse(BenchTrain, args, "ghm-jax bench train")
-    with contextlib.suppress(RuntimeError):  # JAX runs already: its devices are what they are
+    a = parse(BenchTrain, arguments, "ghm-jax bench train")
+    with contextlib.suppress(RuntimeError):  # JAX is running, with the devices that it has
         jax.config.update("jax_num_cpu_devices", max(a.devices, default=1))
     cpu = jax.devices()[0].platform == "cpu"
     base = Case(
@@ -139,13 +136,12 @@ def train_command(args: list[str]) -> None:
         channels=a.channels or (64 if cpu else 256),
         dtype=a.dtype or ("float32" if cpu else "bfloat16"),
     )
-    if min(a.repeats, *a.devices) < 1:
-        raise ConfigError("--repeats, --devices: must be positive")
+    check_positive(repeats=a.repeats, devices=a.devices)
     for backbone in a.backbones or ("",):
         dataclasses.replace(base, backbone=backbone).config.check()
     print(
         f"{jax.devices()[0].device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
-        "medians; x: to the first of the group, CPU: of processor time; MFU: "
+        "medians; x: relative to the first of the group, CPU: in CPU time; MFU: "
         + ("of a matrix product here" if cpu else "of the published peak")
     )
     print(
@@ -161,63 +157,66 @@ def train_command(args: list[str]) -> None:
         repeats=a.repeats,
     ):
         rows.append(row)
-        case = row.case
-        height, width = case.image_size
-        what = f"{case.backbone} {case.classification} {case.batch_size} x {height} x {width}"
-        what += f" {case.num_classes} classes" if row.part == "classes" else ""
-        what += f" on {case.devices}" if row.part == "devices" else ""
-        what += "" if case.collectives else ", nothing added up"
-        mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
-        processor = "-" if row.processor_ratio is None else f"{row.processor_ratio:.2f}"
-        memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
-        print(
-            f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}{processor:>7}"
-            f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}",
-            flush=True,
-        )
-        if row.split:
-            print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
+        _print_train_row(row)
         if row.part == "losses" and row.ratio != 1:
             low, high = row.ratio_quartiles
             text = f"{row.ratio:.3f} of {rows[-2].case.classification}'s time, half of the rounds "
             text += f"from {low:.3f} to {high:.3f}"
             if row.processor_ratio is not None:
-                text += f"; {row.processor_ratio:.3f} of its processor time"
+                text += f"; {row.processor_ratio:.3f} of its CPU time"
             print(f"{'':<11}{text}")
     slopes = growth(rows)
     for part, slope in slopes.items():
         print(f"time grows as the {_SIZES[part]} to the power of {slope:.2f}")
     if a.out:
         tables = {"rows": [dataclasses.asdict(row) for row in rows], "growth": slopes}
-        _write_result(Path(a.out), "train", args, tables, "jax", "jaxlib", "flax")
+        _write_result(Path(a.out), "train", arguments.words, tables, "jax", "jaxlib", "flax")
+
+
+def _print_train_row(row: Any) -> None:
+    case = row.case
+    height, width = case.image_size
+    what = f"{case.backbone} {case.classification} {case.batch_size} x {height} x {width}"
+    what += f" {case.num_classes} classes" if row.part == "classes" else ""
+    what += f" on {case.devices}" if row.part == "devices" else ""
+    what += "" if case.collectives else ", without all-reduce"
+    mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
+    processor = "-" if row.processor_ratio is None else f"{row.processor_ratio:.2f}"
+    memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
+    print(
+        f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}{processor:>7}"
+        f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}",
+        flush=True,
+    )
+    if row.split:
+        print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
 
 
 @dataclass
 class BenchInference:
     """Times inference, from images to detections: all of it, the network, and the suppression, with
-    few scores above the threshold and with all of them; torchvision's RetinaNet where installed."""
+    few scores above the threshold and with all of them; torchvision's RetinaNet if installed."""
 
     backbone: str = "resnet50"
-    """Of the network."""
+    """Backbone of the network."""
     size: tuple[int, int] = (800, 1344)
     """Height and width of the images."""
     batch_size: int | None = None
-    """Images a call (8; on CPU 2)."""
+    """Images per call (8; on CPU 2)."""
     channels: int = 256
     """Of pyramid and heads."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the activations (bfloat16; on CPU float32)."""
     repeats: int = 5
-    """Timed calls of each."""
+    """Timed calls per case."""
     out: str = ""
     """JSON file to write the rows into."""
 
 
-def inference_command(args: list[str]) -> None:
+def inference_command(arguments: Arguments) -> None:
     """`ghm-jax bench inference`."""
-    a = parse(BenchInference, args, "ghm-jax bench inference")
-    if min(a.repeats, 1 if a.batch_size is None else a.batch_size) < 1:
-        raise ConfigError("--repeats, --batch-size: must be positive")
+    a = parse(BenchInference, arguments, "ghm-jax bench inference")
+    check_positive(repeats=a.repeats, batch_size=a.batch_size)
     from ghm_jax.distributed.devices import choose_devices, use_cpu_cores
 
     use_cpu_cores((a.batch_size or 2,))
@@ -237,7 +236,7 @@ def inference_command(args: list[str]) -> None:
     )
     case.config.check(len(devices))
     print(
-        f"{case.backbone}, {case.batch_size} images of {a.size[0]} x {a.size[1]} a call, "
+        f"{case.backbone}, {case.batch_size} images of {a.size[0]} x {a.size[1]} per call, "
         f"{case.dtype}, on {len(devices)} x {devices[0].device_kind}; medians"
     )
     rows = measure_inference(case, devices, a.repeats)
@@ -259,7 +258,7 @@ def inference_command(args: list[str]) -> None:
             "rows": [dataclasses.asdict(row) | {"share": row.share} for row in rows],
         }
         packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
-        _write_result(Path(a.out), "inference", args, tables, *packages)
+        _write_result(Path(a.out), "inference", arguments.words, tables, *packages)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from ghm_jax.config import Anchors, Config, Data, Optimizer, Run
 from ghm_jax.data import Dataset, train_batches, validation_batches
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.data.transforms import decode_image, encoded_size
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -117,16 +117,18 @@ def half_a_file() -> bytes:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_stops_training_with_its_id_and_file_name(workers):
     batches = train_batches(dataset({5: half_a_file()}), config(workers), 0)
-    with pytest.raises(ConfigError, match=r"^data.name: image 5 \(5.png\): cannot .* skip$"):
+    with pytest.raises(
+        DataError, match=r"^data.name: image 5 \(5.png\): cannot .* without such images$"
+    ):
         take(2, batches)
 
 
 def test_a_corrupt_header_is_found_before_the_first_step_and_evaluation_never_skips():
-    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot read its header"):
+    with pytest.raises(DataError, match=r"image 5 \(5.png\): cannot read its header"):
         train_batches(dataset({5: b"nothing"}), config(), 0)
-    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot read its header"):
+    with pytest.raises(DataError, match=r"image 5 \(5.png\): cannot read its header"):
         validation_batches(dataset({5: b"nothing"}), config(on_error="skip"))
-    with pytest.raises(ConfigError, match=r"image 5 \(5.png\): cannot decode"):
+    with pytest.raises(DataError, match=r"image 5 \(5.png\): cannot decode"):
         list(validation_batches(dataset({5: half_a_file()}), config(on_error="skip")))
 
 
@@ -148,11 +150,11 @@ def test_a_skipped_image_is_replaced_by_the_same_one_every_time_and_counted():
         log.record(batch)
     assert log.count == 16
     assert [line.split()[1] for line in lines] == ["1", "2", "4", "8", "16"]
-    assert input_notes(broken, settings) == ["1 images cannot be read and are left out"]
+    assert input_notes(broken, settings) == ["1 images cannot be read and are skipped"]
 
 
 def test_a_data_set_of_corrupt_images_is_not_skipped_for_ever():
-    with pytest.raises(ConfigError, match="cannot decode"):
+    with pytest.raises(DataError, match="cannot decode"):
         take(
             1,
             train_batches(
@@ -161,7 +163,7 @@ def test_a_data_set_of_corrupt_images_is_not_skipped_for_ever():
         )
 
 
-def test_images_without_an_object_to_learn_from_are_left_out_or_kept():
+def test_images_without_an_object_to_learn_from_are_skipped_or_kept():
     flat = [0.1, 0.1, 0.6, 0.1]
     some = dataset(boxes={1: [], 4: [flat], 6: [flat, [0.2, 0.2, 0.7, 0.7]]})
     for keep, left in ((False, {0, 2, 3, 5, 6, 7}), (True, set(range(8)))):
@@ -169,7 +171,7 @@ def test_images_without_an_object_to_learn_from_are_left_out_or_kept():
         assert {int(i) for batch in batches for i in batch["image_id"]} == left
     notes = input_notes(some, config())
     assert notes[0].startswith("2 of 8 images have no object to learn from")
-    assert notes[1:] == ["2 boxes without width or height are left out"]
+    assert notes[1:] == ["2 boxes without width or height are dropped"]
     none = dataset(boxes={i: [] for i in range(8)})
     with pytest.raises(ConfigError, match=r"data.train_split: no image of noise has an object"):
         train_batches(none, config(), 0)
@@ -179,8 +181,8 @@ def test_more_boxes_than_there_is_room_for_are_a_counted_warning():
     box = [0.1, 0.1, 0.6, 0.6]
     crowded = dataset(boxes={1: [box] * 5, 2: [box] * 9, 3: [box] * 4})
     (note,) = input_notes(crowded, config(max_boxes=4))
-    assert note.startswith("warning: 2 images have more than 4 boxes; the smallest 6 are left out")
-    assert "--data.max-boxes 9 " in note
+    assert note.startswith("warning: 2 images have more than 4 boxes; the smallest 6 are dropped")
+    assert "`data.max_boxes` 9 " in note
     dropped = 0
     for batch in take(2, train_batches(crowded, config(max_boxes=4), 0)):
         dropped += batch["dropped_boxes"].sum()

@@ -89,7 +89,7 @@ def test_a_step_may_have_one_image(buckets):
     assert {*seen} == {*range(13)}
 
 
-def test_each_group_is_shuffled_anew_when_it_has_been_seen():
+def test_each_group_is_reshuffled_every_epoch():
     batches = take(60, train_batches(shapes(), config(), 0))
     ids = np.concatenate([b["image_id"] for b in batches if b["images"].shape[1] == 64])
     epochs = ids[: len(ids) // 8 * 8].reshape(-1, 8)  # of thirteen images, eight are landscape

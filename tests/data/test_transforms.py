@@ -14,7 +14,7 @@ from ghm_jax.data.batching import (
 )
 from ghm_jax.data.placement import Placement, choose_placement, to_original
 from ghm_jax.data.transforms import decode_image, encoded_size
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
 
 def encode(image: np.ndarray, suffix: str = ".png") -> bytes:
@@ -208,7 +208,7 @@ def test_of_too_many_boxes_crowds_go_first():
 
 def test_an_undecodable_image_is_named():
     broken = {**record(marked(8, 8, (0, 0, 4, 4)), []), "image": b"broken"}
-    with pytest.raises(ConfigError, match=r"image 7 \(a.png\): cannot decode"):
+    with pytest.raises(DataError, match=r"image 7 \(a.png\): cannot decode"):
         make_example(broken, data(), None)
 
 

@@ -108,7 +108,7 @@ def _check_archives(source: Path, progress: Progress) -> None:
         archive = source / name
         if not archive.is_file():
             continue
-        wrong = archive.stat().st_size != int(size) or _sha256(archive, progress) != digest
+        wrong = archive.stat().st_size != int(size) or sha256(archive, progress) != digest
         if wrong:
             raise ArgumentError(
                 "source",
@@ -119,7 +119,8 @@ def _check_archives(source: Path, progress: Progress) -> None:
         progress.say(f"{name}: checksum matches")
 
 
-def _sha256(path: Path, progress: Progress) -> str:
+def sha256(path: Path, progress: Progress) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest, done, block = hashlib.sha256(), 0, 1 << 26
     blocks = -(-path.stat().st_size // block)
     with path.open("rb") as file:
