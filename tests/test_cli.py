@@ -11,6 +11,12 @@ import pytest
 from tiny import tiny_config
 
 from ghm_jax.cli import main
+from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.import_weights import Import
+from ghm_jax.cli.messages import one_line
+from ghm_jax.cli.train import Train
+from ghm_jax.config import Config, Model
+from ghm_jax.exceptions import ArgumentError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -87,6 +93,9 @@ def fails(capsys, *args):
         ("train tiny.py --run-dir tiny.py/run", ["tiny.py/run", "cannot be written", "--run-dir"]),
         ("train tiny.py --run-dir run --loss.bins 7", ["loss.bins 10, not 7", "--restart"]),
         ("train tiny.py --model.remat maybe", ["model.remat", "maybe"]),
+        ("import w.pth tiny.py --model.remat maybe", ["model.remat", "maybe"]),
+        ("train tiny.py --run.no-workers", ["run.no_workers", "no such setting"]),
+        ("train -v tiny.py", ["usage: ghm-jax train EXPERIMENT"]),
         ("stats", ["usage: ghm-jax stats RUN"]),
         ("stats nosuch", ["nosuch", "not a run"]),
         ("stats run --images 0", ["--images", "positive"]),
@@ -301,6 +310,50 @@ def test_out_of_memory_is_one_line_with_the_remedy(place, monkeypatch, capsys):
         main(["train", "tiny.py"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
     assert line.startswith("ghm-jax: out of memory (Out of memory allocating 7 bytes.); raise")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.remat", "True"], True),
+        (["--model.remat=True"], True),
+        (["--model.remat"], True),
+        (["--model.remat", "--seed", "1"], True),
+        (["--model.remat", "False"], False),
+        (["--model.no-remat"], False),
+    ],
+)
+@pytest.mark.parametrize(("command", "kind"), [("train", Train), ("import", Import)])
+def test_switches_are_spelled_alike_in_all_commands(command, kind, words, expected):
+    positionals = {"train": ["tiny.py"], "import": ["w.pth", "tiny.py"]}[command]
+    default = Config(model=Model(remat=not expected))
+    arguments = Arguments.split([*positionals, *words])
+    given = parse(kind, arguments, "ghm-jax", kind(*positionals, config=default))
+    assert given.config.model.remat is expected
+    assert given.config.seed == (1 if "--seed" in words else 0)
+
+
+def test_arguments_are_split_once_into_positionals_and_options():
+    words = ["a.py", "b", "--data.on-error=skip", "--size", "3", "-4", "-h", "--data_dir", "x"]
+    arguments = Arguments.split(words)
+    assert arguments.positionals == ("a.py", "b")
+    assert [tuple(option) for option in arguments.options] == [
+        ("data.on_error", ("--data.on-error=skip",)),
+        ("size", ("--size", "3", "-4")),
+        ("h", ("-h",)),
+        ("data_dir", ("--data_dir", "x")),
+    ]
+    assert arguments.help_wanted
+    assert arguments.words == words
+    assert arguments.section("data").words == ["--data.on-error=skip"]
+
+
+def test_names_in_backticks_become_options_and_nothing_else_does():
+    error = ArgumentError("run_dir", "`x_y` is not `data.on_error`", "see `a b` or `C`")
+    assert str(error) == "run_dir: `x_y` is not `data.on_error`; see `a b` or `C`"
+    assert one_line(error) == "--run-dir: --x-y is not --data.on-error; see `a b` or `C`"
+    error = ConfigError("data.on_error", "wrong")
+    assert one_line(error) == "data.on_error: wrong"
 
 
 def test_another_error_of_jax_keeps_its_traceback(place, monkeypatch):
