@@ -1,4 +1,4 @@
-"""`ghm-jax bench`: commands that measure time and memory."""
+"""Commands that measure."""
 
 import contextlib
 import dataclasses
@@ -11,17 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ghm_jax.cli.arguments import Arguments, check_positive, parse
+from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.exceptions import ConfigError
 
 
 @dataclass
 class BenchLosses:
-    """Times value and gradient of the losses on the logits of one image (9 anchors, 80 classes)."""
+    """Times the losses, value and gradient, on one image's logits (9 anchors, 80 classes)."""
 
     sizes: tuple[tuple[int, int], ...] = ((640, 640), (800, 1344))
     """(height, width) of the images."""
     repeats: int = 7
-    """Timed calls per loss."""
+    """Timed calls of each loss."""
     out: str = ""
     """JSON file to write the rows into."""
 
@@ -49,16 +50,16 @@ def losses_command(arguments: Arguments) -> None:
 
 @dataclass
 class BenchData:
-    """Times the input pipeline, stage by stage, in CPU time per image."""
+    """Times the input pipeline, stage by stage, in processor time an image."""
 
     source: tuple[int, int] = (480, 640)
     """Height and width of the stored JPEGs."""
     repeats: int = 7
     """Timed rounds over all stages."""
     workers: tuple[int, ...] = (0, 1, 2)
-    """Numbers of worker processes to time the loader with, in wall-clock time."""
+    """Numbers of worker processes to time the loader with, by the clock."""
     batches: int = 20
-    """Batches of 8 images that the loader is timed over."""
+    """Batches of 8 images the loader is timed over."""
     out: str = ""
     """JSON file to write the rows into."""
 
@@ -71,16 +72,18 @@ def data_command(arguments: Arguments) -> None:
     from ghm_jax.bench.data import measure_data, measure_loader
 
     a = parse(BenchData, arguments, "ghm-jax bench data")
-    check_positive(repeats=a.repeats, batches=a.batches, source=a.source)
+    for name, value in (("repeats", a.repeats), ("batches", a.batches), ("source", min(a.source))):
+        if value < 1:
+            raise ConfigError(f"--{name}: must be positive, got {value}")
     rows = measure_data(a.source, a.repeats)
-    print(f"{'':<44}{'CPU-ms':>14}{'images/s/core':>15}{'of the limit':>14}")
+    print(f"{'':<44}{'ms of a core':>14}{'images/s/core':>15}{'of the limit':>14}")
     for row in rows:
         print(
             f"{row.stage:<44}{row.milliseconds:>14.2f}{row.images_per_second:>15.0f}"
             f"{row.of_limit:>14.0%}"
         )
     loader = measure_loader(a.workers, a.source, a.batches)
-    print(f"\n{'loader, wall-clock':<44}{'':>14}{'images/s':>15}")
+    print(f"\n{'loader, by the clock':<44}{'':>14}{'images/s':>15}")
     for row in loader:
         print(f"{f'{row.workers} workers':<58}{row.images_per_second:>15.0f}")
     if a.out:
@@ -91,7 +94,7 @@ def data_command(arguments: Arguments) -> None:
 
 @dataclass
 class BenchTrain:
-    """Times training steps on random batches: networks and their modules, GHM-C against focal loss,
+    """Times training steps on random batches: networks and their parts, GHM-C against focal loss,
     1 to 8 devices (virtual ones on CPU), and how time grows with pixels, images and classes."""
 
     parts: tuple[Literal["networks", "losses", "devices", "image", "batch", "classes"], ...] = (
@@ -99,11 +102,11 @@ class BenchTrain:
     )
     """What to compare."""
     backbones: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
-    """Backbones of the networks; all other comparisons use the first."""
+    """Of the networks; all other comparisons use the first."""
     size: tuple[int, int] | None = None
     """Height and width of the images (800 1344; on CPU 96 96)."""
     batch_size: int = 8
-    """Images per step, over all devices."""
+    """Images a step, over all devices."""
     channels: int | None = None
     """Of pyramid and heads (256; on CPU 64)."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -111,7 +114,7 @@ class BenchTrain:
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of devices; those that the machine has and that divide the batch are used."""
     repeats: int = 5
-    """Timed steps per case."""
+    """Timed steps of each."""
     out: str = ""
     """JSON file to write the rows into."""
 
@@ -126,7 +129,7 @@ def train_command(arguments: Arguments) -> None:
     from ghm_jax.bench.train import Case, growth, measure_train
 
     a = parse(BenchTrain, arguments, "ghm-jax bench train")
-    with contextlib.suppress(RuntimeError):  # JAX is running, with the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX runs already: its devices are what they are
         jax.config.update("jax_num_cpu_devices", max(a.devices, default=1))
     cpu = jax.devices()[0].platform == "cpu"
     base = Case(
@@ -136,12 +139,13 @@ def train_command(arguments: Arguments) -> None:
         channels=a.channels or (64 if cpu else 256),
         dtype=a.dtype or ("float32" if cpu else "bfloat16"),
     )
-    check_positive(repeats=a.repeats, devices=a.devices)
+    if min(a.repeats, *a.devices) < 1:
+        raise ConfigError("--repeats, --devices: must be positive")
     for backbone in a.backbones or ("",):
         dataclasses.replace(base, backbone=backbone).config.check()
     print(
         f"{jax.devices()[0].device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
-        "medians; x: relative to the first of the group, CPU: in CPU time; MFU: "
+        "medians; x: to the first of the group, CPU: of processor time; MFU: "
         + ("of a matrix product here" if cpu else "of the published peak")
     )
     print(
@@ -157,13 +161,28 @@ def train_command(arguments: Arguments) -> None:
         repeats=a.repeats,
     ):
         rows.append(row)
-        _print_train_row(row)
+        case = row.case
+        height, width = case.image_size
+        what = f"{case.backbone} {case.classification} {case.batch_size} x {height} x {width}"
+        what += f" {case.num_classes} classes" if row.part == "classes" else ""
+        what += f" on {case.devices}" if row.part == "devices" else ""
+        what += "" if case.collectives else ", nothing added up"
+        mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
+        processor = "-" if row.processor_ratio is None else f"{row.processor_ratio:.2f}"
+        memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
+        print(
+            f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}{processor:>7}"
+            f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}",
+            flush=True,
+        )
+        if row.split:
+            print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
         if row.part == "losses" and row.ratio != 1:
             low, high = row.ratio_quartiles
             text = f"{row.ratio:.3f} of {rows[-2].case.classification}'s time, half of the rounds "
             text += f"from {low:.3f} to {high:.3f}"
             if row.processor_ratio is not None:
-                text += f"; {row.processor_ratio:.3f} of its CPU time"
+                text += f"; {row.processor_ratio:.3f} of its processor time"
             print(f"{'':<11}{text}")
     slopes = growth(rows)
     for part, slope in slopes.items():
@@ -173,42 +192,23 @@ def train_command(arguments: Arguments) -> None:
         _write_result(Path(a.out), "train", arguments.words, tables, "jax", "jaxlib", "flax")
 
 
-def _print_train_row(row: Any) -> None:
-    case = row.case
-    height, width = case.image_size
-    what = f"{case.backbone} {case.classification} {case.batch_size} x {height} x {width}"
-    what += f" {case.num_classes} classes" if row.part == "classes" else ""
-    what += f" on {case.devices}" if row.part == "devices" else ""
-    what += "" if case.collectives else ", without all-reduce"
-    mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
-    processor = "-" if row.processor_ratio is None else f"{row.processor_ratio:.2f}"
-    memory = "-" if row.memory is None else f"{row.memory / 2**20:.0f}"
-    print(
-        f"{row.part:<9}{what:<44}{row.milliseconds:>9.1f}{row.ratio:>7.2f}{processor:>7}"
-        f"{row.images_per_second:>10.1f}{row.teraflops:>9.3f}{mfu:>6}{memory:>8}",
-        flush=True,
-    )
-    if row.split:
-        print(f"{'':<11}{', '.join(f'{k} {v:.1f}' for k, v in row.split.items())} ms")
-
-
 @dataclass
 class BenchInference:
     """Times inference, from images to detections: all of it, the network, and the suppression, with
-    few scores above the threshold and with all of them; torchvision's RetinaNet if installed."""
+    few scores above the threshold and with all of them; torchvision's RetinaNet where installed."""
 
     backbone: str = "resnet50"
-    """Backbone of the network."""
+    """Of the network."""
     size: tuple[int, int] = (800, 1344)
     """Height and width of the images."""
     batch_size: int | None = None
-    """Images per call (8; on CPU 2)."""
+    """Images a call (8; on CPU 2)."""
     channels: int = 256
     """Of pyramid and heads."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the activations (bfloat16; on CPU float32)."""
     repeats: int = 5
-    """Timed calls per case."""
+    """Timed calls of each."""
     out: str = ""
     """JSON file to write the rows into."""
 
@@ -216,7 +216,8 @@ class BenchInference:
 def inference_command(arguments: Arguments) -> None:
     """`ghm-jax bench inference`."""
     a = parse(BenchInference, arguments, "ghm-jax bench inference")
-    check_positive(repeats=a.repeats, batch_size=a.batch_size)
+    if min(a.repeats, 1 if a.batch_size is None else a.batch_size) < 1:
+        raise ConfigError("--repeats, --batch-size: must be positive")
     from ghm_jax.distributed.devices import choose_devices, use_cpu_cores
 
     use_cpu_cores((a.batch_size or 2,))
@@ -236,7 +237,7 @@ def inference_command(arguments: Arguments) -> None:
     )
     case.config.check(len(devices))
     print(
-        f"{case.backbone}, {case.batch_size} images of {a.size[0]} x {a.size[1]} per call, "
+        f"{case.backbone}, {case.batch_size} images of {a.size[0]} x {a.size[1]} a call, "
         f"{case.dtype}, on {len(devices)} x {devices[0].device_kind}; medians"
     )
     rows = measure_inference(case, devices, a.repeats)
