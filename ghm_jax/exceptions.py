@@ -1,20 +1,20 @@
-"""What can go wrong that the person who started it can fix. Each message is one line.
+"""Errors that the user can fix. Each message is one line.
 
 A message has the form `key: problem; remedy`. In problem and remedy a parameter of the function or
-a setting that is meant to be typed stands in backticks, `run_dir` or `data.on_error`: the command
-line shows it as the option that it is there, --run-dir or --data.on-error.
+a setting that the user may want to change stands in backticks, `run_dir` or `data.on_error`, and
+nothing else does: the command line shows it as its option, --run-dir or --data.on-error.
 """
 
 
 class UserError(ValueError):
-    """Something that a person can fix; raised before any compute starts where that is possible."""
+    """Something that the user can fix; raised before any compute starts where that is possible."""
 
     def __init__(self, key: str, problem: str = "", remedy: str = "") -> None:
         """
         Args:
-            key: the thing that is wrong: a setting, a parameter, a file; empty where there is none.
+            key: what is wrong: a setting, a parameter or a file; empty if there is none.
             problem: what is wrong with it.
-            remedy: what to do about it.
+            remedy: how to fix it.
         """
         super().__init__(key, problem, remedy)
         self.key, self.problem, self.remedy = key, problem, remedy
@@ -25,11 +25,11 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting, a file or a place that cannot work. The key is its dotted name or its path."""
+    """A setting, a file or a directory that cannot be used. The key is its dotted name or path."""
 
 
 class ArgumentError(UserError):
-    """An argument of a function that a command calls. The key is the name of the parameter."""
+    """A wrong argument of a function that a command calls. The key is the parameter's name."""
 
 
 class DataError(UserError):
@@ -37,4 +37,4 @@ class DataError(UserError):
 
 
 class StoppedElsewhere(RuntimeError):  # noqa: N818 (it is what happened)
-    """Another process of the job cannot go on. The message is what it says, which is enough."""
+    """Another process of the job failed. The message is that process's, which also reports it."""

@@ -1,4 +1,4 @@
-"""How a long job speaks to whoever started it."""
+"""How a long job reports its progress."""
 
 import shutil
 import time
@@ -7,28 +7,28 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-_COLUMNS = 100  # where nobody says how wide the terminal is
+_COLUMNS = 100  # if the width of the terminal is unknown
 _SHORTEST_BAR = 8
 
 
 class Progress(Protocol):
-    """What a job calls; `Silent` and `Bar` are the two listeners."""
+    """Receives progress updates from a job; `Silent` and `Bar` implement it."""
 
     def say(self, line: str) -> None:
-        """One line of news."""
+        """Shows one line."""
         ...
 
     def update(self, name: str, done: int, total: int, fields: Mapping[str, str]) -> None:
-        """`done` of `total` units of the job `name` are finished."""
+        """`done` of `total` units of the job `name` are finished; `fields` are shown with them."""
         ...
 
     def close(self) -> None:
-        """The job is over, or has stopped."""
+        """The job has finished or stopped."""
         ...
 
 
 class Silent:
-    """Says nothing."""
+    """Shows nothing."""
 
     def say(self, line: str) -> None: ...
 
@@ -38,13 +38,13 @@ class Silent:
 
 
 class Bar:
-    """A line that is written over, in a terminal or a notebook: what is done, how long the rest
-    takes, as many of the fields as there is room for, and a bar where room is left."""
+    """A line in a terminal or a notebook that is updated in place: units done, time left, as many
+    of the fields as fit, and a bar if there is room for one."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._job: tuple[str, int] | None = None  # name and total of what the bar shows
-        # When a job was first heard of, and how much of it was done then.
+        # By job: the units that were done at its first update, and the time of that update.
         self._starts: dict[str, tuple[int, float]] = {}
 
     def say(self, line: str) -> None:
@@ -73,7 +73,7 @@ class Bar:
         self._bar.update(done - self._bar.n)
 
     def _left(self, name: str, done: int, total: int) -> float | None:
-        """Seconds, at the pace since the first update, whatever came between."""
+        """Seconds left, at the average pace since the first update; interruptions count."""
         now = time.perf_counter()
         first, start = self._starts.get(name, (done, now))
         if first >= done:
@@ -90,12 +90,13 @@ class Bar:
 def status(
     name: str, done: int, total: int, left: float | None, fields: Mapping[str, str], columns: int
 ) -> str:
-    """The state of a job in one line of at most `columns`, where that much is needed at all.
+    """The state of a job on one line of at most `columns` characters (name, counts and time left
+    are always there, even if they need more).
 
     Args:
-        name, done, total: what has been done of which job.
-        left: seconds that the rest takes; None: not known yet.
-        fields: by name; those that do not fit any more are left out, the first one and all after.
+        name, done, total: units done of which job.
+        left: seconds left; None: not known yet.
+        fields: values by name; the first one that does not fit is omitted, and all after it.
         columns: characters.
     """
     text = f"{name} {done}/{total}, "

@@ -1,4 +1,4 @@
-"""The command line: what works prints what to do next, what cannot work is one line."""
+"""The command line: a command that works prints what to do next, one that cannot, one line."""
 
 import contextlib
 import json
@@ -14,7 +14,13 @@ import pytest
 from tiny import tiny_config
 
 from ghm_jax.cli import main
+from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.import_weights import Import
+from ghm_jax.cli.messages import one_line
+from ghm_jax.cli.train import Train
+from ghm_jax.config import Config, Model
 from ghm_jax.data import prepare_folder
+from ghm_jax.exceptions import ArgumentError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -95,6 +101,9 @@ def fails(capsys, *args):
         ("train tiny.py --run-dir tiny.py/run", ["tiny.py/run", "cannot be written", "--run-dir"]),
         ("train tiny.py --run-dir run --loss.ghm-c.bins 7", ["ghm_c.bins 10, not 7", "--restart"]),
         ("train tiny.py --model.remat maybe", ["model.remat", "maybe"]),
+        ("import w.pth tiny.py --model.remat maybe", ["model.remat", "maybe"]),
+        ("train tiny.py --run.no-workers", ["run.no_workers", "no such setting"]),
+        ("train -v tiny.py", ["usage: ghm-jax train EXPERIMENT"]),
         ("stats", ["usage: ghm-jax stats RUN"]),
         ("stats nosuch", ["nosuch", "not a run"]),
         ("stats run --images 0", ["--images", "positive"]),
@@ -169,9 +178,7 @@ def fails(capsys, *args):
         ("data prepare folder --name mine --train taken gone.json", ["train", "gone.json"]),
     ],
 )
-def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
-    place, run_dir, capsys, command, words
-):
+def test_a_user_error_is_one_line_and_changes_no_file(place, run_dir, capsys, command, words):
     (place / "taken").mkdir()
     (place / "taken" / "precious.txt").write_text("mine")
     (place / "table.py").write_text("from ghm_jax.config import *\n\nconfigs = {'one': Config()}\n")
@@ -267,7 +274,7 @@ def test_evaluation_prints_the_twelve_figures_and_where_the_report_is(run_dir, c
     assert again in out  # the same lines, without where the report is
 
 
-def test_a_description_is_a_table_of_the_parts(place, capsys):
+def test_a_description_is_a_table_of_the_network(place, capsys):
     settings = ["--model.remat", "True", "--model.frozen-stages", "1"]
     main(["describe", "tiny.py", "--size", "64", "96", *settings])
     out, err = capsys.readouterr()
@@ -291,7 +298,7 @@ def test_a_complete_run_is_not_trained_again(run_dir, capsys):
 
 
 def test_overrides_reach_the_run_and_the_installed_command_trains(place):
-    """As a person does it: a process of its own, in which nothing has started JAX yet."""
+    """As a user does it: a process of its own, in which nothing has started JAX yet."""
     command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
     settings = ["--run-dir", "out", "--optimizer.steps", "2", "--run.devices=1"]
     done = subprocess.run(
@@ -301,14 +308,14 @@ def test_overrides_reach_the_run_and_the_installed_command_trains(place):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "out: done; score it with: ghm-jax evaluate out" in done.stdout
+    assert "out: done; evaluate it with: ghm-jax evaluate out" in done.stdout
     assert "new run of 2 steps on 1 cpu device, 10 images of squares" in done.stdout
     assert (place / "out" / "checkpoints" / "2").is_dir()
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
@@ -319,7 +326,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_full_memory_is_one_line_with_what_helps(place, monkeypatch, capsys):
+def test_out_of_memory_is_one_line_with_the_remedy(place, monkeypatch, capsys):
     def train(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
 
@@ -327,7 +334,51 @@ def test_a_full_memory_is_one_line_with_what_helps(place, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["train", "tiny.py"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert line.startswith("ghm-jax: the memory is full (Out of memory allocating 7 bytes.); raise")
+    assert line.startswith("ghm-jax: out of memory (Out of memory allocating 7 bytes.); raise")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.remat", "True"], True),
+        (["--model.remat=True"], True),
+        (["--model.remat"], True),
+        (["--model.remat", "--seed", "1"], True),
+        (["--model.remat", "False"], False),
+        (["--model.no-remat"], False),
+    ],
+)
+@pytest.mark.parametrize(("command", "kind"), [("train", Train), ("import", Import)])
+def test_switches_are_spelled_alike_in_all_commands(command, kind, words, expected):
+    positionals = {"train": ["tiny.py"], "import": ["w.pth", "tiny.py"]}[command]
+    default = Config(model=Model(remat=not expected))
+    arguments = Arguments.split([*positionals, *words])
+    given = parse(kind, arguments, "ghm-jax", kind(*positionals, config=default))
+    assert given.config.model.remat is expected
+    assert given.config.seed == (1 if "--seed" in words else 0)
+
+
+def test_arguments_are_split_once_into_positionals_and_options():
+    words = ["a.py", "b", "--data.on-error=skip", "--size", "3", "-4", "-h", "--data_dir", "x"]
+    arguments = Arguments.split(words)
+    assert arguments.positionals == ("a.py", "b")
+    assert [tuple(option) for option in arguments.options] == [
+        ("data.on_error", ("--data.on-error=skip",)),
+        ("size", ("--size", "3", "-4")),
+        ("h", ("-h",)),
+        ("data_dir", ("--data_dir", "x")),
+    ]
+    assert arguments.help_wanted
+    assert arguments.words == words
+    assert arguments.section("data").words == ["--data.on-error=skip"]
+
+
+def test_names_in_backticks_become_options_and_nothing_else_does():
+    error = ArgumentError("run_dir", "`x_y` is not `data.on_error`", "see `a b` or `C`")
+    assert str(error) == "run_dir: `x_y` is not `data.on_error`; see `a b` or `C`"
+    assert one_line(error) == "--run-dir: --x-y is not --data.on-error; see `a b` or `C`"
+    error = ConfigError("data.on_error", "wrong")
+    assert one_line(error) == "data.on_error: wrong"
 
 
 def test_another_error_of_jax_keeps_its_traceback(place, monkeypatch):

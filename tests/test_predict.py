@@ -39,7 +39,7 @@ def test_every_readable_image_is_drawn_and_listed(finished_run, rng, tmp_path):
     )
     assert done.images == 4
     assert len(done.unreadable) == 1
-    assert done.unreadable[0] == f"{folder / '10.png'}: is no image of a known kind"
+    assert done.unreadable[0] == f"{folder / '10.png'}: is not an image of a known format"
     assert listener.steps == [1, 2, 3, 4, 5, 2, 4]  # headers, then images
     names = {"7.png", "12.jpg", "9.jpg", "11.png", "contact_sheet.jpg", "predictions.json"}
     assert {path.name for path in out.iterdir()} == names

@@ -1,4 +1,4 @@
-"""What a person sees of a job that runs: one line that fits."""
+"""The status of a running job: one line that fits."""
 
 import re
 
@@ -20,14 +20,12 @@ def test_a_line_holds_the_fields_that_fit_in_whole(columns):
     assert shown == list(LONG.items())[: len(shown)]
 
 
-def test_a_hundred_columns_hold_all_that_matters_and_eighty_those_of_a_small_run():
+def test_a_hundred_columns_hold_the_main_fields_and_eighty_those_of_a_small_run():
     assert status("train", 10_560, 87_960, 33_182.0, LONG, 99).endswith("data 3% MFU 43%")
     assert status("train", 120, 1000, 80.0, FIELDS, 79).endswith("img/s 41.2 data 3%")
 
 
-def test_the_remaining_time_is_that_of_the_whole_pace_and_goes_on_after_another_job(
-    monkeypatch, capsys
-):
+def test_the_time_left_is_from_the_average_pace_and_survives_another_job(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("ghm_jax.progress.time.perf_counter", lambda: now[0])
     monkeypatch.setenv("COLUMNS", "100")
@@ -44,6 +42,6 @@ def test_the_remaining_time_is_that_of_the_whole_pace_and_goes_on_after_another_
     assert "evaluate 1/9, ? left" in shown("evaluate", 1, 9)
     now[0] += 40.0  # the evaluation: 60 seconds for 20 steps with it
     assert "train 30/50, 01:00 left" in shown("train", 30, 50)
-    assert "evaluate 1/9, ? left" in shown("evaluate", 1, 9)  # the second one starts anew
+    assert "evaluate 1/9, ? left" in shown("evaluate", 1, 9)  # the second one starts from scratch
     assert all(len(line) < 100 for line in re.split(r"[\r\n]", capsys.readouterr().err))
     bar.close()

@@ -1,4 +1,4 @@
-"""ghm-jax: train, score and look at GHM detectors.
+"""ghm-jax: train, evaluate and inspect GHM detectors.
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.mu 0.05 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
@@ -25,8 +25,20 @@ import sys
 from collections.abc import Callable, Sequence
 
 try:
-    from ghm_jax.cli import bench, data, doctor, predict, runs, stats
-    from ghm_jax.cli.arguments import fail
+    from ghm_jax.cli import (
+        bench,
+        data,
+        describe,
+        doctor,
+        evaluate,
+        export,
+        import_weights,
+        predict,
+        stats,
+        train,
+    )
+    from ghm_jax.cli.arguments import Arguments
+    from ghm_jax.cli.messages import fail, one_line
     from ghm_jax.exceptions import StoppedElsewhere, UserError
 except ModuleNotFoundError as missing:
     sys.exit(
@@ -34,13 +46,13 @@ except ModuleNotFoundError as missing:
         'pip install "ghm-jax[detector]"'
     )
 
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": runs.train_command,
-    "evaluate": runs.evaluate_command,
+_COMMANDS: dict[str, Callable[[Arguments], None]] = {
+    "train": train.train_command,
+    "evaluate": evaluate.evaluate_command,
     "predict": predict.predict_command,
-    "import": runs.import_command,
-    "export": runs.export_command,
-    "describe": runs.describe_command,
+    "import": import_weights.import_command,
+    "export": export.export_command,
+    "describe": describe.describe_command,
     "stats": stats.stats_command,
     "doctor": doctor.doctor_command,
     "data prepare folder": data.prepare_folder_command,
@@ -55,33 +67,36 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; exits with 0, with 1 after a one-line error, or with 130 when stopped."""
+    """Runs one command; exits with 0, with 1 after a one-line error, or with 130 if interrupted."""
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except StoppedElsewhere:
         fail(None)
-    except (UserError, FileNotFoundError, PermissionError) as error:
+    except UserError as error:
+        fail(one_line(error))
+    except (FileNotFoundError, PermissionError) as error:
         fail(str(error))
-    except RuntimeError as error:  # JAX's own, which need not be imported here
+    except RuntimeError as error:  # JAX raises a subclass, which need not be imported here
         said = str(error).partition("\n")[0]
         if "RESOURCE_EXHAUSTED" not in said:
             raise
         fail(
-            f"the memory is full ({said.rpartition('RESOURCE_EXHAUSTED: ')[2]}); raise "
+            f"out of memory ({said.rpartition('RESOURCE_EXHAUSTED: ')[2]}); raise "
             "--optimizer.accumulate, lower --optimizer.batch-size (in evaluation "
             "--predict.batch-size) or use smaller --data.buckets"
         )
     except KeyboardInterrupt:
         print("\nghm-jax: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader has seen enough, as `head` in `ghm-jax ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes into it
+    except BrokenPipeError:  # the reader has closed the pipe, as in `ghm-jax ... | head`
+        # Otherwise Python would fail again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
 def _run(args: list[str]) -> None:
-    # JAX on a machine without accelerators explains at length why it found none.
+    # Without this, JAX logs why it found no accelerators on a machine that has none.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     command = next((n for n in (3, 2, 1) if " ".join(args[:n]) in _COMMANDS), 0)
     if not command:
@@ -91,4 +106,4 @@ def _run(args: list[str]) -> None:
             fail(f"unknown command {wanted!r}; choose from {', '.join(_COMMANDS)}")
         print(__doc__)
         return
-    _COMMANDS[" ".join(args[:command])](args[command:])
+    _COMMANDS[" ".join(args[:command])](Arguments.split(args[command:]))

@@ -1,55 +1,132 @@
-"""From argv to a dataclass, by tyro; what cannot work becomes one line."""
+"""From argv to a dataclass, by tyro; arguments that cannot be used give a one-line error."""
 
 import contextlib
 import dataclasses
 import io
-import sys
-from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from ghm_jax.config import Config, flatten, unknown_key
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError, ConfigError
 
-# Settings by their dotted names; a switch is given like any other: --model.remat True.
+# Settings by their dotted names. A switch takes a value like all others, --model.remat True; alone
+# it means True (see `_switch`).
 AllSettings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
-def positional(args: list[str], usage: str) -> str | None:
-    """The first argument, which must come first; None when only help is wanted."""
-    if args and not args[0].startswith("-"):
-        return args[0]
-    if "-h" in args or "--help" in args:
-        return None
-    raise ConfigError(f"usage: {usage} [options]; --help lists them")
+_OPTION = re.compile("--?[a-zA-Z]")
 
 
-def parse(kind: type[Any], args: list[str], program: str, default: Any = None) -> Any:
-    """The arguments as a `kind`, by tyro; its errors as one line."""
+class Option(NamedTuple):
+    """One option as it was typed."""
+
+    name: str
+    """`data.on_error` for --data.on-error."""
+    words: tuple[str, ...]
+    """The option itself and its values."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The words after the name of a command, split once."""
+
+    positionals: tuple[str, ...]
+    """Those before the first option."""
+    options: tuple[Option, ...]
+    help_wanted: bool
+
+    @classmethod
+    def split(cls, words: Sequence[str]) -> "Arguments":
+        """Splits at words that look like options; numbers such as -1 are values."""
+        positionals: list[str] = []
+        options: list[Option] = []
+        for word in words:
+            if _OPTION.match(word):
+                name = word.partition("=")[0].lstrip("-").replace("-", "_")
+                options.append(Option(name, (word,)))
+            elif options:
+                options[-1] = options[-1]._replace(words=(*options[-1].words, word))
+            else:
+                positionals.append(word)
+        help_wanted = any(option.words[0] in ("-h", "--help") for option in options)
+        return cls(tuple(positionals), tuple(options), help_wanted)
+
+    @property
+    def words(self) -> list[str]:
+        """All of them, as they were typed."""
+        return [*self.positionals, *(word for option in self.options for word in option.words)]
+
+    def section(self, name: str) -> "Arguments":
+        """The options NAME.something alone."""
+        inside = tuple(o for o in self.options if o.name.startswith(f"{name}."))
+        return Arguments((), inside, help_wanted=False)
+
+    def required(self, count: int, usage: str) -> tuple[str, ...]:
+        """The first `count` positionals; empty ones if only help is wanted.
+
+        Raises:
+            ConfigError: there are fewer before the first option.
+        """
+        if len(self.positionals) >= count:
+            return self.positionals[:count]
+        if not self.help_wanted:
+            raise ConfigError("usage", f"{usage} [options]", "--help lists them")
+        return (*self.positionals, *[""] * (count - len(self.positionals)))
+
+
+def parse(kind: type[Any], arguments: Arguments, program: str, default: Any = None) -> Any:
+    """The arguments as a `kind`, by tyro.
+
+    Raises:
+        ConfigError: an unknown setting, or what tyro rejects.
+    """
     settings = flatten(Config())
-    for arg in args:
-        key = arg.partition("=")[0][2:].replace("-", "_")
-        own = set(_own_options(kind))
-        lacks_section = key not in own and any(k.endswith(f".{key}") for k in settings)
-        if (
-            arg.startswith("--")
-            and key not in settings
-            and (("." in key and key not in own) or lacks_section)
-        ):
-            raise ConfigError(unknown_key(key))
-    said = io.StringIO()
+    known = {*settings, *_own_options(kind)}
+    words = list(arguments.positionals)
+    for given in arguments.options:
+        name, with_value = _switch(given, settings)
+        like_a_setting = "." in name or any(key.endswith(f".{name}") for key in settings)
+        if name not in known and like_a_setting:
+            raise ConfigError(unknown_key(name))
+        words += with_value
+    # tyro tells what it rejects by printing a box and exiting; the hook of newer versions, which
+    # would get the text itself, is private.
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=args, prog=program, default=default)
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=words, prog=program, default=default)
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        raise ConfigError(_first_sentence(said.getvalue())) from None
+        raise ConfigError("", _first_sentence(box.getvalue()), "") from None
+
+
+def _switch(given: Option, settings: Mapping[str, Any]) -> Option:
+    """--model.remat as --model.remat True, --model.no-remat as --model.remat False."""
+    word, *values = given.words
+    if values or "=" in word:
+        return given
+    section, dot, leaf = given.name.rpartition(".")
+    positive = section + dot + leaf.removeprefix("no_")
+    if not isinstance(settings.get(positive), bool):
+        return given
+    return Option(positive, (f"--{positive}", str(positive == given.name)))
+
+
+def check_positive(**values: int | Sequence[int] | None) -> None:
+    """Raises ArgumentError for the first of the options that is given and not above zero."""
+    for name, value in values.items():
+        numbers = [value] if isinstance(value, int) else value
+        if numbers and min(numbers) < 1:
+            raise ArgumentError(name, f"must be positive, got {value}")
 
 
 def _own_options(kind: type[Any]) -> Iterator[str]:
-    """Options of a command that are no settings, with their section where they have one."""
+    """Options of a command that are not settings, with their section if they have one."""
     for option in dataclasses.fields(kind):
         yield option.name
         section = option.default_factory
@@ -68,10 +145,3 @@ def _first_sentence(boxed: str) -> str:
             break
         lines.append(text)
     return f"{' '.join(lines) or boxed.strip()} (--help lists all settings)"
-
-
-def fail(message: str | None) -> NoReturn:
-    """Ends the program with one line on stderr; None: another process of the job says it."""
-    if message is not None:
-        print(f"ghm-jax: {message}", file=sys.stderr)
-    sys.exit(1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ghm_jax.cli.arguments import parse
+from ghm_jax.cli.arguments import Arguments, parse
 from ghm_jax.exceptions import ArgumentError
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ class BenchLosses:
     """JSON file to write the rows into."""
 
 
-def losses_command(args: list[str]) -> None:
+def losses_command(arguments: Arguments) -> None:
     """`ghm-jax bench losses`."""
     from ghm_jax.bench.losses import measure_losses
     from ghm_jax.runs.records import write_record
 
-    a = parse(BenchLosses, args, "ghm-jax bench losses")
+    a = parse(BenchLosses, arguments, "ghm-jax bench losses")
     measured = measure_losses(a.sizes, a.repeats)
     print(
         f"{'image':>10}  {'value and gradient of':<36}{'ms':>9}{'x focal':>9}{'extra memory':>14}"
@@ -44,7 +44,7 @@ def losses_command(args: list[str]) -> None:
         )
     if a.out:
         contents = {"rows": _asdicts(measured)}
-        write_record(a.out, _command("losses", args), contents, packages=("jax",))
+        write_record(a.out, _command("losses", arguments.words), contents, packages=("jax",))
 
 
 @dataclass
@@ -66,12 +66,12 @@ class BenchData:
 _DATA_PACKAGES = ("grain", "opencv-python-headless", "tensorflow", "tensorflow-cpu")
 
 
-def data_command(args: list[str]) -> None:
+def data_command(arguments: Arguments) -> None:
     """`ghm-jax bench data`."""
     from ghm_jax.bench.data import measure_data, measure_loader
     from ghm_jax.runs.records import write_record
 
-    a = parse(BenchData, args, "ghm-jax bench data")
+    a = parse(BenchData, arguments, "ghm-jax bench data")
     for name, value in (("repeats", a.repeats), ("batches", a.batches), ("source", min(a.source))):
         if value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -88,7 +88,7 @@ def data_command(args: list[str]) -> None:
         print(f"{f'{rate.workers} workers':<58}{rate.images_per_second:>15.0f}")
     if a.out:
         contents = {"rows": _asdicts(stages), "loader": _asdicts(rates)}
-        write_record(a.out, _command("data", args), contents, packages=_DATA_PACKAGES)
+        write_record(a.out, _command("data", arguments.words), contents, packages=_DATA_PACKAGES)
 
 
 @dataclass
@@ -122,14 +122,14 @@ class BenchTrain:
 _SIZES = {"image": "pixels per image", "batch": "images", "classes": "classes"}
 
 
-def train_command(args: list[str]) -> None:
+def train_command(arguments: Arguments) -> None:
     """`ghm-jax bench train`."""
     import jax
 
     from ghm_jax.bench.train import TrainCase, growth, measure_train
     from ghm_jax.runs.records import write_record
 
-    a = parse(BenchTrain, args, "ghm-jax bench train")
+    a = parse(BenchTrain, arguments, "ghm-jax bench train")
     for name, value in (("repeats", a.repeats), ("devices", min(a.devices, default=1))):
         if value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -170,7 +170,7 @@ def train_command(args: list[str]) -> None:
     if a.out:
         contents = {"rows": _asdicts(measured), "growth": slopes}
         packages = ("jax", "jaxlib", "flax")
-        write_record(a.out, _command("train", args), contents, packages=packages)
+        write_record(a.out, _command("train", arguments.words), contents, packages=packages)
 
 
 def _print_step(step: "StepTime", reference: "StepTime") -> None:
@@ -221,9 +221,9 @@ class BenchInference:
     """JSON file to write the rows into."""
 
 
-def inference_command(args: list[str]) -> None:
+def inference_command(arguments: Arguments) -> None:
     """`ghm-jax bench inference`."""
-    a = parse(BenchInference, args, "ghm-jax bench inference")
+    a = parse(BenchInference, arguments, "ghm-jax bench inference")
     for name, value in (("repeats", a.repeats), ("batch_size", a.batch_size)):
         if value is not None and value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -270,7 +270,7 @@ def inference_command(args: list[str]) -> None:
             "rows": [row | {"share": each.share} for row, each in rows],
         }
         packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
-        write_record(a.out, _command("inference", args), contents, packages=packages)
+        write_record(a.out, _command("inference", arguments.words), contents, packages=packages)
 
 
 def _command(what: str, args: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A command as one process of several. They join first, so that what is wrong is said once."""
+"""A command as one process of several. They join first, so that errors are reported once."""
 
 import contextlib
 import os
@@ -7,24 +7,22 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ghm_jax.cli.arguments import parse
-from ghm_jax.exceptions import ConfigError
-
-PREFIX = "--distributed."
+from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.exceptions import ArgumentError
 
 
 @dataclass
 class Distributed:
-    """A job of several processes; all give the same command but for the process id."""
+    """A job of several processes, which all run the same command with their own process id."""
 
     detect: bool = False
-    """Find the other processes by what TPU pods, SLURM and Open MPI 4 tell."""
+    """Detect the other processes on TPU pods, under SLURM or Open MPI 4."""
     coordinator: str = ""
-    """HOST:PORT of process 0, where nothing can be detected."""
+    """HOST:PORT of process 0, if nothing can be detected."""
     num_processes: int = 0
-    """Processes of the job, with a coordinator."""
+    """Number of processes of the job, with a coordinator."""
     process_id: int = -1
-    """Which one this is, from 0, with a coordinator."""
+    """Index of this process, from 0, with a coordinator."""
 
 
 @dataclass
@@ -32,21 +30,23 @@ class _Job:
     distributed: Distributed = field(default_factory=Distributed)
 
 
-def join_processes(args: list[str]) -> bool:
-    """Starts `jax.distributed` where the arguments ask for it; whether they do.
+def join_processes(arguments: Arguments) -> bool:
+    """Starts `jax.distributed` if the arguments ask for it; returns whether they do.
 
     Raises:
-        ConfigError: what they say is no job, or the other processes did not answer.
+        ArgumentError: they do not describe a job, or the other processes did not answer.
     """
-    given = _of_job(args)
-    if not given or "-h" in args or "--help" in args:
+    given = arguments.section("distributed")
+    if not given.options or arguments.help_wanted:
         return False
     how = parse(_Job, given, "ghm-jax").distributed
     explicit = (how.coordinator, how.num_processes, how.process_id)
     if not how.detect and not (how.coordinator and 0 <= how.process_id < how.num_processes):
-        raise ConfigError(
-            f"{PREFIX}*: a job needs {PREFIX}coordinator HOST:PORT, .num-processes N and "
-            f".process-id 0 to N - 1, got {explicit}; or {PREFIX}detect"
+        raise ArgumentError(
+            "distributed",
+            f"the coordinator, number of processes and process id {explicit} do not describe a job",
+            "give `distributed.coordinator` HOST:PORT, `distributed.num_processes` N and "
+            "`distributed.process_id` 0 to N - 1, or `distributed.detect`",
         )
 
     from ghm_jax.distributed.processes import start_processes
@@ -58,23 +58,25 @@ def join_processes(args: list[str]) -> bool:
             start_processes(*explicit)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"{PREFIX}*: {reason}; give {PREFIX}coordinator, .num-processes and .process-id of a "
-            "process 0 that can be reached"
+        raise ArgumentError(
+            "distributed",
+            reason,
+            "give `distributed.coordinator`, `distributed.num_processes` and "
+            "`distributed.process_id` of a job whose process 0 can be reached",
         ) from None
     return True
 
 
 @contextlib.contextmanager
 def hurried_exit(job: bool, patience: float = 20.0) -> Iterator[None]:
-    """Where a process of a job fails alone, it ends soon, and by that the others.
+    """A process of a job that fails alone exits soon, which ends the others as well.
 
-    JAX waits five minutes at the end of a process for all the others to end too. If they do, at a
-    failure of all of them, nothing is hurried.
+    At its end a process waits up to five minutes, in JAX, for all others to end. If all of them
+    fail, they exit without this timeout.
 
     Args:
         job: whether there are other processes.
-        patience: seconds from the failure to the end.
+        patience: seconds from the failure to the exit.
     """
 
     def end() -> None:
@@ -89,13 +91,3 @@ def hurried_exit(job: bool, patience: float = 20.0) -> Iterator[None]:
             timer.daemon = True
             timer.start()
         raise
-
-
-def _of_job(args: list[str]) -> list[str]:
-    """The options of `Distributed` among all arguments, with their values."""
-    found, inside = [], False
-    for arg in args:
-        inside = arg.startswith(PREFIX) or (inside and not arg.startswith("--"))
-        if inside:
-            found.append(arg)
-    return found

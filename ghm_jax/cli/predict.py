@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from ghm_jax.cli.arguments import parse, positional
+from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.devices import start_devices
+from ghm_jax.cli.messages import Bar
 from ghm_jax.runs.directory import load_run
 
 
@@ -21,23 +23,20 @@ class Predict:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
     """Image files, folders, or glob patterns in quotes."""
     out: str
-    """New directory for what is written."""
+    """New directory for the output."""
     batch_size: int = 0
-    """Images a step (predict.batch_size of the run)."""
+    """Images per step (predict.batch_size of the run)."""
     threshold: float = 0.3
-    """Least score of a detection."""
+    """Minimum score of a detection."""
 
 
-def predict_command(args: list[str]) -> None:
+def predict_command(arguments: Arguments) -> None:
     """`ghm-jax predict`."""
-    from ghm_jax.distributed.devices import use_cpu_cores
-    from ghm_jax.progress import Bar
-
-    directory = positional(args, "ghm-jax predict RUN IMAGE... --out DIR")
-    given = Predict(directory or "", tyro.MISSING, tyro.MISSING)
-    a = parse(Predict, args, "ghm-jax predict", given)
+    (directory,) = arguments.required(1, "ghm-jax predict RUN IMAGE... --out DIR")
+    given = Predict(directory, tyro.MISSING, tyro.MISSING)
+    a = parse(Predict, arguments, "ghm-jax predict", given)
     _, config = load_run(a.run)
-    use_cpu_cores((a.batch_size or config.predict.batch_size,))
+    start_devices(config, a.batch_size or config.predict.batch_size)
 
     from ghm_jax.predict import predict
 
@@ -45,6 +44,6 @@ def predict_command(args: list[str]) -> None:
     done = predict(a.run, a.images, a.out, progress=Bar(), **settings)
     for line in done.unreadable[:10]:
         print(f"skipped {line}", file=sys.stderr)
-    skipped = f"; skipped {len(done.unreadable)}, no images" if done.unreadable else ""
+    skipped = f"; skipped {len(done.unreadable)} files" if done.unreadable else ""
     print(f"{done.detections} detections on {done.images} images{skipped}")
-    print(f"look at: {Path(a.out) / 'contact_sheet.jpg'}")
+    print(f"overview: {Path(a.out) / 'contact_sheet.jpg'}")

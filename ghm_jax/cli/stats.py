@@ -1,14 +1,14 @@
-"""The command that shows what the losses of a run see."""
+"""`ghm-jax stats`."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from ghm_jax.cli.arguments import parse, positional
-from ghm_jax.cli.runs import start_devices
+from ghm_jax.cli.arguments import Arguments, check_positive, parse
+from ghm_jax.cli.devices import start_devices
+from ghm_jax.cli.messages import Bar
 from ghm_jax.cli.tables import gradient_table
-from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import load_run
 
 
@@ -21,21 +21,17 @@ class Stats:
     out: str = ""
     """Directory for the files (the run's)."""
     split: str = ""
-    """Split to look at (the run's validation split)."""
+    """Split to measure (the run's validation split)."""
     images: int = 500
-    """At most so many images, in whole training batches."""
+    """Maximum number of images, in whole training batches."""
 
 
-def stats_command(args: list[str]) -> None:
+def stats_command(arguments: Arguments) -> None:
     """`ghm-jax stats`."""
-    from ghm_jax.progress import Bar
-
-    directory = positional(args, "ghm-jax stats RUN")
-    a = parse(Stats, args, "ghm-jax stats", Stats(directory or ""))
-    if a.images < 1:
-        raise ConfigError(f"--images: must be positive, got {a.images}")
-    _, config = load_run(a.run)
-    start_devices(config)
+    (directory,) = arguments.required(1, "ghm-jax stats RUN")
+    a = parse(Stats, arguments, "ghm-jax stats", Stats(directory))
+    check_positive(images=a.images)
+    start_devices(load_run(a.run)[1])
 
     from ghm_jax.analysis.gradient_stats import write_stats
     from ghm_jax.plots.panel import LOSS_NAMES

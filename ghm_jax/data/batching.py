@@ -1,4 +1,4 @@
-"""From a record to arrays, and from arrays of several sizes to one batch of a fixed shape."""
+"""From a record to arrays, and from arrays of several sizes to one batch of fixed shape."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from ghm_jax.exceptions import ConfigError, DataError
 
 
 class Example(NamedTuple):
-    """One image with its boxes, placed."""
+    """One image with its boxes, scaled and augmented."""
 
     image: np.ndarray
     """uint8[h, w, 3], RGB, as it goes into a batch."""
@@ -30,9 +30,9 @@ class Example(NamedTuple):
     """See `Placement`."""
     image_id: int = -1
     valid: bool = False
-    """False: only fills up a batch."""
+    """False: filler of an incomplete batch."""
     replaced: bool = False
-    """Stands in for an image that cannot be decoded."""
+    """Replaces an image that cannot be decoded."""
 
 
 def make_example(
@@ -42,16 +42,16 @@ def make_example(
     *,
     keep_crowd: bool = False,
 ) -> Example:
-    """One image with its boxes, placed.
+    """Decodes, scales and augments one image with its boxes.
 
-    Degenerate boxes are left out (see `schema.trainable`); ground truth for evaluation comes from
+    Degenerate boxes are dropped (see `schema.trainable`); ground truth for evaluation comes from
     `ground_truth.coco_ground_truth`, which keeps them.
 
     Args:
         record: of a `Dataset`.
         data: sizes and probabilities.
-        rng: of this one image, for augmentation; None: none.
-        keep_crowd: keep crowd regions instead of leaving them out.
+        rng: of this image alone, for augmentation; None: no augmentation.
+        keep_crowd: keep crowd regions instead of dropping them.
 
     Raises:
         DataError: the image cannot be decoded.
@@ -61,15 +61,14 @@ def make_example(
     except ValueError as error:
         raise unreadable(record, error) from None
     stored_size = image.shape[:2]
-    objects = read_objects(record, *stored_size)
+    objects = read_objects(record)
     keep = trainable(objects, keep_crowd=keep_crowd)
     placement = choose_placement(stored_size, data, rng)
-    boxes = placement.place_boxes(objects.boxes[keep])
+    boxes = placement.place_boxes(objects.boxes_in_pixels(*stored_size)[keep])
     is_crowd = objects.is_crowd[keep]
     labels = np.where(is_crowd, NO_CLASS, objects.labels[keep]).astype(np.int32)
-    if placement.size != placement.scaled:
-        inside = has_area(boxes)
-        boxes, labels, is_crowd = boxes[inside], labels[inside], is_crowd[inside]
+    inside = has_area(boxes)  # some are cropped away, or too thin for float32 pixels
+    boxes, labels, is_crowd = boxes[inside], labels[inside], is_crowd[inside]
     return Example(
         image=placement.place_image(image),
         boxes=boxes,
@@ -83,42 +82,42 @@ def make_example(
 
 
 def unreadable(record: Mapping[str, Any], reason: ValueError) -> DataError:
-    """What to raise for an image that cannot be decoded."""
+    """The error for an image that cannot be decoded."""
     name = bytes(record.get("image/filename", b"")).decode()
     return DataError(
         "data.name",
         f"image {record['image/id']} ({name}): {reason}",
-        "replace it, or train without such images by `data.on_error` skip",
+        "replace it, or set `data.on_error` skip to train without such images",
     )
 
 
 def filler_example() -> Example:
-    """What fills the last batch of an evaluation: one black pixel that does not count."""
+    """Fills the last batch of an evaluation: one black pixel, which is not `valid`."""
     return Example(np.zeros((1, 1, 3), np.uint8))
 
 
 def choose_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The first (height, width) of `buckets` that holds an image of this (height, width).
+    """The first (height, width) of `buckets` that fits an image of this (height, width).
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none fits it.
     """
     for bucket in buckets:
         if size[0] <= bucket[0] and size[1] <= bucket[1]:
             return bucket
     raise ConfigError(
         "data.buckets",
-        f"an image needs {size[0]}x{size[1]} pixels (height x width), more than any of "
-        f"{tuple(buckets)} has",
+        f"an image needs {size[0]}x{size[1]} pixels (height x width) and fits in none of "
+        f"{tuple(buckets)}",
         "add a larger one",
     )
 
 
 def collate(examples: Sequence[Example], bucket: tuple[int, int], max_boxes: int) -> LoadedBatch:
-    """Pads B examples to the (height, width) of one bucket, which must hold them.
+    """Pads B examples to the (height, width) of one bucket, which must fit them.
 
-    Images are padded with zeros at the bottom and the right, so that box coordinates stay. Of more
-    than `max_boxes` boxes the largest are kept, and crowd regions go first.
+    Images are padded with zeros at the bottom and the right, so that box coordinates stay the same.
+    Of more than `max_boxes` boxes the largest are kept; crowd regions are dropped first.
     """
     size = len(examples)
     images = np.zeros((size, *bucket, 3), np.uint8)
@@ -151,6 +150,6 @@ def collate(examples: Sequence[Example], bucket: tuple[int, int], max_boxes: int
 
 
 def _most_important(boxes: np.ndarray, is_crowd: np.ndarray, count: int) -> np.ndarray:
-    """Positions of `count` boxes, in their order: of objects before crowds, then the largest."""
+    """Indices of `count` boxes, ascending: objects are kept before crowds, large before small."""
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     return np.sort(np.lexsort((-areas, is_crowd))[:count])

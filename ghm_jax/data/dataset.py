@@ -18,15 +18,15 @@ from ghm_jax.config import Data
 from ghm_jax.data.index import Index, read_index
 from ghm_jax.data.prepare.digit_scenes import DigitScenes
 from ghm_jax.data.schema import category_ids_of, detection_features
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, UserError
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split of a data set. Pickles small, so that worker processes can open it themselves."""
+    """One split of a data set. Its pickle is small: worker processes open the files themselves."""
 
     source: Sequence[dict[str, Any]]
-    """Records by number, in the schema of TFDS `coco/2017`; the image as encoded bytes."""
+    """Records by index, in the schema of TFDS `coco/2017`; images are encoded bytes."""
     name: str
     """TFDS name."""
     class_names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Dataset:
     category_ids: tuple[int, ...]
     """COCO category id of each label."""
     index_file: Path | None = None
-    """Where `index` is kept."""
+    """Where `index` is cached."""
 
     @functools.cached_property
     def index(self) -> Index:
@@ -48,42 +48,31 @@ class Dataset:
 def open_dataset(data: Data, split: str) -> Dataset:
     """Opens a split of the data set `data.name` in `data.dir`.
 
-    The embedded data set `digit_scenes` is built there first when it is missing.
+    The embedded data set `digit_scenes` is built there first if it is missing.
 
     Args:
         data: which data set.
-        split: TFDS split, also a part of one: `train[:1%]`.
+        split: TFDS split or slice of one, such as `train[:1%]`.
 
     Raises:
         ConfigError: no such data set or split, or one that cannot be read.
     """
-    refuse_bucket("data.dir", data.dir)
+    refuse_bucket(ConfigError, "data.dir", data.dir)
     name = data.name or _only_dataset(Path(data.dir))
     if name == DigitScenes.name and not _versions(Path(data.dir) / name):
         _build_digit_scenes(data.dir)
     versions = _versions(Path(data.dir) / name)
     if not versions:
         raise ConfigError(
-            f"data.dir: no prepared data set {name!r} in {data.dir}; "
-            f'run "ghm-jax data prepare {name} --source ... --out {data.dir}" or set --data.dir'
+            "data.dir",
+            f"no prepared data set {name!r} in {data.dir}",
+            "prepare it there with ghm-jax data prepare, or set `data.dir` to where it is",
         )
     builder: Any = tfds.builder_from_directory(versions[-1])
     _check_format(builder, name)
 
     key = "data.train_split" if split == data.train_split else "data.validation_split"
-    base = re.split(r"\W", split, maxsplit=1)[0]
-    if base not in builder.info.splits:
-        raise ConfigError(
-            f"{key}: {name} has no split {base!r}; choose from {', '.join(builder.info.splits)}"
-        )
-    try:
-        num_images = builder.info.splits[split].num_examples
-    except ValueError:
-        raise ConfigError(
-            f"{key}: {split!r} is no part of a split; write it like {base}[:10%] or {base}[:500]"
-        ) from None
-    if not num_images:
-        raise ConfigError(f"{key}: {split} of {name} holds no images; choose a larger part")
+    _check_split(key, name, split, builder.info.splits)
     source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
     class_names = tuple(builder.info.features["objects"]["label"].names)
@@ -95,6 +84,23 @@ def open_dataset(data: Data, split: str) -> Dataset:
         category_ids=tuple(metadata.get("category_ids", category_ids_of(class_names))),
         index_file=versions[-1] / f"index-{quote(split, safe='')}.npz",
     )
+
+
+def _check_split(key: str, name: str, split: str, splits: Any) -> None:
+    """Raises ConfigError if `split` is not a split, or a slice of one, that holds images."""
+    base = re.split(r"\W", split, maxsplit=1)[0]
+    if base not in splits:
+        raise ConfigError(key, f"{name} has no split {base!r}", f"choose from {', '.join(splits)}")
+    try:
+        num_images = splits[split].num_examples
+    except ValueError:
+        raise ConfigError(
+            key,
+            f"{split!r} is not a slice of a split",
+            f"write it like {base}[:10%] or {base}[:500]",
+        ) from None
+    if not num_images:
+        raise ConfigError(key, f"{split} of {name} holds no images", "choose a larger slice")
 
 
 def _versions(directory: Path) -> list[Path]:
@@ -114,23 +120,23 @@ def data_set_names(directory: Path) -> list[str]:
 
 
 def _only_dataset(directory: Path) -> str:
-    """The name of the one data set in a directory of data sets."""
+    """The name of the only data set in a directory of data sets."""
     names = data_set_names(directory)
     if len(names) != 1:
         found = f"{', '.join(names)} in {directory}" if names else f"no data set in {directory}"
-        remedy = "choose one of them" if names else "set --data.dir to where one is prepared"
-        raise ConfigError(f"data.name: empty, and there is {found}; {remedy}")
+        remedy = "choose one of them" if names else "set `data.dir` to where one is prepared"
+        raise ConfigError("data.name", f"empty, and there is {found}", remedy)
     return names[0]
 
 
 def write_array_record(builder: tfds.core.DatasetBuilder) -> None:
     """Prepares a data set that needs no download, without TensorFlow.
 
-    TFDS writes into a temporary directory beside the final one and renames it at the end, so an
-    interrupted run leaves no half-made data set.
+    TFDS writes into a temporary directory next to the final one and renames it at the end, so an
+    interrupted run leaves no incomplete data set.
     """
-    # TFDS says on stdout that it downloads, and wants a directory for that; neither is true here.
-    # Its bars, one within the other, hide ours.
+    # TFDS prints that it downloads and wants a directory for that, but nothing is downloaded here.
+    # Its nested progress bars would hide ours.
     had_bars = tqdm_utils._active
     tqdm_utils.display_progress_bar(False)
     try:
@@ -140,13 +146,15 @@ def write_array_record(builder: tfds.core.DatasetBuilder) -> None:
         tqdm_utils.display_progress_bar(had_bars)
 
 
-def refuse_bucket(key: str, path: str | Path) -> None:
-    """Raises ConfigError for gs://... and the like: array_record needs a file system."""
+def refuse_bucket(kind: type[UserError], key: str, path: str | Path) -> None:
+    """Raises a `kind` with this key for gs://... and the like: array_record needs a file system."""
     scheme, colon, _ = str(path).partition(":/")
     if colon and len(scheme) > 1:  # C:/ is a drive
-        raise ConfigError(
-            f"{key}: {path} is no directory of this machine, and records can be neither written "
-            "nor read elsewhere; mount the bucket (gcsfuse BUCKET DIR) and give the directory"
+        raise kind(
+            key,
+            f"{path} is not a local directory, and records can only be written to and read from "
+            "one",
+            "mount the bucket (gcsfuse BUCKET DIR) and give the mounted directory",
         )
 
 
@@ -155,7 +163,7 @@ def _build_digit_scenes(directory: str) -> None:
     try:
         write_array_record(builder)
     except OSError:
-        if not _versions(Path(directory) / builder.name):  # else: another process was faster
+        if not _versions(Path(directory) / builder.name):  # else another process was faster
             raise
 
 
@@ -163,21 +171,24 @@ def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
         raise ConfigError(
-            f"data.name: {name} is stored as {file_format and file_format.value}, which cannot be "
-            "read without TensorFlow; prepare it again as array_record (ghm-jax data prepare)"
+            "data.name",
+            f"{name} is stored as {file_format and file_format.value}, which cannot be read "
+            "without TensorFlow",
+            "prepare it again as array_record (ghm-jax data prepare)",
         )
     needed = _leaves(detection_features(["any"]))
     missing = needed - _leaves(builder.info.features)
     if missing:
         raise ConfigError(
-            f"data.name: {name} lacks the features {', '.join(sorted(missing))} of coco/2017; "
-            "prepare it from a COCO instances JSON (ghm-jax data prepare folder)"
+            "data.name",
+            f"{name} lacks the features {', '.join(sorted(missing))} of coco/2017",
+            "prepare it from a COCO instances JSON (ghm-jax data prepare folder)",
         )
 
 
 def _leaves(features: Any) -> set[str]:
     """Dotted names of all features."""
-    inner = getattr(features, "feature", features)  # of a sequence, what it is a sequence of
+    inner = getattr(features, "feature", features)  # the elements of a sequence
     if not hasattr(inner, "items"):
         return {""}
     return {f"{key}.{leaf}".rstrip(".") for key, sub in inner.items() for leaf in _leaves(sub)}

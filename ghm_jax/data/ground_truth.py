@@ -1,4 +1,4 @@
-"""The boxes of a data set in COCO form, for an evaluator."""
+"""The boxes of a data set in COCO format, for an evaluator."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ def coco_ground_truth(dataset: Dataset) -> dict[str, Any]:
     """All images and objects of a data set as a COCO instances dictionary.
 
     Boxes (x, y, width, height) are in pixels of the stored images; crowd regions and degenerate
-    boxes are there. Areas are TFDS's, which are rounded down: for published figures score against
-    the official file.
+    boxes are included. Areas come from TFDS, which rounds them down: for published figures score
+    against the official file.
     """
     images, annotations = [], []
     for record in dataset.source:
@@ -20,7 +20,8 @@ def coco_ground_truth(dataset: Dataset) -> dict[str, Any]:
         height, width = encoded_size(record["image"])
         file_name = record["image/filename"].decode()
         images.append({"id": image_id, "width": width, "height": height, "file_name": file_name})
-        objects = read_objects(record, height, width)
+        objects = read_objects(record)
+        objects = objects._replace(boxes=objects.boxes_in_pixels(height, width))
         for box, label, is_crowd, area, object_id in zip(*objects, strict=True):
             x0, y0, x1, y1 = box.tolist()
             annotations.append(
@@ -35,7 +36,7 @@ def coco_ground_truth(dataset: Dataset) -> dict[str, Any]:
             )
     ids = {annotation["id"] for annotation in annotations}
     if 0 in ids or len(ids) < len(annotations):
-        # Evaluators take a match with object 0 for no match, and look objects up by their id.
+        # Evaluators treat a match with object 0 as no match, and look objects up by id.
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
     categories = [

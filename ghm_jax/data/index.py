@@ -1,4 +1,4 @@
-"""What the order of training must know of every image before it decodes one: sizes and counts."""
+"""Sizes and object counts of all images, which the order of training needs before any decoding."""
 
 import io
 import os
@@ -18,7 +18,7 @@ class Index(NamedTuple):
     """Facts about the N images of a split, in the order of its records."""
 
     sizes: np.ndarray
-    """i32[N, 2], (height, width) of the stored images; 0 where the header cannot be read."""
+    """i32[N, 2], (height, width) of the stored images; 0 if the header cannot be read."""
     objects: np.ndarray
     """i32[N], objects to learn from: no crowds, no degenerate boxes."""
     crowds: np.ndarray
@@ -28,29 +28,29 @@ class Index(NamedTuple):
 
 
 def read_index(source: Sequence[Mapping[str, Any]], cache: Path | None = None) -> Index:
-    """Looks once at every record; images are not decoded, only their headers are read.
+    """Reads every record once; of the images only the headers are read, nothing is decoded.
 
     Args:
         source: records of a `Dataset`.
-        cache: file to keep the answer in, so that the next run need not look again. It belongs to
-            these very records. A directory that cannot be written to is no error.
+        cache: file of exactly these records that the index is saved to, so that the next run need
+            not read them again. A directory that cannot be written to is not an error.
     """
     if cache is not None and (kept := _load(cache, len(source))) is not None:
         return kept
-    rows = np.array([_look(source[i]) for i in range(len(source))], np.int32).reshape(-1, 5)
+    rows = np.array([_facts(source[i]) for i in range(len(source))], np.int32).reshape(-1, 5)
     index = Index(rows[:, :2], *rows[:, 2:].T)
     if cache is not None:
         _save(cache, index)
     return index
 
 
-def _look(record: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+def _facts(record: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """Height, width, objects, crowds and degenerate boxes of one record."""
     try:
         height, width = encoded_size(record["image"])
     except ValueError:
         height, width = 0, 0
-    # The size does not matter for what is counted here, only that it is not 0.
-    objects = read_objects(record, height or 1, width or 1)
+    objects = read_objects(record)
     real = has_area(objects.boxes)
     crowds = real & objects.is_crowd
     return height, width, int((real & ~crowds).sum()), int(crowds.sum()), int((~real).sum())
@@ -61,12 +61,12 @@ def _load(cache: Path, length: int) -> Index | None:
         with np.load(io.BytesIO(cache.read_bytes()), allow_pickle=False) as kept:
             index = Index(*(kept[name] for name in Index._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or half of it: look again
+        return None  # missing or incomplete: read the records again
     return index if len(index.sizes) == length else None
 
 
 def _save(cache: Path, index: Index) -> None:
-    """Written beside and renamed, because other hosts may do the same at the same time."""
+    """Writes a temporary file and renames it, because other hosts may save at the same time."""
     try:
         handle, beside = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}-")
     except OSError:

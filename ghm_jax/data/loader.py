@@ -1,7 +1,7 @@
-"""Batches in an order that is a function of (seed, step), whatever reads them.
+"""Batches in an order that is a function of (seed, step), however many processes read them.
 
-What a step sees is computed, not iterated: a run resumed at step s starts reading at step s, on
-another number of workers or hosts if need be, without any state of the input to restore.
+What a step sees is computed, not iterated: a run resumed at step s starts reading at step s, also
+on a different number of workers or hosts, without any input state to restore.
 """
 
 import functools
@@ -27,7 +27,7 @@ from ghm_jax.data.order import Draw, Groups, group_images, reading_order, traini
 from ghm_jax.exceptions import ConfigError, DataError
 
 Batches = Generator[LoadedBatch, None, None]
-"""An iterator of batches; its `close()` stops the threads and processes that read ahead."""
+"""An iterator of batches; its `close()` stops the threads and processes that prefetch."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,23 @@ def train_batches(
 ) -> Batches:
     """Batches of the steps `start_step`, `start_step` + 1, ... without end.
 
-    The images of a batch have one orientation, those of the whole data set in random order; see
-    `ghm_jax.data.order`.
+    All images of a batch share one bucket; the order is random, see `ghm_jax.data.order`.
 
     Args:
         dataset: to read.
-        config: uses seed, data, optimizer.batch_size (images a step, over all hosts), run.workers.
+        config: seed, data, optimizer.batch_size (images per step, over all hosts) and run.workers
+            are used.
         start_step: first step.
-        process_index: this host, ...
-        process_count: ... of this many; each gets its contiguous share of the global batch.
-        groups: what `training_groups` gives, where it is known.
+        process_index: index of this host, ...
+        process_count: ... out of this many; each gets its contiguous share of the global batch.
+        groups: the result of `training_groups`, if it is known already.
 
     Returns:
         See `batching.collate`; all hosts get images of the same height and width.
 
     Raises:
         ConfigError, DataError: see `training_groups`.
-        DataError: while it is read: an image cannot be decoded.
+        DataError: while reading, if an image cannot be decoded (see `data.on_error`).
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
@@ -98,11 +98,11 @@ def validation_batches(
     """Every image once over all hosts together, one bucket after the other.
 
     The last batch of a bucket is filled up with images that are not `valid`. Arguments and batches
-    as of `train_batches`, with predict.batch_size.
+    are those of `train_batches`, but with predict.batch_size.
 
     Raises:
         ConfigError: an image fits in no bucket.
-        DataError: the header of an image cannot be read; while it is read: one cannot be decoded.
+        DataError: the header of an image cannot be read; while reading: an image cannot be decoded.
     """
     size = config.predict.batch_size
     share = _Share(size, process_index, process_count)
@@ -113,11 +113,11 @@ def validation_batches(
 
 
 def training_groups(dataset: Dataset, data: Data) -> Groups:
-    """The images of a data set that are trained on, by their buckets.
+    """The images of a data set that are trained on, by bucket.
 
     Raises:
-        ConfigError: an image fits in no bucket, or none has an object to learn from.
-        DataError: the header of an image cannot be read (unless data.on_error is `skip`).
+        ConfigError: an image fits in no bucket, or no image has an object to learn from.
+        DataError: the header of an image cannot be read, unless data.on_error is `skip`.
     """
     sizes, objects = dataset.index.sizes, dataset.index.objects
     if data.on_error == "error":
@@ -149,7 +149,7 @@ def _train_batch(
     config: Config,
     share: _Share,
 ) -> LoadedBatch | DataError:
-    # One seed for each image of the global batch: the same whichever host builds the image.
+    # One seed per image of the global batch: the same whichever host loads the image.
     seeds = rng.integers(2**63, size=len(draw.images))
     try:
         examples = [
@@ -157,14 +157,15 @@ def _train_batch(
             for image, seed in zip(draw.images[share.slots], seeds[share.slots], strict=True)
         ]
     except DataError as error:
-        return error  # `_read` raises it: Grain would make a text of it
+        return error  # `_read` raises it: Grain would turn it into text
     return collate(examples, draw.bucket, config.data.max_boxes)
 
 
 def _train_example(
     image: int, seed: int, group: np.ndarray, dataset: Dataset, config: Config
 ) -> Example:
-    """An augmented image, or another one of its group in its place, which depends on the seed."""
+    """An augmented image. If it cannot be decoded and data.on_error is `skip`, another one of its
+    group replaces it, which depends on the seed."""
     data, keep_crowd = config.data, config.anchors.crowd == "ignore"
     attempts = 10 if data.on_error == "skip" else 1
     for attempt in range(attempts):
@@ -192,10 +193,10 @@ def _validation_batch(
 
 
 def _read(batches: grain.MapDataset, workers: int) -> Batches:
-    """Reads ahead, in this process or in others; the order is that of `batches`."""
+    """Prefetches, in this process or in workers; the order is that of `batches`."""
     iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:
-        # Grain asks absl for a flag, which raises in a program that absl did not start.
+        # Grain reads an absl flag, which raises in a program that absl did not start.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
@@ -205,14 +206,14 @@ def _read(batches: grain.MapDataset, workers: int) -> Batches:
         for batch in iterator:
             if isinstance(batch, DataError):
                 raise batch
-            # Out of the workers' shared memory, which complains if it outlives the interpreter.
+            # Copied out of the workers' shared memory, which warns if it outlives the interpreter.
             yield _copy(batch) if workers else batch
     finally:
         iterator.close()
 
 
 def _copy(tree: Any) -> Any:
-    """Arrays of its own, in the same named tuples."""
+    """A copy of all arrays, in the same named tuples."""
     if isinstance(tree, tuple):
         return type(tree)(*map(_copy, tree))
     return np.array(tree)

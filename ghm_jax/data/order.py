@@ -1,10 +1,10 @@
 """Which images a step sees: a function of (seed, step), computed and not iterated.
 
-Images of one step need one bucket, so the images of a data set are sorted into groups by the
-smallest bucket that holds them: landscape and portrait, in most data sets. Each group is shuffled
-anew every time it has been seen, and each step takes its images from one group. The groups take
-turns in proportion to their sizes, so that after any number of steps all images have been seen
-about equally often: as many programs as groups, and no image padded for its neighbour's sake.
+The images of a step must share one bucket, so the images of a data set are sorted into groups by
+the first bucket that fits them: landscape and portrait, in most data sets. Each group is reshuffled
+every epoch, and each step takes its images from one group. The groups take turns in proportion to
+their sizes, so that after any number of steps all images have been seen about equally often. There
+are as many compiled programs as groups, and no image is padded because of others in its batch.
 """
 
 import functools
@@ -21,11 +21,11 @@ from ghm_jax.data.transforms import resized_size
 Bucket = tuple[int, int]
 """(height, width)"""
 Groups = Mapping[Bucket, np.ndarray]
-"""{bucket: i64[n], positions of its images in the data set, ascending}"""
+"""{bucket: i64[n], indices of its images in the data set, ascending}"""
 
 
 _ENDLESS = 2**52
-"""Images. Grain gives endless orders a length as well, which overflows in batches of 1."""
+"""Images. Grain gives endless orders a length as well, which overflows for batches of 1."""
 
 
 class Draw(NamedTuple):
@@ -33,21 +33,21 @@ class Draw(NamedTuple):
 
     bucket: Bucket
     images: tuple[int, ...]
-    """Positions in the data set."""
+    """Indices in the data set."""
 
 
 def group_images(sizes: np.ndarray, images: np.ndarray, data: Data) -> Groups:
-    """Sorts images by the first bucket that holds them, in the order of `data.buckets`.
+    """Sorts images by the first bucket that fits them, in the order of `data.buckets`.
 
-    Augmentation never makes an image larger than it is without, so its group is for good.
+    Augmentation never makes an image larger than it is without, so its group never changes.
 
     Args:
         sizes: i32[N, 2], (height, width) of the images of a data set.
-        images: i64[n], those to sort.
+        images: i64[n], indices of those to sort.
         data: sides and buckets.
 
     Raises:
-        ConfigError: an image fits in none.
+        ConfigError: an image fits in no bucket.
     """
 
     @functools.cache
@@ -62,7 +62,7 @@ def group_images(sizes: np.ndarray, images: np.ndarray, data: Data) -> Groups:
 
 
 def training_order(groups: Groups, seed: int, batch_size: int) -> grain.MapDataset:
-    """The `Draw` of every step, without end; a batch may reach over the end of an epoch."""
+    """The `Draw` of every step, without end; a batch may span the end of an epoch."""
     orders = [
         grain.MapDataset.range(len(group))
         .seed(seed)
@@ -77,7 +77,7 @@ def training_order(groups: Groups, seed: int, batch_size: int) -> grain.MapDatas
 
 
 def reading_order(groups: Groups, batch_size: int) -> grain.MapDataset:
-    """The `Draw`s that hold every image once; the last one of a group may be smaller."""
+    """The `Draw`s that cover every image once; the last one of a group may be smaller."""
     draws = [
         _draw(bucket, group, range(start, min(start + batch_size, len(group))))
         for bucket, group in groups.items()

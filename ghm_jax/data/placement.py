@@ -1,4 +1,4 @@
-"""Where an image lands in its batch: drawn first, then applied to pixels and boxes alike."""
+"""How an image is scaled, cropped and flipped: drawn first, then applied to pixels and boxes."""
 
 from typing import NamedTuple
 
@@ -13,28 +13,28 @@ Size = tuple[int, int]
 
 
 class Placement(NamedTuple):
-    """Scale an image, keep a part of it, mirror that part; an affine map for each axis."""
+    """Scale an image, crop it, flip the crop: an affine map for each axis."""
 
     original: Size
     """Of the stored image."""
     scaled: Size
     """Of the whole image after scaling."""
     corner: tuple[int, int]
-    """(top, left) of the part that is kept, in scaled pixels."""
+    """(top, left) of the crop, in scaled pixels."""
     size: Size
-    """Of the part that is kept."""
+    """Of the crop."""
     mirrored: bool
-    """Left and right change places."""
+    """Flipped horizontally."""
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(x, y) factors from stored to placed pixels; the one for x is negative if mirrored."""
+        """(x, y) factors from stored to placed pixels; x is negative if the image is flipped."""
         x, y = self.scaled[1] / self.original[1], self.scaled[0] / self.original[0]
         return (-x if self.mirrored else x), y
 
     @property
     def offset(self) -> tuple[float, float]:
-        """(x, y) that is added after scaling, in placed pixels."""
+        """(x, y) added after scaling, in placed pixels."""
         top, left = self.corner
         return float(left + self.size[1] if self.mirrored else -left), float(-top)
 
@@ -44,13 +44,13 @@ class Placement(NamedTuple):
             image = cv2.resize(image, self.scaled[::-1], interpolation=cv2.INTER_LINEAR)
         (top, left), (height, width) = self.corner, self.size
         image = image[top : top + height, left : left + width]
-        # A view that runs backwards would be copied later on, ten times as slowly.
+        # A reversed view would be copied later on, ten times as slowly.
         return cv2.flip(image, 1) if self.mirrored else image
 
     def place_boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """f32[N, 4] (x0, y0, x1, y1) -> f32[N, 4]; cut off at the part that is kept.
+        """f32[N, 4] (x0, y0, x1, y1) -> f32[N, 4], clipped to the crop.
 
-        A box outside of it comes out without width or height.
+        A box outside the crop comes out without width or height.
         """
         scale, offset = (np.array(pair * 2, np.float32) for pair in (self.scale, self.offset))
         placed = boxes * scale + offset
@@ -62,17 +62,17 @@ class Placement(NamedTuple):
 
 
 def choose_placement(original: Size, data: Data, rng: np.random.Generator | None) -> Placement:
-    """Draws where an image goes.
+    """Draws the placement of one image.
 
     Args:
         original: its stored size.
         data: sides and probabilities.
-        rng: of this one image; None: no augmentation.
+        rng: of this image alone; None: no augmentation.
     """
     if rng is None:
         frame = resized_size(*original, data.short_side, data.long_side)
         return Placement(original, frame, (0, 0), frame, mirrored=False)
-    # What is off draws nothing, so that switching one thing on leaves the rest as it was.
+    # A disabled augmentation draws no number, so that enabling one leaves the others unchanged.
     mirrored = rng.random() < data.flip
     short_side = data.short_side
     if data.min_short_side:
@@ -92,8 +92,8 @@ def to_original(boxes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.
 
     Args:
         boxes: [..., N, 4], x0, y0, x1, y1 in pixels of the batch.
-        scale: [..., 2], x and y, of each image in the batch.
-        offset: [..., 2], likewise.
+        scale: [..., 2], (x, y) per image.
+        offset: [..., 2], (x, y) per image.
     """
     scale, offset = (np.concatenate([xy, xy], -1)[..., None, :] for xy in (scale, offset))
     corners = (boxes - offset) / scale

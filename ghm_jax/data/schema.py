@@ -1,7 +1,7 @@
-"""What a record holds, and how its boxes become pixels.
+"""What a record holds, and how its boxes are converted to pixels.
 
 Every data set has the feature structure of TFDS `coco/2017`, so that one pipeline reads COCO, a
-user's own folder and the embedded scenes alike. Outside of this file boxes are x0, y0, x1, y1.
+user's own folder and the embedded scenes alike. Outside this file boxes are x0, y0, x1, y1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ class Objects(NamedTuple):
     """The annotated objects of one image, N of them."""
 
     boxes: np.ndarray
-    """f32[N, 4], x0, y0, x1, y1 in pixels of the stored image."""
+    """f64[N, 4], x0, y0, x1, y1 as fractions of the image's width and height."""
     labels: np.ndarray
     """i32[N]"""
     is_crowd: np.ndarray
@@ -67,15 +67,18 @@ class Objects(NamedTuple):
     ids: np.ndarray
     """i64[N]"""
 
+    def boxes_in_pixels(self, height: int, width: int) -> np.ndarray:
+        """f32[N, 4], x0, y0, x1, y1 in pixels of an image of `height` x `width` pixels."""
+        return (self.boxes * np.array([width, height, width, height])).astype(np.float32)
 
-def read_objects(record: Mapping[str, Any], height: int, width: int) -> Objects:
-    """The objects of a record whose stored image has `height` x `width` pixels, all of them."""
+
+def read_objects(record: Mapping[str, Any]) -> Objects:
+    """All objects of a record, including crowd regions and degenerate boxes."""
     objects = record["objects"]
-    # An image without objects comes as empty lists, without a shape.
+    # TFDS gives empty lists without a shape for an image without objects.
     yxyx = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)
-    boxes = yxyx[:, [1, 0, 3, 2]] * np.array([width, height, width, height])
     return Objects(
-        boxes=boxes.astype(np.float32),
+        boxes=yxyx[:, [1, 0, 3, 2]],
         labels=np.asarray(objects["label"], np.int32),
         is_crowd=np.asarray(objects["is_crowd"], bool),
         areas=np.asarray(objects["area"], np.int64),
@@ -86,13 +89,13 @@ def read_objects(record: Mapping[str, Any], height: int, width: int) -> Objects:
 def trainable(objects: Objects, *, keep_crowd: bool = False) -> np.ndarray:
     """bool[N]: objects to learn from.
 
-    Crowd regions are left out, as the published code does (what they cover becomes background),
-    unless `keep_crowd`; boxes without width or height always, whose deltas would be infinite.
+    Boxes without width or height are dropped, because their deltas would be infinite. So are crowd
+    regions, unless `keep_crowd`: what they cover becomes background, as in the published code.
     """
     return has_area(objects.boxes) & (keep_crowd | ~objects.is_crowd)
 
 
 def has_area(boxes: np.ndarray) -> np.ndarray:
-    """bool[N]: boxes (f32[N, 4], x0, y0, x1, y1) with width and height."""
+    """bool[N]: boxes ([N, 4], x0, y0, x1, y1, in any unit) with a positive width and height."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return np.all(sides > 0, axis=1)

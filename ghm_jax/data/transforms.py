@@ -1,4 +1,4 @@
-"""Encoded images, and sizes: pure functions of bytes and numbers."""
+"""Decoding of images and computation of sizes: pure functions of bytes and numbers."""
 
 import io
 from pathlib import Path
@@ -8,25 +8,25 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
-"""How a complete JPEG or PNG ends, by how it begins."""
+"""{first bytes of a JPEG or PNG: last bytes of a complete one}"""
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
-    """uint8[H, W, 3] RGB of an encoded image of any kind that OpenCV or Pillow reads.
+    """uint8[H, W, 3] RGB of an encoded image in any format that OpenCV or Pillow reads.
 
     Grey images get three equal channels, of 16 bits the upper 8 are kept, palettes are looked up,
-    CMYK is converted without a colour profile, alpha is left out (what it hides shows). Orientation
-    tags are not applied: boxes are relative to the pixels as they are stored.
+    CMYK is converted without a colour profile, alpha is dropped (transparent pixels show their
+    colour). Orientation tags are not applied: boxes are relative to the pixels as stored.
 
     Raises:
-        ValueError: the bytes are no image, or only the beginning of one.
+        ValueError: the bytes are not an image, or a truncated one.
     """
     image = None
     if _is_complete(encoded):
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         try:
             image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-        except cv2.error:  # too large for it
+        except cv2.error:  # too large for OpenCV
             image = None
     if image is not None:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -38,8 +38,8 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def _is_complete(encoded: bytes) -> bool:
-    """False: perhaps cut off. OpenCV gives the missing rows of a JPEG in grey and says nothing;
-    Pillow, which is slower, raises, and goes on where something harmless follows the image."""
+    """False if the bytes may be truncated. OpenCV silently fills the missing rows of a JPEG with
+    grey; Pillow, which is slower, raises, and accepts harmless bytes after the image."""
     for begin, end in _ENDS.items():
         if encoded.startswith(begin):
             return encoded.endswith(end)
@@ -47,24 +47,24 @@ def _is_complete(encoded: bytes) -> bool:
 
 
 def encoded_size(image: bytes | Path) -> tuple[int, int]:
-    """(height, width) of an encoded image, or of a file, as `decode_image` gives it.
+    """(height, width) of an encoded image, or of a file, as `decode_image` gives them.
 
-    Only the header is looked at, and of a file only that is read.
+    Only the header is read.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: it is not an image.
     """
     try:
         with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
             return opened.height, opened.width
-    except UnidentifiedImageError:  # its message names the object that was read from
-        raise ValueError("is no image of a known kind") from None
+    except UnidentifiedImageError:  # its message names the Python object that was read
+        raise ValueError("is not an image of a known format") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the header of the image ({error})") from None
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) after scaling the short side to `short_side`, the long one to at most
-    `long_side` pixels."""
+    """(height, width) after scaling so that the short side has `short_side` pixels, unless the long
+    one would then exceed `long_side`, which it gets instead."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))

@@ -1,4 +1,4 @@
-"""Faults that are put into a machine or a data set one by one are named, with what to do."""
+"""Faults injected into a machine or a data set one by one are each named with a remedy."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ def roomy_disk(monkeypatch):
 
 
 def record(number, rng):
-    """One image of 40 x 80 pixels with three sound objects."""
+    """One image of 40 x 80 pixels with three valid objects."""
     image = rng.integers(0, 255, (40, 80, 3)).astype(np.uint8)
     start = rng.uniform(0, 0.5, (3, 2))
     boxes = np.concatenate([start, start + rng.uniform(0.2, 0.5, (3, 2))], axis=1)
@@ -43,12 +43,12 @@ def record(number, rng):
     }
 
 
-def sound(rng):
+def valid(rng):
     return [record(i + 1, rng) for i in range(5)]
 
 
 def findings(records, monkeypatch, tmp_path, names=("a", "b", "c"), ids=(1, 2, 3), **data):
-    """What is said of a data set of these records, which lies nowhere."""
+    """The findings for a data set of these records, which exists only in memory."""
     dataset = Dataset(records, "mine", names, ids)
     monkeypatch.setattr("ghm_jax.analysis.doctor.data.open_dataset", lambda data, split: dataset)
     chosen = {"validation_split": "train", "short_side": 40, "long_side": 80} | data
@@ -73,24 +73,24 @@ def without_height(boxes):
 
 FAULTS = {
     "cannot be decoded": lambda r: r.update({"image": b"no image"}),
-    "id is another's": lambda r: r.update({"image/id": 1}),
-    "beyond [0, 1]": change_boxes(lambda b: b * 40),
-    "end lies before": change_boxes(lambda b: b[:, [2, 3, 0, 1]]),
+    "id is used twice": lambda r: r.update({"image/id": 1}),
+    "outside [0, 1]": change_boxes(lambda b: b * 40),
+    "end is before": change_boxes(lambda b: b[:, [2, 3, 0, 1]]),
     "without width or height": change_boxes(without_height),
     "without a class": lambda r: r["objects"].update({"label": np.array([0, 3, -1])}),
-    "more area than their box": lambda r: r["objects"].update({"area": np.full(3, 40 * 80)}),
+    "a larger area than their box": lambda r: r["objects"].update({"area": np.full(3, 40 * 80)}),
 }
 
 
-def test_sound_data_has_no_fault(rng, monkeypatch, tmp_path):
-    found = findings(sound(rng), monkeypatch, tmp_path)
+def test_valid_data_has_no_fault(rng, monkeypatch, tmp_path):
+    found = findings(valid(rng), monkeypatch, tmp_path)
     assert all(f.good for f in found), found
     assert any("5 images, 15 objects, 0 images without any" in f.says for f in found)
 
 
 @pytest.mark.parametrize("words", FAULTS)
 def test_each_fault_of_a_record_is_named_with_a_remedy(rng, monkeypatch, tmp_path, words):
-    records = sound(rng)
+    records = valid(rng)
     FAULTS[words](records[3])
     (fault,) = (f for f in findings(records, monkeypatch, tmp_path) if not f.good)
     assert words in fault.says
@@ -98,8 +98,8 @@ def test_each_fault_of_a_record_is_named_with_a_remedy(rng, monkeypatch, tmp_pat
     assert fault.remedy
 
 
-def test_boxes_of_corner_and_size_are_found_out(rng, monkeypatch, tmp_path):
-    records = sound(rng)
+def test_boxes_of_corner_and_size_are_detected(rng, monkeypatch, tmp_path):
+    records = valid(rng)
     for r in records:
         change_boxes(as_corner_and_size)(r)
     faults = [f for f in findings(records, monkeypatch, tmp_path) if not f.good]
@@ -112,19 +112,22 @@ def test_boxes_of_corner_and_size_are_found_out(rng, monkeypatch, tmp_path):
         ("more objects than data.max_boxes", {"max_boxes": 2}),
         ("fit in no bucket", {"short_side": 80, "long_side": 160}),
         ("not those of the run", {"classes": ("a", "b", "d")}),
-        ("two classes have one name", {"names": ("a", "a", "c")}),
+        ("two classes have the same name", {"names": ("a", "a", "c")}),
         ("3 classes have 2 category ids", {"ids": (1, 1, 3)}),
         ("without an object (d)", {"names": ("a", "b", "c", "d"), "ids": (1, 2, 3, 4)}),
         ("no file gone.json", {"annotations": "gone.json"}),
-        ("another id than COCO", {"names": tuple(COCO_CATEGORIES), "ids": tuple(range(1, 81))}),
+        (
+            "a different id than in COCO",
+            {"names": tuple(COCO_CATEGORIES), "ids": tuple(range(1, 81))},
+        ),
     ],
 )
 def test_each_fault_of_the_settings_is_named(rng, monkeypatch, tmp_path, words, settings):
-    found = findings(sound(rng), monkeypatch, tmp_path, **settings)
+    found = findings(valid(rng), monkeypatch, tmp_path, **settings)
     assert any(words in f.says and f.remedy for f in found if not f.good)
 
 
-def test_a_directory_that_is_broken_is_a_fault_and_no_crash(dataset_dir, tmp_path):
+def test_a_broken_directory_is_a_fault_and_not_a_crash(dataset_dir, tmp_path):
     shutil.copytree(dataset_dir, tmp_path / "data")
     for path in (tmp_path / "data").rglob("features.json"):
         path.write_text("{")
@@ -154,10 +157,10 @@ def test_a_full_disk_and_a_wrong_decoder_are_faults(monkeypatch):
     monkeypatch.setattr("ghm_jax.data.transforms.decode_image", lambda e: np.zeros((48, 32, 3)))
     faults = {f.what: f for f in examine(Config()) if not f.good}
     assert {"disk of runs", "disk of data", "decoders"} <= faults.keys()
-    assert "make room" in faults["disk of runs"].remedy
+    assert "free some space" in faults["disk of runs"].remedy
 
 
-def test_the_command_ends_with_one_when_something_is_wrong(
+def test_the_command_exits_with_one_if_there_is_a_fault(
     dataset_dir, finished_run, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)

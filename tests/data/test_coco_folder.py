@@ -15,7 +15,7 @@ from tiny import Listener
 
 from ghm_jax.config import Config, Data, Predict, Run
 from ghm_jax.data import coco_ground_truth, open_dataset, prepare_folder, validation_batches
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError, ConfigError, DataError, UserError
 
 CATEGORIES = [{"id": 40, "name": "猫"}, {"id": 3, "name": "traffic light"}, {"id": 7, "name": "ox"}]
 IMAGES = [  # id, file name, width, height
@@ -186,12 +186,12 @@ def test_a_data_set_made_from_something_else_is_never_overwritten(folder, change
         subset = 0.5
     else:
         splits["train"] = source
-    with pytest.raises(ConfigError, match=r"out: .*mine is already there, .*; delete it"):
+    with pytest.raises(ArgumentError, match=r"out: .*mine exists already, .*; delete it"):
         prepare_folder("mine", folder / "data", splits, subset=subset)
     assert contents(folder / "data" / "mine" / "1.0.0") == before
 
 
-def test_a_stopped_run_goes_on_with_the_next_split(folder):
+def test_a_stopped_run_resumes_with_the_next_split(folder):
     """And gives what a run gives that was not stopped."""
     source = (folder / "images", folder / "instances.json")
     splits = {"train": source, "validation": source}
@@ -212,7 +212,7 @@ def test_a_stopped_run_goes_on_with_the_next_split(folder):
 
     listener = Names()
     stopped = prepare_folder("mine", folder / "data", splits, progress=listener)
-    assert listener.lines == ["train: written before"]
+    assert listener.lines == ["train: already written"]
     assert {name for name in listener.steps if "write" in name} == {"write validation"}
     assert not list((folder / "data").rglob("*unfinished*"))
     straight = prepare_folder("mine", folder / "other", splits)
@@ -232,7 +232,9 @@ def test_progress_counts_every_image_and_nothing_else_is_printed(folder, capfd):
 def test_a_full_disk_is_seen_before_anything_is_written(folder, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match=r"out: mine needs 0.0 GB .*, where 0.0 GB are free; mak"):
+    with pytest.raises(
+        ArgumentError, match=r"out: mine needs 0.0 GB .*, where 0.0 GB are free; free"
+    ):
         prepare(folder)
     assert not (folder / "data").exists()
 
@@ -242,7 +244,7 @@ def test_a_bucket_is_to_be_mounted(folder, which):
     paths = {"out": folder / "data", "images": folder / "images", "annotations": "instances.json"}
     paths[which] = "gs://bucket/somewhere"
     splits = {"train": (paths["images"], paths["annotations"])}
-    with pytest.raises(ConfigError, match=r"gs://bucket/somewhere .* mount the bucket \(gcsfuse"):
+    with pytest.raises(UserError, match=r"gs://bucket/somewhere .* mount the bucket \(gcsfuse"):
         prepare_folder("mine", paths["out"], splits)
     with pytest.raises(ConfigError, match=r"data.dir: gs://bucket .* mount the bucket"):
         open_dataset(Data(dir="gs://bucket"), "train")
@@ -309,10 +311,18 @@ def test_a_test_split_needs_no_annotations(folder):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("absent", "validation", r'data.dir: no prepared data set .absent. in .*; run "ghm-jax da'),
+        (
+            "absent",
+            "validation",
+            r"data.dir: no prepared data set .absent. in .*; prepare it there with ghm-jax da",
+        ),
         ("mine", "train", r"data.train_split: mine has no split 'train'; choose from validation"),
         ("mine", "validation[:0]", r"data.validation_split: .* holds no images; cho"),
-        ("mine", "validation[", r"data.validation_split: .* is no part of a split; write it like"),
+        (
+            "mine",
+            "validation[",
+            r"data.validation_split: .* is not a slice of a split; write it like",
+        ),
     ],
 )
 def test_what_is_not_there_is_named_with_the_remedy(folder, name, split, message):
@@ -349,7 +359,7 @@ def breakages():
         ),
         "broken image": (
             lambda folder: (folder / "images" / "empty.jpg").write_bytes(b"?"),
-            r"empty.jpg is no image; replace",
+            r"empty.jpg is not an image; replace",
         ),
         "missing json": (
             lambda folder: (folder / "instances.json").unlink(),
@@ -360,7 +370,7 @@ def breakages():
         "no annotations": (remove("annotations"), r"has no list 'annotations'; give"),
         "no category name": (
             change("categories", 1, name=None),
-            r"categories\[1\] has no 'name' of the type str; give",
+            r"categories\[1\] has no 'name' of type str; give",
         ),
         "same category name": (
             change("categories", 1, name="ox"),
@@ -368,24 +378,24 @@ def breakages():
         ),
         "text as image id": (
             change("images", 0, id="11"),
-            r"images\[0\] has no 'id' of the type int; give",
+            r"images\[0\] has no 'id' of type int; give",
         ),
         "same file twice": (
             change("images", 0, file_name="empty.jpg"),
             r"two images have the file name 'empty.jpg'; list",
         ),
-        "huge image id": (change("images", 0, id=2**31), r"does not fit in 32 bits; number"),
+        "huge image id": (change("images", 0, id=2**31), r"does not fit in 32 bits; renumber"),
         "wrong size": (
             change("images", 0, width=48, height=64),
-            r"Lücke.jpg has 64x48 pixels, the annotations say 48x64; save",
+            r"Lücke.jpg has 64x48 pixels, but the annotations say 48x64; save",
         ),
         "unknown image": (
             change("annotations", 2, image_id=12),
-            r"annotations\[2\] is of image 12 .* does not list; add or remove",
+            r"annotations\[2\] refers to image 12 .* does not list; add or remove",
         ),
         "unknown category": (
             change("annotations", 2, category_id=1),
-            r"annotations\[2\] is of .* category 1, which the file does not list",
+            r"annotations\[2\] refers to .* category 1, which the file does not list",
         ),
         "negative width": (
             change("annotations", 0, bbox=[1, 2, -3, 4]),
@@ -399,7 +409,7 @@ def breakages():
 def test_bad_input_is_one_line_and_nothing_is_written(folder, breakage):
     damage, message = breakages()[breakage]
     damage(folder)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         prepare(folder)
     assert "\n" not in str(error.value)
     assert not (folder / "data").exists()
@@ -408,13 +418,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, breakage):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("My Set", "train", "name: 'My Set' cannot name a data set; use small letters"),
-        ("../up", "train", "name: .* cannot name a data set"),
-        ("mine", "Train-1", "Train-1: cannot name a split; use small letters"),
+        ("My Set", "train", "name: 'My Set' cannot be the name of a data set; use lower-case"),
+        ("../up", "train", "name: .* cannot be the name of a data set"),
+        ("mine", "Train-1", "splits: Train-1 cannot be the name of a split; use lower-case"),
     ],
 )
 def test_names_that_tfds_cannot_take_are_refused(folder, name, split, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         prepare(folder, name, split)
 
 
@@ -424,7 +434,7 @@ def test_splits_must_share_their_categories(folder):
     (folder / "other.json").write_text(json.dumps(other))
     images = folder / "images"
     splits = {"train": (images, folder / "instances.json"), "test": (images, folder / "other.json")}
-    with pytest.raises(ConfigError, match="test: the categories differ from those of train; give"):
+    with pytest.raises(DataError, match="test: the categories differ from those of train; give"):
         prepare_folder("mine", folder / "data", splits)
 
 

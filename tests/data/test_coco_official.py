@@ -11,7 +11,7 @@ from tiny import Listener
 from ghm_jax.config import Data
 from ghm_jax.data import open_dataset, prepare_coco
 from ghm_jax.data.schema import COCO_CATEGORIES
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError, UserError
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def source(tmp_path):
 def splits_of(out):
     found = {}
     for split in ("train", "validation", "test"):
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(UserError):
             found[split] = len(open_dataset(Data(dir=str(out)), split))
     return found
 
@@ -67,27 +67,29 @@ def test_splits_are_those_asked_for_and_test_only_when_asked(source, tmp_path, a
     assert dataset.category_ids == tuple(COCO_CATEGORIES.values())
 
 
-def test_fewer_images_than_the_official_ones_are_said(source, tmp_path):
+def test_fewer_images_than_the_official_ones_are_a_warning(source, tmp_path):
     listener = Listener()
     prepare_coco("2017", source, tmp_path / "a", splits=["validation"], progress=listener)
     assert [line.split(";")[0] for line in listener.lines] == [
-        "validation: 2 images, 5,000 of the official files"
+        "warning: validation has 2 images, the official files 5,000"
     ]
     listener = Listener()
     prepare_coco(
         "2017", source, tmp_path / "b", splits=["validation"], subset=0.0004, progress=listener
     )
-    assert "1 images, 2 of" in listener.lines[0]
+    assert "has 1 images, the official files 2;" in listener.lines[0]
 
 
 def test_what_is_not_there_is_named_with_the_remedy(source, tmp_path):
     out = tmp_path / "data"
-    with pytest.raises(ConfigError, match=r"--splits: coco/2017 has no val; choose of train, vali"):
+    with pytest.raises(
+        ArgumentError, match=r"splits: coco/2017 has no val; choose from train, vali"
+    ):
         prepare_coco("2017", source, out, splits=["val"])
     (source / "test2017").rename(source / "elsewhere")
-    with pytest.raises(ConfigError, match=r"--source: no test2017/ in .*; unpack"):
+    with pytest.raises(ArgumentError, match=r"source: no test2017/ in .*; unpack"):
         prepare_coco("2017", source, out, splits=["test"])
-    with pytest.raises(ConfigError, match=r"--source: neither train2014/ nor val2014/ in"):
+    with pytest.raises(ArgumentError, match=r"source: neither train2014/ nor val2014/ in"):
         prepare_coco("2014", source, out)
     assert not out.exists()
 
@@ -100,11 +102,13 @@ def test_archives_beside_the_files_are_checked(source, tmp_path, monkeypatch, ki
         file.truncate(size - (kind == "cut"))
     if kind == "whole":
         published = "e52f412dd7195ac8f98d782b44c6dd30ea10241e9f42521f67610fbe055a74f8"
-        monkeypatch.setattr("ghm_jax.data.prepare.coco_official._sha256", lambda path, _: published)
+        monkeypatch.setattr("ghm_jax.data.prepare.coco_official.sha256", lambda path, _: published)
         listener = Listener()
         prepare_coco("2017", source, tmp_path / "data", progress=listener)
-        assert listener.lines[0] == "image_info_test2017.zip: checksum as published"
+        assert listener.lines[0] == "image_info_test2017.zip: checksum matches"
     else:
-        with pytest.raises(ConfigError, match=r"image_info_test2017.zip is not the official arch"):
+        with pytest.raises(
+            ArgumentError, match=r"image_info_test2017.zip is not the official arch"
+        ):
             prepare_coco("2017", source, tmp_path / "data")
         assert not (tmp_path / "data").exists()

@@ -60,8 +60,9 @@ def test_ids_are_unique_and_areas_those_of_the_boxes(few_scenes, tmp_path):
     for split in ("train", "validation"):
         for record in open_dataset(Data(name="digit_scenes", dir=str(tmp_path)), split).source:
             assert decode_image(record["image"]).shape == (160, 160, 3)
-            objects = read_objects(record, 160, 160)
-            sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+            objects = read_objects(record)
+            boxes = objects.boxes_in_pixels(160, 160)
+            sides = boxes[:, 2:] - boxes[:, :2]
             np.testing.assert_array_equal(objects.areas, sides.prod(axis=1))
             image_ids.append(int(record["image/id"]))
             object_ids += objects.ids.tolist()

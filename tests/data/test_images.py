@@ -129,7 +129,7 @@ def test_a_corrupt_image_is_the_same_one_line_error_with_and_without_workers(rea
             take(2, batches)
         errors.append(raised.value)
         assert re.fullmatch(
-            r"data.name: image 5 \(5.png\): cannot decode [^\n]*; replace it, [^\n]* skip",
+            r"data.name: image 5 \(5.png\): cannot decode [^\n]*; [^\n]* without such images",
             str(errors[-1]),
         )
     assert errors[0].args == errors[1].args
@@ -162,7 +162,7 @@ def test_a_skipped_image_is_replaced_by_the_same_one_every_time_and_counted():
         log.record(loaded)
     assert log.count == 16
     assert [line.split()[1] for line in lines] == ["1", "2", "4", "8", "16"]
-    assert input_notes(broken, settings) == ["1 images cannot be read and are left out"]
+    assert input_notes(broken, settings) == ["1 images cannot be read and are skipped"]
 
 
 def test_a_data_set_of_corrupt_images_is_not_skipped_for_ever():
@@ -175,7 +175,7 @@ def test_a_data_set_of_corrupt_images_is_not_skipped_for_ever():
         )
 
 
-def test_images_without_an_object_to_learn_from_are_left_out_or_kept():
+def test_images_without_an_object_to_learn_from_are_skipped_or_kept():
     flat = [0.1, 0.1, 0.6, 0.1]
     some = dataset(boxes={1: [], 4: [flat], 6: [flat, [0.2, 0.2, 0.7, 0.7]]})
     for keep, left in ((False, {0, 2, 3, 5, 6, 7}), (True, set(range(8)))):
@@ -183,7 +183,7 @@ def test_images_without_an_object_to_learn_from_are_left_out_or_kept():
         assert {int(i) for loaded in batches for i in loaded.batch.image_id} == left
     notes = input_notes(some, config())
     assert notes[0].startswith("2 of 8 images have no object to learn from")
-    assert notes[1:] == ["2 boxes without width or height are left out"]
+    assert notes[1:] == ["2 boxes without width or height are dropped"]
     none = dataset(boxes={i: [] for i in range(8)})
     with pytest.raises(ConfigError, match=r"data.train_split: no image of noise has an object"):
         train_batches(none, config(), 0)
@@ -193,8 +193,8 @@ def test_more_boxes_than_there_is_room_for_are_a_counted_warning():
     box = [0.1, 0.1, 0.6, 0.6]
     crowded = dataset(boxes={1: [box] * 5, 2: [box] * 9, 3: [box] * 4})
     (note,) = input_notes(crowded, config(max_boxes=4))
-    assert note.startswith("warning: 2 images have more than 4 boxes; the smallest 6 are left out")
-    assert "--data.max-boxes 9 " in note
+    assert note.startswith("warning: 2 images have more than 4 boxes; the smallest 6 are dropped")
+    assert "`data.max_boxes` 9 " in note
     dropped = 0
     for loaded in take(2, train_batches(crowded, config(max_boxes=4), 0)):
         dropped += loaded.dropped_boxes.sum()

@@ -90,7 +90,7 @@ def test_a_step_may_have_one_image(buckets):
     assert {*seen} == {*range(13)}
 
 
-def test_each_group_is_shuffled_anew_when_it_has_been_seen():
+def test_each_group_is_reshuffled_every_epoch():
     batches = take(60, train_batches(shapes(), config(), 0))
     landscape = [b.batch.image_id for b in batches if b.batch.images.shape[1] == 64]
     ids = np.concatenate(landscape)

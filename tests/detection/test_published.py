@@ -81,7 +81,7 @@ def test_a_file_with_the_published_names_is_imported_evaluated_and_exported(
     settings = f"--data.dir {data} {small} --predict.batch-size 2 --run.devices 1"
     settings += " --model.dtype float32"
     main(["import", NAME + suffix, str(EXPERIMENT), *settings.split()])
-    assert f"score it with: ghm-jax evaluate runs/{NAME}\n" in capsys.readouterr().out
+    assert f"evaluate it with: ghm-jax evaluate runs/{NAME}\n" in capsys.readouterr().out
     main(["evaluate", f"runs/{NAME}"])
     metrics = json.loads((tmp_path / "runs" / NAME / "metrics.json").read_text())
     assert (metrics["step"], metrics["images"]) == (0, 2)

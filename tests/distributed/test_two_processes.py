@@ -97,7 +97,7 @@ def stopped(place):
 def test_a_preempted_process_stops_both_with_a_checkpoint(place, stopped):
     (out, err), second = stopped
     assert "new run of 4 steps on 8 cpu devices" in out
-    assert "stopped at step 2 of 4, checkpoint written; go on with: the same commands" in err
+    assert "stopped at step 2 of 4, checkpoint written; resume with: the same commands" in err
     assert second == ("", "")  # the first one speaks
     assert RunDirectory(place / "job").has_checkpoint
 

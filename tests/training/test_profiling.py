@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from tiny import Listener, tiny_config
 
-from ghm_jax.cli.runs import steps_to_profile
-from ghm_jax.exceptions import UserError
+from ghm_jax.cli.train import steps_to_profile
+from ghm_jax.exceptions import ArgumentError, UserError
 from ghm_jax.train import train
 from ghm_jax.training.profiling import Profiler
 
@@ -77,7 +77,7 @@ def test_training_profiles_its_steps_into_the_place_of_tensorboard(dataset_dir, 
 
 @pytest.mark.parametrize("text", ["5", "5-7", "5:", ":7", "a:b", "-1:3", "1:2:3"])
 def test_what_is_no_pair_of_steps_is_told(text):
-    with pytest.raises(UserError, match=r"^--profile: .* is not N:M; .*10:12$"):
+    with pytest.raises(ArgumentError, match=r"^profile: .* is not N:M; .*10:12$"):
         steps_to_profile(text)
 
 

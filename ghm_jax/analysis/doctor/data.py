@@ -1,4 +1,4 @@
-"""Is a data set what it says? Reads records as TFDS holds them, before they become examples."""
+"""Checks data sets: reads records as TFDS stores them, before they become examples."""
 
 import contextlib
 import dataclasses
@@ -19,34 +19,34 @@ from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.data.transforms import decode_image, encoded_size, resized_size
 from ghm_jax.exceptions import ConfigError
 
-_DECODED = 20  # images of a split that are decoded, beyond the headers of all
+_DECODED = 20  # images per split that are decoded; of the others only headers are read
 
 _REMEDIES = {
-    "undecodable": ("images that cannot be decoded", "replace them and prepare the data anew"),
-    "repeated": ("images whose id is another's as well", "give every image an id of its own"),
+    "undecodable": ("images that cannot be decoded", "replace them and prepare the data again"),
+    "repeated": ("images whose id is used twice", "give every image a unique id"),
     "pixels": (
-        "boxes beyond [0, 1]",
+        "boxes outside [0, 1]",
         "boxes must be divided by width and height; prepare the data with ghm-jax data prepare",
     ),
     "inverted": (
-        "boxes whose end lies before their start",
+        "boxes whose end is before their start",
         "the order must be ymin, xmin, ymax, xmax (in COCO files x, y, width, height)",
     ),
     "degenerate": (
-        "boxes without width or height, never learned from",
-        "remove them from the annotations, or leave them: training skips them",
+        "boxes without width or height, which training drops",
+        "remove them from the annotations, or ignore this line",
     ),
     "area": (
-        "objects with more area than their box",
-        "boxes look like x, y, width, height read as corners; prepare the data anew",
+        "objects with a larger area than their box",
+        "the boxes look like x, y, width, height read as corners; prepare the data again",
     ),
-    "label": ("labels without a class", "prepare the data anew from its annotations"),
-    "crowded": ("images with more objects than data.max_boxes", "raise --data.max-boxes"),
-    "large": ("images that fit in no bucket", "add a larger one to data.buckets"),
+    "label": ("labels without a class", "prepare the data again from its annotations"),
+    "crowded": ("images with more objects than data.max_boxes", "raise `data.max_boxes`"),
+    "large": ("images that fit in no bucket", "add a larger one to `data.buckets`"),
 }
-"""What is counted in the records, in words, and what to do about it."""
+"""What is counted in the records: (problem, remedy)."""
 _HARMLESS = ("degenerate", "crowded")
-"""A few are usual: a fault only from one in a hundred on."""
+"""A few of them are normal: a fault only from 1% on."""
 
 
 def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Iterator[Finding]:
@@ -54,9 +54,9 @@ def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Ite
 
     Args:
         config: `data` says which.
-        chosen: only `data.name`, with the classes of the config; else all that lie in `data.dir`.
+        chosen: check only `data.name`, with the classes of the config; else all in `data.dir`.
         needed: missing data is a fault.
-        images: of each split, at most, whose records are read.
+        images: most records to read per split.
     """
     data = config.data
     directory = Path(data.dir)
@@ -64,17 +64,17 @@ def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Ite
     names = [data.name] if chosen and data.name else present
     if not names:
         said = f"no data set in {data.dir}" if directory.is_dir() else f"no directory {data.dir}"
-        prepare = "ghm-jax data prepare makes one; experiments/quickstart.py its own"
+        prepare = "ghm-jax data prepare makes one; experiments/quickstart.py makes its own"
         yield Finding(
             "data",
             not needed,
             f"{said} ({prepare})",
-            "" if not needed else "set --data.dir to where one is prepared, or prepare one",
+            "" if not needed else "set `data.dir` to where one is prepared, or prepare one",
         )
         return
     for name in names:
         if name == DigitScenes.name and name not in present:
-            yield Finding("data", True, f"{name} is made at the start of the training")
+            yield Finding("data", True, f"{name} is built when training starts")
             continue
         of_one = dataclasses.replace(data, name=name)
         if not chosen:
@@ -90,7 +90,7 @@ def _split(data: Data, split: str, images: int) -> Iterator[Finding]:
     if data.annotations and split == data.validation_split:
         yield _annotations(what, dataset, data)
     looked, objects, labels, counts, example = _count(dataset, data, images)
-    part = "" if looked == len(dataset) else f", {looked} looked at"
+    part = "" if looked == len(dataset) else f" ({looked} checked)"
     empty = counts.pop("empty", 0)
     said = f"{len(dataset)} images{part}, {objects} objects, {empty} images without any"
     good = objects > 0
@@ -112,14 +112,14 @@ def _classes(what: str, dataset: Dataset, data: Data) -> Iterator[Finding]:
     names, ids = dataset.class_names, dataset.category_ids
     problem = ""
     if len(set(names)) < len(names):
-        problem = "two classes have one name"
+        problem = "two classes have the same name"
     elif len(ids) != len(names) or len(set(ids)) < len(ids):
         problem = f"{len(names)} classes have {len(set(ids))} category ids"
     elif set(names) == set(COCO_CATEGORIES):
         wrong = [n for n, i in zip(names, ids, strict=True) if COCO_CATEGORIES[n] != i]
-        problem = f"{wrong[0]} has another id than COCO gives it" if wrong else ""
+        problem = f"{wrong[0]} has a different id than in COCO" if wrong else ""
     if problem:
-        yield Finding(what, False, problem, "prepare the data anew from its annotations")
+        yield Finding(what, False, problem, "prepare the data again from its annotations")
     elif data.classes and data.classes != names:
         said = f"classes are {', '.join(names[:5])} ..., not those of the run or experiment"
         yield Finding(what, False, said, "choose the data set that it was trained on")
@@ -128,28 +128,30 @@ def _classes(what: str, dataset: Dataset, data: Data) -> Iterator[Finding]:
 
 
 def _annotations(what: str, dataset: Dataset, data: Data) -> Finding:
-    """The file to score against belongs to this data set."""
+    """Whether the annotation file to score against belongs to this data set."""
     path = Path(data.annotations)
     if not path.is_file():
-        return Finding(what, False, f"no file {path}", "set data.annotations to the instances JSON")
+        return Finding(
+            what, False, f"no file {path}", "set `data.annotations` to the instances JSON"
+        )
     truth = json.loads(path.read_text())
     names = {category["id"]: category["name"] for category in truth["categories"]}
     if names != dict(zip(dataset.category_ids, dataset.class_names, strict=True)):
         remedy = "give the file that the data was prepared from"
-        return Finding(what, False, f"{path}: other classes or category ids", remedy)
-    return Finding(what, True, f"{path}: the same classes and ids")
+        return Finding(what, False, f"{path}: different classes or category ids", remedy)
+    return Finding(what, True, f"{path}: same classes and ids")
 
 
 def _count(
     dataset: Dataset, data: Data, images: int
 ) -> tuple[int, int, Counter[int], Counter[str], dict[str, int]]:
-    """Images and objects looked at, objects by label, problems by kind, an image id of each."""
+    """Images and objects checked, objects by label, problems by kind, an image id of each kind."""
     counts: Counter[str] = Counter()
     labels: Counter[int] = Counter()
     example: dict[str, int] = {}
     seen: set[int] = set()
     objects = 0
-    # Spread over the whole split: errors come in runs.
+    # Evenly spaced over the split, because errors come in clusters.
     places = np.unique(np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int))
     for place in places.tolist():
         record = dataset.source[place]
@@ -175,7 +177,7 @@ def _problems(
     boxes = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)  # y, x, y, x
     labels = np.asarray(objects["label"]).ravel()
     sides = boxes[:, 2:] - boxes[:, :2]
-    # TFDS keeps float32.
+    # Tolerances, because TFDS stores float32.
     found = Counter(
         pixels=int(((boxes < -1e-3) | (boxes > 1.001)).any(axis=1).sum()),
         inverted=int((sides < 0).any(axis=1).sum()),
@@ -192,7 +194,7 @@ def _problems(
         return found
     area = np.asarray(objects["area"], np.float64).ravel()
     of_box = sides.clip(0).prod(axis=1) * height * width
-    # Areas are whole numbers, of a mask or of the box; a pixel of rounding at each side.
+    # Areas are integers, of a mask or of the box; one pixel of rounding at each side is allowed.
     slack = 2 * (sides.clip(0) * (height, width)).sum(axis=1) + 4
     found["area"] = int(((area > of_box + slack) & (sides > 0).all(axis=1)).sum())
     with contextlib.suppress(ConfigError):

@@ -1,6 +1,6 @@
-"""Is everything here that training needs, and is the data what it should be?
+"""Checks that a machine has what training needs.
 
-Every check gives findings and never fails itself: what cannot be checked is a finding as well.
+Every check gives findings and never raises: an error during a check is a finding as well.
 """
 
 import os
@@ -17,22 +17,22 @@ from ghm_jax.analysis.doctor.data import examine_data
 from ghm_jax.analysis.doctor.finding import Finding, guarded
 from ghm_jax.config import Config
 
-_NEEDED_BYTES = 2_000_000_000  # checkpoints of a R50 run, and room to work
+_NEEDED_BYTES = 2_000_000_000  # checkpoints of an R50 run, with a margin
 
 
 def examine(
     config: Config, source: str = "", *, data_given: bool = False, images: int = 2000
 ) -> Iterator[Finding]:
-    """Looks at this machine and at the data of a config, one finding after the other.
+    """Checks this machine and the data of a config, one finding after the other.
 
     Nothing is written, and no data set is built.
 
     Args:
         config: of an experiment or a run, or any with `data.dir` set.
-        source: the run or experiment that it is of; empty: none, and all data sets in `data.dir`
-            are looked at.
-        data_given: missing data is a fault, not just not there yet.
-        images: of each split, at most, whose records are read.
+        source: the run or experiment that the config is from; empty: none, and all data sets in
+            `data.dir` are checked.
+        data_given: missing data is a fault, even without a `source`.
+        images: most records to read per split.
     """
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
@@ -91,13 +91,13 @@ def _devices() -> Iterator[Finding]:
         total = float(jnp.ones((64, 64)).sum())
     except Exception as error:
         said = f"JAX finds none that works ({str(error).splitlines()[0][:150]})"
-        yield Finding("devices", False, said, "try JAX_PLATFORMS=cpu, or install jax anew")
+        yield Finding("devices", False, said, "try JAX_PLATFORMS=cpu, or reinstall jax")
         return
     kind = " ".join(dict.fromkeys((devices[0].platform, devices[0].device_kind)))
     cores = f", {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
     works = total == 64 * 64
-    said = f"{len(devices)} x {kind}{cores}" if works else f"{kind} adds up wrongly ({total})"
-    yield Finding("devices", works, said, "" if works else "install jax and its driver anew")
+    said = f"{len(devices)} x {kind}{cores}" if works else f"{kind} computes a wrong sum ({total})"
+    yield Finding("devices", works, said, "" if works else "reinstall jax and its driver")
     if devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         for path, name, extra in (
             ("/dev/nvidia0", "an NVIDIA GPU", "jax[cuda12]"),
@@ -105,7 +105,7 @@ def _devices() -> Iterator[Finding]:
         ):
             if Path(path).exists():
                 install = f'pip install -U "{extra}"'
-                yield Finding("devices", False, f"{name} is here, JAX does not use it", install)
+                yield Finding("devices", False, f"JAX does not use {name} that is here", install)
 
 
 def _decoders() -> Iterator[Finding]:
@@ -145,7 +145,7 @@ def _evaluators() -> Iterator[Finding]:
     one, other = (score(truth, found, name)[0] for name in ("hotcoco", "pycocotools"))
     same = all(abs(one[key] - other[key]) < 1e-6 for key in one) and 0 < one["AP"] < 1
     said = "hotcoco and pycocotools agree" if same else f"AP {one['AP']} and {other['AP']} differ"
-    yield Finding("evaluators", same, said, "" if same else "pip install hotcoco pycocotools anew")
+    yield Finding("evaluators", same, said, "" if same else "reinstall hotcoco and pycocotools")
 
 
 def _disk(config: Config) -> Iterator[Finding]:
@@ -158,9 +158,9 @@ def _disk(config: Config) -> Iterator[Finding]:
         said = f"{free / 1e9:.1f} GB free at {there}" + ("" if writable else ", not writable")
         if what == "disk of data" and not writable:
             writable = path.is_dir()  # prepared data is only read
-        room = "make room" if free < _NEEDED_BYTES else "choose a directory that is yours"
+        remedy = "free some space" if free < _NEEDED_BYTES else "choose a writable directory"
         good = writable and free >= _NEEDED_BYTES
-        yield Finding(what, good, said, "" if good else room)
+        yield Finding(what, good, said, "" if good else remedy)
 
 
 def _shared_memory(config: Config) -> Iterator[Finding]:
@@ -171,8 +171,8 @@ def _shared_memory(config: Config) -> Iterator[Finding]:
     needed = 4 * config.run.workers * config.optimizer.batch_size * side * 3
     free = shutil.disk_usage(path).free
     good = free >= needed
-    said = f"{free / 1e6:.0f} MB shared for {config.run.workers} workers"
-    remedy = f"give the container --shm-size {needed / 1e9:.1f}g, or set --run.workers 0"
+    said = f"{free / 1e6:.0f} MB of shared memory for {config.run.workers} workers"
+    remedy = f"give the container --shm-size {needed / 1e9:.1f}g, or set `run.workers` 0"
     yield Finding("memory", good, said, "" if good else f"needs {needed / 1e6:.0f} MB: {remedy}")
 
 

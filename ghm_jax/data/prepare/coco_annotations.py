@@ -1,4 +1,4 @@
-"""COCO instances files, read and checked against their images: one line for what does not fit."""
+"""COCO instances files, read and checked against their images."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import DataError
 from ghm_jax.progress import Progress, Silent
 
 
 class AnnotatedImage(NamedTuple):
-    """One image file and what the annotations say about it."""
+    """One image file and its annotations."""
 
     id: int
     file_name: str
@@ -35,70 +35,87 @@ def read_split(
     """Reads one split, and the header of every image in it.
 
     Args:
-        split: its name; one that begins with `test` may come without annotations.
-        directory: what the file names of the images are relative to.
+        split: its name; if it begins with `test`, annotations are optional.
+        directory: the directory that the file names of the images are relative to.
         annotations: COCO instances JSON.
-        subset: share of the images, in (0, 1]. It depends on their ids alone, and a smaller share
-            is a part of every larger one. The other images need not be there.
-        progress: who hears about it.
+        subset: fraction of the images, in (0, 1]. It depends on their ids alone, and a smaller
+            subset is part of every larger one. The other images need not exist.
+        progress: receives progress updates.
 
     Returns:
         {category id: name} in the order of ids, which is the order of labels; and the images.
 
     Raises:
-        ConfigError: a missing file, or annotations that are not COCO's or do not fit the images.
+        DataError: a missing file, or annotations that are not in COCO format or do not match the
+            images.
     """
     source = _read_json(split, annotations)
     categories = _read_categories(split, source)
     entries = _read_entries(split, source)
     images = _read_images(split, directory, _choose(entries, subset), progress or Silent())
     for number, entry in enumerate(source["annotations"]):
-        _, image_id, category_id, bbox = _fields(
-            split, "annotations", number, entry, "id", "image_id", "category_id", "bbox"
-        )
-        if image_id not in entries or category_id not in categories:
-            raise ConfigError(
-                f"{split}: annotations[{number}] is of image {image_id} and category "
-                f"{category_id}, which the file does not list; add or remove them"
-            )
-        if len(bbox) != 4 or not all(map(_is_number, bbox)) or min(bbox[2:]) < 0:
-            raise ConfigError(
-                f"{split}: annotations[{number}] has the bbox {bbox}; "
-                "it must be x, y, width, height in pixels"
-            )
-        if image_id not in images:
-            continue
-        area = entry.get("area")
-        images[image_id].annotations.append(
-            {
-                "id": entry["id"],
-                "category_id": category_id,
-                "bbox": bbox,
-                "area": area if _is_number(area) else bbox[2] * bbox[3],
-                "iscrowd": bool(entry.get("iscrowd", 0)),
-            }
-        )
+        _check_annotation(split, number, entry, entries, categories)
+        if entry["image_id"] in images:
+            images[entry["image_id"]].annotations.append(_annotation(entry))
     for image in images.values():
         image.annotations.sort(key=lambda annotation: annotation["id"])  # as TFDS `coco` does
     return categories, list(images.values())
 
 
+def _check_annotation(
+    split: str,
+    number: int,
+    entry: Any,
+    images: dict[int, dict[str, Any]],
+    categories: dict[int, str],
+) -> None:
+    _, image_id, category_id, bbox = _fields(
+        split, "annotations", number, entry, "id", "image_id", "category_id", "bbox"
+    )
+    if image_id not in images or category_id not in categories:
+        raise DataError(
+            split,
+            f"annotations[{number}] refers to image {image_id} and category {category_id}, which "
+            "the file does not list",
+            "add or remove them",
+        )
+    if len(bbox) != 4 or not all(map(_is_number, bbox)) or min(bbox[2:]) < 0:
+        raise DataError(
+            split,
+            f"annotations[{number}] has the bbox {bbox}",
+            "it must be x, y, width, height in pixels",
+        )
+
+
+def _annotation(entry: dict[str, Any]) -> dict[str, Any]:
+    """A checked entry of the JSON, with the keys of `AnnotatedImage.annotations`."""
+    bbox, area = entry["bbox"], entry.get("area")
+    return {
+        "id": entry["id"],
+        "category_id": entry["category_id"],
+        "bbox": bbox,
+        "area": area if _is_number(area) else bbox[2] * bbox[3],
+        "iscrowd": bool(entry.get("iscrowd", 0)),
+    }
+
+
 def _read_json(split: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{split}: no annotation file {path}; give a COCO instances JSON")
+        raise DataError(split, f"no annotation file {path}", "give a COCO instances JSON")
     try:
         source = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ConfigError(
-            f"{split}: {path} is not JSON ({error}); give a COCO instances JSON"
+        raise DataError(
+            split, f"{path} is not JSON ({error})", "give a COCO instances JSON"
         ) from None
     if split.startswith("test") and isinstance(source, dict):
         source.setdefault("annotations", [])
     for key in ("images", "annotations", "categories"):
         if not isinstance(source, dict) or not isinstance(source.get(key), list):
-            raise ConfigError(
-                f"{split}: {path} has no list {key!r}; give a COCO instances JSON, "
-                "with images, annotations and categories"
+            raise DataError(
+                split,
+                f"{path} has no list {key!r}",
+                "give a COCO instances JSON, with images, annotations and categories",
             )
     return source
 
@@ -108,13 +125,14 @@ def _read_categories(split: str, source: dict[str, Any]) -> dict[int, str]:
     for number, entry in enumerate(source["categories"]):
         category_id, name = _fields(split, "categories", number, entry, "id", "name")
         if category_id in categories or name in categories.values():
-            raise ConfigError(
-                f"{split}: two categories have the id {category_id} or the name {name!r}; "
-                "give every category its own"
+            raise DataError(
+                split,
+                f"two categories have the id {category_id} or the name {name!r}",
+                "give every category a unique id and name",
             )
         categories[category_id] = name
     if not categories:
-        raise ConfigError(f"{split}: the annotations name no categories; add at least one")
+        raise DataError(split, "the annotations list no categories", "add at least one")
     return dict(sorted(categories.items()))
 
 
@@ -125,23 +143,24 @@ def _read_entries(split: str, source: dict[str, Any]) -> dict[int, dict[str, Any
     for number, entry in enumerate(source["images"]):
         image_id, file_name = _fields(split, "images", number, entry, "id", "file_name")
         if image_id in entries or not 0 <= image_id < 2**31:
-            raise ConfigError(
-                f"{split}: the image id {image_id} occurs twice or does not fit in 32 bits; "
-                "number the images anew"
+            raise DataError(
+                split,
+                f"the image id {image_id} occurs twice or does not fit in 32 bits",
+                "renumber the images",
             )
         if file_name in file_names:
-            raise ConfigError(
-                f"{split}: two images have the file name {file_name!r}; list every file once"
+            raise DataError(
+                split, f"two images have the file name {file_name!r}", "list every file once"
             )
         entries[image_id] = entry
         file_names.add(file_name)
     if not entries:
-        raise ConfigError(f"{split}: the annotations name no images; add at least one")
+        raise DataError(split, "the annotations list no images", "add at least one")
     return entries
 
 
 def _choose(entries: dict[int, dict[str, Any]], share: float) -> dict[int, dict[str, Any]]:
-    """At least one, and the same ones on every machine: those whose ids have the least hashes."""
+    """At least one image, and the same ones on every machine: those whose ids hash lowest."""
     order = sorted(entries, key=lambda image_id: hashlib.sha256(b"%d" % image_id).digest())
     chosen = set(order[: max(1, round(share * len(order)))])
     return {image_id: entry for image_id, entry in entries.items() if image_id in chosen}
@@ -156,10 +175,12 @@ def _read_images(
         width, height = _size_of_file(split, path)
         stated = (entry.get("width", width), entry.get("height", height))
         if stated != (width, height):
-            raise ConfigError(
-                f"{split}: {path} has {width}x{height} pixels, the annotations say "
-                f"{stated[0]}x{stated[1]}; save the image as it was annotated (an orientation tag "
-                "does not turn pixels) or correct the annotations"
+            raise DataError(
+                split,
+                f"{path} has {width}x{height} pixels, but the annotations say "
+                f"{stated[0]}x{stated[1]}",
+                "save the image as it was annotated (orientation tags are not applied) or correct "
+                "the annotations",
             )
         images[image_id] = AnnotatedImage(image_id, entry["file_name"], path, width, height, [])
         progress.update(f"check {split}", len(images), len(entries), {})
@@ -168,15 +189,16 @@ def _read_images(
 
 def _size_of_file(split: str, path: Path) -> tuple[int, int]:
     if not path.is_file():
-        raise ConfigError(
-            f"{split}: no image {path}, which the annotations name; "
-            "add it or give the directory that the file names are relative to"
+        raise DataError(
+            split,
+            f"no image {path}, which the annotations list",
+            "add it or give the directory that the file names are relative to",
         )
     try:
         with Image.open(path) as image:
             return image.size
     except OSError:
-        raise ConfigError(f"{split}: {path} is no image; replace or remove it") from None
+        raise DataError(split, f"{path} is not an image", "replace or remove it") from None
 
 
 def _is_number(value: Any) -> bool:
@@ -186,13 +208,14 @@ def _is_number(value: Any) -> bool:
 _KINDS = {"file_name": str, "name": str, "bbox": list}  # ids are integers
 
 
-def _fields(split: str, part: str, number: int, entry: Any, *names: str) -> list[Any]:
-    """The named fields of one entry of the JSON, with the types COCO gives them."""
+def _fields(split: str, section: str, number: int, entry: Any, *names: str) -> list[Any]:
+    """The named fields of one entry of the JSON, checked to have COCO's types."""
     for name in names:
         kind = _KINDS.get(name, int)
         if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-            raise ConfigError(
-                f"{split}: {part}[{number}] has no {name!r} of the type {kind.__name__}; "
-                "give a COCO instances JSON"
+            raise DataError(
+                split,
+                f"{section}[{number}] has no {name!r} of type {kind.__name__}",
+                "give a COCO instances JSON",
             )
     return [entry[name] for name in names]

@@ -1,4 +1,4 @@
-"""Any folder of images with a COCO instances file becomes a TFDS data set of the one schema."""
+"""Converts a folder of images with a COCO instances file to a TFDS data set."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from tensorflow_datasets.core.splits import SplitDict
 from ghm_jax.data.dataset import refuse_bucket, write_array_record
 from ghm_jax.data.prepare.coco_annotations import AnnotatedImage, read_split
 from ghm_jax.data.schema import detection_features
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError, DataError
 from ghm_jax.progress import Progress, Silent
 
 Splits = Mapping[str, tuple[str | Path, str | Path]]
@@ -33,28 +33,27 @@ def prepare_folder(
 ) -> Path:
     """Writes a TFDS data set (array_record) from images with COCO annotations.
 
-    Everything is checked before anything is written: a picture found missing after an hour of
-    copying helps nobody. Called again with the same arguments it finds what is done: the whole data
-    set, or the splits that were written before the first call was stopped.
+    Everything is checked before anything is written, so that an image that is missing is not found
+    after an hour of copying. Called again with the same arguments, it keeps what is done: the whole
+    data set, or the splits that were written before the first call was stopped.
 
     Args:
         name: of the new data set: `mine`, or with a configuration, `coco/2017`.
         out: directory of data sets (`data.dir` of a run).
-        splits: see `Splits`; one whose name begins with `test` may come without annotations.
-        subset: share of the images of every split, in (0, 1]; see `read_split`.
-        progress: who hears about it.
+        splits: see `Splits`; if a name begins with `test`, its annotations are optional.
+        subset: fraction of the images of every split, in (0, 1]; see `read_split`.
+        progress: receives progress updates.
 
     Returns:
         The directory that holds the records.
 
     Raises:
-        ConfigError: another data set is already there, its source cannot be used, or the disk is
+        ArgumentError: a name that cannot be used, another data set in its place, or a disk that is
             too small.
+        DataError: images or annotations that cannot be used.
     """
     progress = progress or Silent()
-    _check_names(name, out, splits)
-    if not 0 < subset <= 1:
-        raise ConfigError(f"subset: must be more than 0% and at most 100%, got {100 * subset:g}%")
+    _check_arguments(name, out, splits, subset)
     sources = {
         split: {"annotations": _digest(Path(annotations)), "subset": subset}
         for split, (_, annotations) in splits.items()
@@ -63,20 +62,38 @@ def prepare_folder(
     unfinished = target.parent / "unfinished"
     if target.parent.is_dir() and any(p != unfinished for p in target.parent.iterdir()):
         if not target.is_dir() or _sources_of(target) != sources:
-            raise ConfigError(
-                f"out: {target.parent} is already there, made from other files or another share "
-                "of them; delete it or give the data set another name"
+            raise ArgumentError(
+                "out",
+                f"{target.parent} exists already, made from other files or another subset of them",
+                "delete it or give the data set another name",
             )
         progress.say(f"{target}: already prepared")
         return target
-
     categories, images = _read_splits(splits, subset, progress)
     _check_disk(Path(out), name, images)
+    parts = _write_splits(name, unfinished, categories, images, sources, progress)
+    progress.close()
+    _join_parts(parts, sources, target)
+    shutil.rmtree(unfinished)
+    return target
+
+
+def _write_splits(
+    name: str,
+    unfinished: Path,
+    categories: Mapping[int, str],
+    images: Mapping[str, list[AnnotatedImage]],
+    sources: Mapping[str, Any],
+    progress: Progress,
+) -> list[Path]:
+    """Writes every split as a data set of its own; those that are there already are kept."""
+    parts = []
     for split, of_split in images.items():
         directory = unfinished / split
-        part = directory / name / target.name
+        part = directory / name / str(CocoDirectory.VERSION)
+        parts.append(part)
         if any(part.glob(_RECORDS)) and _sources_of(part) == {split: sources[split]}:
-            progress.say(f"{split}: written before")
+            progress.say(f"{split}: already written")
             continue
         shutil.rmtree(directory, ignore_errors=True)
         write_array_record(
@@ -89,10 +106,7 @@ def prepare_folder(
                 progress=progress,
             )
         )
-    progress.close()
-    _join_parts([unfinished / split / name / target.name for split in images], sources, target)
-    shutil.rmtree(unfinished)
-    return target
+    return parts
 
 
 class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -106,8 +120,8 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         categories: {category id: name} in label order.
         images: {split: its images}.
         data_dir: directory of data sets.
-        sources: kept in the metadata; what the data set was made from.
-        progress: hears about every image.
+        sources: what the data set is made from, saved in the metadata.
+        progress: receives an update per image.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -125,9 +139,9 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ):
         self._categories, self._images = categories, images
         self._sources, self._progress = dict(sources or {}), progress or Silent()
-        # A class has one name in TFDS; each folder is a data set of its own.
+        # In TFDS a class has one name; here each folder is a data set of its own.
         self.name, _, config = name.partition("/")  # pyright: ignore[reportAttributeAccessIssue]
-        # TFDS warns of a configuration that it does not know, which none here is.
+        # TFDS warns about configurations that it does not know, which includes all of these.
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)
         try:
@@ -152,7 +166,7 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(split) for split in self._images}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Keyed by file name as TFDS `coco` is, so that the records have the same order."""
+        """Keyed by file name as in TFDS `coco`, so that the records have the same order."""
         labels = {category_id: label for label, category_id in enumerate(self._categories)}
         images = self._images[split]
         for done, image in enumerate(images, start=1):
@@ -178,24 +192,33 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self._progress.update(f"write {split}", done, len(images), {})
 
 
-def _check_names(name: str, out: str | Path, splits: Splits) -> None:
+def _check_arguments(name: str, out: str | Path, splits: Splits, subset: float) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*(/\w[\w.-]*)?", name):
-        raise ConfigError(
-            f"name: {name!r} cannot name a data set; "
-            "use small letters, digits and _, beginning with a letter"
+        raise ArgumentError(
+            "name",
+            f"{name!r} cannot be the name of a data set",
+            "use lower-case letters, digits and _, beginning with a letter",
         )
     if not splits:
-        raise ConfigError("splits: needs at least one split with images and annotations")
-    refuse_bucket("out", out)
+        raise ArgumentError("splits", "empty", "give at least one, with images and annotations")
+    refuse_bucket(ArgumentError, "out", out)
     for split, paths in splits.items():
         if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
-            raise ConfigError(f"{split}: cannot name a split; use small letters, digits and _")
+            raise ArgumentError(
+                "splits",
+                f"{split} cannot be the name of a split",
+                "use lower-case letters, digits and _",
+            )
         for path in paths:
-            refuse_bucket(split, path)
+            refuse_bucket(DataError, split, path)
+    if not 0 < subset <= 1:
+        raise ArgumentError(
+            "subset", f"must be more than 0% and at most 100%, got {100 * subset:g}%"
+        )
 
 
 def _digest(annotations: Path) -> str:
-    """SHA-256 of a file; of none for one that is missing, which `read_split` complains about."""
+    """SHA-256 of a file; empty if it is missing, which `read_split` reports."""
     if not annotations.is_file():
         return ""
     with annotations.open("rb") as file:
@@ -203,7 +226,7 @@ def _digest(annotations: Path) -> str:
 
 
 def _sources_of(prepared: Path) -> dict[str, Any]:
-    """What a prepared data set was made from; empty where it does not say."""
+    """What a prepared data set was made from; empty if its metadata does not say."""
     with contextlib.suppress(FileNotFoundError):
         info: Any = tfds.builder_from_directory(prepared).info
         return (info.metadata or {}).get("sources", {})
@@ -220,9 +243,10 @@ def _read_splits(
             split, Path(directory), Path(annotations), subset=subset, progress=progress
         )
         if categories and found != categories:
-            raise ConfigError(
-                f"{split}: the categories differ from those of {next(iter(images))}; "
-                "give both files the same ids and names"
+            raise DataError(
+                split,
+                f"the categories differ from those of {next(iter(images))}",
+                "give both files the same ids and names",
             )
         categories = found
     return categories, images
@@ -230,20 +254,21 @@ def _read_splits(
 
 def _check_disk(out: Path, name: str, images: Mapping[str, list[AnnotatedImage]]) -> None:
     sizes = [sum(image.path.stat().st_size for image in part) for part in images.values()]
-    # TFDS sorts the records of a split in files of its own when it holds more than a gigabyte.
+    # TFDS sorts the records of a split in temporary files if they exceed a gigabyte.
     needed = sum(sizes) + max((size for size in sizes if size > 2**30), default=0)
     needed += needed // 20 + 2**20
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise ConfigError(
-            f"out: {name} needs {needed / 1e9:.1f} GB in {out}, where {free / 1e9:.1f} GB are "
-            "free; make room, choose another directory or take a subset"
+        raise ArgumentError(
+            "out",
+            f"{name} needs {needed / 1e9:.1f} GB in {out}, where {free / 1e9:.1f} GB are free",
+            "free some space, choose another directory or prepare a `subset`",
         )
 
 
 def _join_parts(parts: list[Path], sources: Mapping[str, Any], target: Path) -> None:
-    """Moves the records of one-split data sets into one data set, which appears when whole."""
+    """Moves the records of one-split data sets into one data set, which appears when complete."""
     whole = parts[0].parent / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()

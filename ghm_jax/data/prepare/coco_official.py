@@ -1,4 +1,4 @@
-"""COCO as it is published: the official files become the data set `coco/2017` (or 2014)."""
+"""Converts the official COCO files to the data set `coco/2017` (or `coco/2014`)."""
 
 import hashlib
 import importlib.resources
@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from ghm_jax.data.dataset import refuse_bucket
 from ghm_jax.data.prepare.coco_folder import prepare_folder
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
 
 # {split: (directory of images, JSON, images that the official JSON lists)}
@@ -39,40 +39,29 @@ def prepare_coco(
 ) -> Path:
     """Writes the data set `coco/YEAR` from the unpacked official files.
 
-    Archives that still lie in `source` are checked against the published checksums first. A file
-    that lists fewer images than the official one is taken, and said.
+    Archives that are still in `source` are first checked against the published checksums. A file
+    that lists fewer images than the official one is accepted with a warning.
 
     Args:
         year: 2017 or 2014.
         source: directory with train2017/, val2017/, annotations/ and so on.
         out: directory of data sets (`data.dir` of a run).
-        splits: of train, validation, test and test_dev (2017 only); none: of the first two those
-            whose images are there.
+        splits: any of train, validation, test and test_dev (2017 only); empty: those of the first
+            two whose images exist.
         subset: see `prepare_folder`.
-        progress: who hears about it.
+        progress: receives progress updates.
 
     Returns:
         The directory that holds the records.
 
     Raises:
-        ConfigError: a missing or damaged file, or what `prepare_folder` raises.
+        ArgumentError: a missing or damaged file, an unknown split, or as of `prepare_folder`.
+        DataError: as of `prepare_folder`.
     """
-    refuse_bucket("--source", source)
+    refuse_bucket(ArgumentError, "source", source)
     progress, source, known = progress or Silent(), Path(source), _FILES[year]
-    if not splits:
-        splits = [s for s in ("train", "validation") if (source / known[s][0]).is_dir()]
-    if not splits:
-        raise ConfigError(
-            f"--source: neither train{year}/ nor val{year}/ in {source}; "
-            "unpack the official archives there"
-        )
-    for split in splits:
-        if split not in known:
-            raise ConfigError(f"--splits: coco/{year} has no {split}; choose of {', '.join(known)}")
-        if not (source / known[split][0]).is_dir():
-            raise ConfigError(
-                f"--source: no {known[split][0]}/ in {source}; unpack the official archive there"
-            )
+    splits = splits or [s for s in ("train", "validation") if (source / known[s][0]).is_dir()]
+    _check_splits(year, source, splits)
     _check_archives(source, progress)
     found = {
         split: (source / known[split][0], source / f"annotations/{known[split][1]}.json")
@@ -84,31 +73,54 @@ def prepare_coco(
         official = max(1, round(subset * known[split][2]))
         if info.splits[split].num_examples != official:
             progress.say(
-                f"{split}: {info.splits[split].num_examples:,} images, {official:,} of the "
-                "official files; figures will not compare with published ones"
+                f"warning: {split} has {info.splits[split].num_examples:,} images, the official "
+                f"files {official:,}; results will not be comparable with published ones"
             )
     return target
 
 
+def _check_splits(year: str, source: Path, splits: Sequence[str]) -> None:
+    known = _FILES[year]
+    if not splits:
+        raise ArgumentError(
+            "source",
+            f"neither train{year}/ nor val{year}/ in {source}",
+            "unpack the official archives there",
+        )
+    for split in splits:
+        if split not in known:
+            raise ArgumentError(
+                "splits", f"coco/{year} has no {split}", f"choose from {', '.join(known)}"
+            )
+        if not (source / known[split][0]).is_dir():
+            raise ArgumentError(
+                "source",
+                f"no {known[split][0]}/ in {source}",
+                "unpack the official archive there",
+            )
+
+
 def _check_archives(source: Path, progress: Progress) -> None:
-    """Compares the archives in a directory with sizes and SHA-256 that TFDS keeps of them."""
+    """Compares the archives in a directory with the sizes and SHA-256 sums that TFDS records."""
     folder = importlib.resources.files("tensorflow_datasets") / "url_checksums"
     lines = (folder / "coco.txt").read_text().splitlines()
     for _, size, digest, name in (line.split() for line in lines if line):
         archive = source / name
         if not archive.is_file():
             continue
-        wrong = archive.stat().st_size != int(size) or _sha256(archive, progress) != digest
+        wrong = archive.stat().st_size != int(size) or sha256(archive, progress) != digest
         if wrong:
-            raise ConfigError(
-                f"--source: {archive} is not the official archive (size or checksum differ); "
-                "download and unpack it again, or move it away if the unpacked files are whole"
+            raise ArgumentError(
+                "source",
+                f"{archive} is not the official archive (its size or checksum differs)",
+                "download and unpack it again, or move it away if the unpacked files are intact",
             )
         progress.close()
-        progress.say(f"{name}: checksum as published")
+        progress.say(f"{name}: checksum matches")
 
 
-def _sha256(path: Path, progress: Progress) -> str:
+def sha256(path: Path, progress: Progress) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest, done, block = hashlib.sha256(), 0, 1 << 26
     blocks = -(-path.stat().st_size // block)
     with path.open("rb") as file:

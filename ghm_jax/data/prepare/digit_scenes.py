@@ -1,7 +1,7 @@
 """The embedded data set: real handwritten digits, mostly small, on textured backgrounds.
 
-The digits are the 1,797 scans that come with scikit-learn. Train and validation scenes draw from
-different scans. Small objects dominate, so that the imbalance GHM is about is there.
+The digits are the 1,797 scans that come with scikit-learn. Train and validation scenes use
+different scans. Most objects are small, which gives the imbalance that GHM addresses.
 """
 
 import functools
@@ -82,7 +82,7 @@ def _record(
 def split_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The scans of each split: f32[N, 8, 8] with 1 = ink, i64[N] digits; no scan is in both.
 
-    Of every digit about 78% are for training (1,402 scans; 395 for validation).
+    About 78% of the scans of every digit are for training (1,402 scans; 395 for validation).
     """
     from sklearn.datasets import load_digits  # slow to import, needed for building only
 
@@ -127,7 +127,7 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
 def draw_digits(
     background: np.ndarray, scans: np.ndarray, digits: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws 1 to 17 of the scans onto a background, hardly overlapping.
+    """Draws 1 to 17 of the scans onto a background, with little overlap.
 
     Args:
         background: f32[160, 160, 3] in 0..255.
@@ -142,7 +142,7 @@ def draw_digits(
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     count = rng.integers(2, MAX_DIGITS + 1)
-    # Uniform in log size: an octave of small sizes is as frequent as one of large sizes.
+    # Uniform in log size: small octaves are as frequent as large ones.
     sizes = np.exp(rng.uniform(np.log(MIN_SIZE), np.log(MAX_SIZE), count))
     for size in sorted(sizes.tolist(), reverse=True):  # large ones first, while there is room
         index = rng.integers(len(scans))
@@ -162,7 +162,7 @@ def draw_digits(
 
 
 def _render(scan: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
-    """Opacity f32[h, w] in 0..1 of a scan, `size` pixels high, slanted and turned a little."""
+    """Opacity f32[h, w] in 0..1 of a scan, `size` pixels high, slightly slanted and rotated."""
     left, top, w, h = cv2.boundingRect((scan > 0.2).view(np.uint8))
     scan = np.ascontiguousarray(scan[top : top + h, left : left + w])
     angle, slant, stretch = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15), rng.uniform(0.9, 1.1)
@@ -180,7 +180,7 @@ def _render(scan: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarr
 
 
 def _blend(patch: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> None:
-    """Draws a digit onto a patch (in place), with ink darker than the paper there.
+    """Draws a digit onto a patch (in place), with ink darker than the background there.
 
     Args:
         patch: f32[3, h, w] in 0..255.
