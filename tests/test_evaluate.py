@@ -211,7 +211,8 @@ def test_a_perfect_network_finds_the_annotated_boxes_in_the_original_pixels(
         return (logits, deltas), {}
 
     monkeypatch.setattr("ghm_jax.detection.outputs.apply_network", apply_perfectly)
-    variables = {"params": {}, "batch_stats": {}}
+    # Without any array in them, pmap takes the axes of arguments for those of their two arrays.
+    variables = {"params": jnp.zeros(1), "batch_stats": {}}
     results = detect(config, validation, variables, choose_devices(2), Silent())
 
     truth = coco_ground_truth(validation)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import Listener, tiny_config
 
+from ghm_jax.data.batching import collate, filler_example
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.training.log import TrainingLog
 
@@ -19,6 +20,11 @@ METRICS = {
 }
 
 
+def batch_of_four():
+    """Four images of 64 x 96."""
+    return collate([filler_example()] * 4, (64, 96), max_boxes=1)
+
+
 class Clock:
     """Time that passes when it is told to."""
 
@@ -27,10 +33,10 @@ class Clock:
         monkeypatch.setattr("ghm_jax.training.log.time.perf_counter", lambda: self.now)
 
     def batches(self, seconds):
-        """A batch of 4 images of 64 x 96, `seconds` later each time."""
+        """A batch, `seconds` later each time."""
         for pause in seconds:
             self.now += pause
-            yield {"images": np.zeros((4, 64, 96, 3), np.uint8)}
+            yield batch_of_four()
 
 
 class Loss:
@@ -109,7 +115,7 @@ def test_the_line_says_what_the_record_holds(run):
 
     log = TrainingLog(run, tiny_config(), 0, Progress(), {(64, 96): 1e-9})
     start = time.perf_counter()
-    log.next_batch(iter([{"images": np.zeros((4, 64, 96, 3), np.uint8)}]))
+    log.next_batch(iter([batch_of_four()]))
     log.record(1, METRICS | {"loss": jnp.asarray(0.5)})
     log.flush()
     log.close()
