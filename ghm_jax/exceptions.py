@@ -9,7 +9,7 @@ nothing else does: the command line shows it as its option, --run-dir or --data.
 class UserError(ValueError):
     """Something that the user can fix; raised before any compute starts where that is possible."""
 
-    def __init__(self, key: str, problem: str = "", remedy: str = "") -> None:
+    def __init__(self, key: str, problem: str, remedy: str = "") -> None:
         """
         Args:
             key: what is wrong: a setting, a parameter or a file; empty if there is none.

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ghm_jax.analysis.cost import training_operations
+from ghm_jax.batch import Batch, GroundTruth
 from ghm_jax.config import REFERENCE, Config, flatten
 from ghm_jax.losses import smooth_l1_loss
 from ghm_jax.runs.experiments import experiment_name, load_experiment
@@ -63,13 +64,18 @@ def trace(config: Config, num_classes: int = 80):
     model, optimizer = make_model(config, num_classes), make_optimizer(config)
     state = jax.eval_shape(functools.partial(init_state, config, model, optimizer))
     size, side = config.optimizer.batch_size, 128
-    batch = {
-        "images": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
-        "boxes": jax.ShapeDtypeStruct((size, config.data.max_boxes, 4), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((size, config.data.max_boxes), jnp.int32),
-        "image_size": jax.ShapeDtypeStruct((size, 2), jnp.int32),
-        "image_id": jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
+    of_image = (size, config.data.max_boxes)
+    truth = GroundTruth(
+        boxes=jax.ShapeDtypeStruct((*of_image, 4), jnp.float32),
+        labels=jax.ShapeDtypeStruct(of_image, jnp.int32),
+        is_crowd=jax.ShapeDtypeStruct(of_image, jnp.bool_),
+    )
+    batch = Batch(
+        images=jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
+        image_size=jax.ShapeDtypeStruct((size, 2), jnp.int32),
+        image_id=jax.ShapeDtypeStruct((size,), jnp.int32),
+        truth=truth,
+    )
     step = functools.partial(train_step, config=config, model=model, optimizer=optimizer)
     return state, jax.eval_shape(step, state, batch)
 
