@@ -269,14 +269,14 @@ class Config:
         Args:
             num_devices: devices (all hosts) that the batches are split over.
         """
-        for message in itertools.chain(
+        for error in itertools.chain(
             _out_of_bounds(self, ""),
             _broken_model_rules(self.model),
             _broken_data_rules(self.data),
             _broken_anchor_rules(self.anchors),
             _broken_step_rules(self, num_devices),
         ):
-            raise ConfigError(message)
+            raise error
         return self
 
 
@@ -288,89 +288,99 @@ BACKBONES = (
 HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
 
 
-def _out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
+def _out_of_bounds(section: Any, prefix: str) -> Iterator[ConfigError]:
     """What is wrong with each setting by itself."""
-    yield from (f"{prefix}{name}: {problem}" for name, problem in problems(section))
+    yield from (ConfigError(prefix + name, problem) for name, problem in problems(section))
     for f in dataclasses.fields(section):
         if dataclasses.is_dataclass(inner := getattr(section, f.name)):
             yield from _out_of_bounds(inner, f"{prefix}{f.name}.")
 
 
-def _broken_model_rules(model: Model) -> Iterator[str]:
+def _broken_model_rules(model: Model) -> Iterator[ConfigError]:
     if model.backbone not in BACKBONES:
         near = difflib.get_close_matches(model.backbone, BACKBONES, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        yield (
-            f"model.backbone: unknown backbone {model.backbone!r}{hint}; "
-            f"choose one of {', '.join(BACKBONES)}"
+        yield ConfigError(
+            "model.backbone",
+            f"unknown backbone {model.backbone!r}{hint}",
+            f"choose one of {', '.join(BACKBONES)}",
         )
     if model.backbone.startswith("resnext") and model.width % 16:
-        yield (
-            f"model.width: {model.width} channels cannot be split into the groups of a ResNeXt; "
-            "use a multiple of 16"
+        yield ConfigError(
+            "model.width",
+            f"{model.width} channels cannot be split into the groups of a ResNeXt",
+            "use a multiple of 16",
         )
     if model.weights and model.norm == "group":
-        yield (
-            "model.weights: ImageNet weights have batch statistics, which model.norm 'group' does "
-            "not use; set model.norm to 'frozen' or 'batch'"
+        yield ConfigError(
+            "model.weights",
+            "ImageNet weights have batch statistics, which model.norm 'group' does not use",
+            "set model.norm to 'frozen' or 'batch'",
         )
 
 
-def _broken_data_rules(data: Data) -> Iterator[str]:
+def _broken_data_rules(data: Data) -> Iterator[ConfigError]:
     if not data.buckets:
-        yield "data.buckets: needs at least one (height, width)"
+        yield ConfigError("data.buckets", "needs at least one (height, width)")
     for bucket in data.buckets:
         if len(bucket) != 2 or not all(side > 0 and side % 32 == 0 for side in bucket):
-            yield f"data.buckets: {bucket} is not a (height, width) in multiples of 32"
+            yield ConfigError(
+                "data.buckets", f"{bucket} is not a (height, width) in multiples of 32"
+            )
     if len(set(data.buckets)) < len(data.buckets):
-        yield f"data.buckets: {data.buckets} has one twice; remove it"
+        yield ConfigError("data.buckets", f"{data.buckets} has one twice", "remove it")
     largest = max(max(bucket) for bucket in data.buckets)
     if data.long_side > largest:
-        yield (
-            f"data.long_side: images of {data.long_side} pixels fit in none of data.buckets; "
-            f"lower it to {largest} or add a larger bucket"
+        yield ConfigError(
+            "data.long_side",
+            f"images of {data.long_side} pixels fit in none of data.buckets",
+            f"lower it to {largest} or add a larger bucket",
         )
     if data.short_side > data.long_side:
-        yield f"data.short_side: {data.short_side} is more than data.long_side {data.long_side}"
+        problem = f"{data.short_side} is more than data.long_side {data.long_side}"
+        yield ConfigError("data.short_side", problem)
     if not 0 <= data.min_short_side <= data.short_side:
-        yield (
-            f"data.min_short_side: must be 0 to data.short_side {data.short_side}, got "
-            f"{data.min_short_side}"
+        yield ConfigError(
+            "data.min_short_side",
+            f"must be 0 to data.short_side {data.short_side}, got {data.min_short_side}",
         )
 
 
-def _broken_anchor_rules(anchors: Anchors) -> Iterator[str]:
+def _broken_anchor_rules(anchors: Anchors) -> Iterator[ConfigError]:
     if anchors.negative_iou > anchors.positive_iou:
-        yield (
-            f"anchors.negative_iou: {anchors.negative_iou} is above anchors.positive_iou "
-            f"{anchors.positive_iou}"
+        yield ConfigError(
+            "anchors.negative_iou",
+            f"{anchors.negative_iou} is above anchors.positive_iou {anchors.positive_iou}",
         )
     if not anchors.ratios:
-        yield "anchors.ratios: needs at least one ratio"
+        yield ConfigError("anchors.ratios", "needs at least one ratio")
 
 
-def _broken_step_rules(c: Config, num_devices: int) -> Iterator[str]:
+def _broken_step_rules(c: Config, num_devices: int) -> Iterator[ConfigError]:
     for key, size in (
         ("optimizer.batch_size", c.optimizer.batch_size),
         ("predict.batch_size", c.predict.batch_size),
     ):
         if size % num_devices:
             nearest = max(1, size // num_devices) * num_devices
-            yield (
-                f"{key}: {size} images cannot be split over {num_devices} devices; "
-                f"use a multiple of {num_devices}, for example {nearest}"
+            yield ConfigError(
+                key,
+                f"{size} images cannot be split over {num_devices} devices",
+                f"use a multiple of {num_devices}, for example {nearest}",
             )
-    parts, size = c.optimizer.accumulate, c.optimizer.batch_size
-    if size % (num_devices * parts):
-        yield (
-            f"optimizer.accumulate: {size // num_devices} images of a device cannot be split into "
-            f"{parts} parts; use a divisor, or an optimizer.batch_size that is a multiple of "
-            f"{num_devices * parts}"
+    microbatches, size = c.optimizer.accumulate, c.optimizer.batch_size
+    if size % (num_devices * microbatches):
+        yield ConfigError(
+            "optimizer.accumulate",
+            f"{size // num_devices} images per device cannot be split into {microbatches} "
+            "microbatches",
+            f"use a divisor, or an optimizer.batch_size that is a multiple of "
+            f"{num_devices * microbatches}",
         )
     if c.optimizer.warmup_steps > c.optimizer.steps:
-        yield (
-            f"optimizer.warmup_steps: {c.optimizer.warmup_steps} is more than optimizer.steps "
-            f"{c.optimizer.steps}"
+        yield ConfigError(
+            "optimizer.warmup_steps",
+            f"{c.optimizer.warmup_steps} is more than optimizer.steps {c.optimizer.steps}",
         )
 
 
@@ -399,12 +409,14 @@ _FORMERLY_IN_LOSS = {
 }
 
 
-def unknown_key(key: str) -> str:
-    """The one-line message for a dotted name that is no setting, with the nearest ones."""
+def unknown_key(key: str) -> ConfigError:
+    """The error for a dotted name that is no setting, with the nearest ones."""
     if key == "loss.preset":
-        return (
-            f"{key}: no such setting; the published code has bias_correction False and min_count 0 "
-            "in loss.ghm_c and loss.ghm_r"
+        return ConfigError(
+            key,
+            "no such setting",
+            "the published code has bias_correction False and min_count 0 in loss.ghm_c and "
+            "loss.ghm_r",
         )
     known = list(flatten(Config()))
     section, _, name = key.rpartition(".")
@@ -412,8 +424,8 @@ def unknown_key(key: str) -> str:
     near += [k for k in known if k.split(".")[-1] == name and k not in near]
     if section == "loss" and name in _FORMERLY_IN_LOSS:
         near = [f"loss.{new}" for new in _FORMERLY_IN_LOSS[name]]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else "see --help for all settings"
-    return f"{key}: no such setting; {hint}"
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "see `help` for all settings"
+    return ConfigError(key, "no such setting", hint)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -456,7 +468,7 @@ def _replaced(default: Any, values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(type(default))
     for key in values:
         if key not in hints:
-            raise ConfigError(unknown_key(prefix + key))
+            raise unknown_key(prefix + key)
     converted = {}
     for key, value in values.items():
         section = getattr(default, key)
@@ -480,7 +492,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:  # True is no number here
         return value
-    raise ConfigError(f"{key}: {value!r} is not of the type {kind}")
+    raise ConfigError(key, f"{value!r} is not of the type {kind}")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -91,7 +91,7 @@ def parse(kind: type[Any], arguments: Arguments, program: str, default: Any = No
         name, with_value = _switch(given, settings)
         like_a_setting = "." in name or any(key.endswith(f".{name}") for key in settings)
         if name not in known and like_a_setting:
-            raise ConfigError(unknown_key(name))
+            raise unknown_key(name)
         words += with_value
     # tyro tells what it rejects by printing a box and exiting; the hook of newer versions, which
     # would get the text itself, is private.
