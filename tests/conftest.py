@@ -9,18 +9,25 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # so that pmap really splits its batch
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # (8,) against (8, 1) is nearly always a mistake
 os.environ["MPLBACKEND"] = "agg"
-# Most of the time goes into compiling: one program is compiled once, whoever asks for it.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ghm-jax-tests-")
+# Most of the time goes into compiling: one program is compiled once, whoever asks for it. The
+# workers share the directory that the first process made.
+MADE_HERE = "PYTEST_XDIST_WORKER" not in os.environ
+if MADE_HERE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ghm-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import atexit
+import gc
 import secrets
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if MADE_HERE:
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test_train")
@@ -29,6 +36,13 @@ LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, so that the workers of `make test` end together."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Compiled programs of a file are dropped after it: JAX keeps them all, several gigabytes."""
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
