@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import resource
 import secrets
 import shutil
 import tempfile
@@ -35,12 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Compiled programs of a file are dropped after it: JAX keeps them all, several gigabytes."""
-    if nextitem is None or nextitem.path != item.path:
+    """Compiled programs are dropped after each file, and within one when they fill the memory: JAX
+    would keep them all, several gigabytes."""
+    if nextitem is None or nextitem.path != item.path or resident_bytes() > 1_200_000_000:
         import jax  # after the environment is set
 
         jax.clear_caches()
         gc.collect()
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.is_file() else 0
+    return pages * resource.getpagesize()
 
 
 @pytest.fixture
