@@ -106,7 +106,7 @@ def edges() -> dict[str, set[str]]:
     return found
 
 
-def test_the_imports_between_parts_are_those_that_are_named():
+def test_the_imports_between_parts_are_those_listed():
     assert edges() == {part: set(named.split()) for part, named in IMPORTS.items()}
 
 
@@ -133,7 +133,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 @each_module
-def test_the_package_stands_alone(path):
+def test_the_package_does_not_import_experiments_notebooks_or_tests(path):
     outside = {found.split(".")[0] for found in imports(path)}
     assert not outside & {"experiments", "notebooks", "tests"}
 

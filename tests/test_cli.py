@@ -246,7 +246,7 @@ def test_an_image_that_cannot_be_decoded_is_one_line_with_its_name(place, capsys
         ),
     ],
 )
-def test_help_is_there_at_every_level(place, capsys, command, words):
+def test_every_level_has_help(place, capsys, command, words):
     with contextlib.suppress(SystemExit):
         main(command.split())
     out, err = capsys.readouterr()

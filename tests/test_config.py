@@ -36,7 +36,7 @@ def replaced(section, names, value):
     return dataclasses.replace(section, **{name: value})
 
 
-def test_defaults_pass_the_checks_on_any_usual_number_of_devices():
+def test_defaults_pass_the_checks_on_any_common_number_of_devices():
     for devices in (1, 2, 4, 8, 16):
         assert Config().check(devices) == Config()
 
@@ -51,7 +51,7 @@ def test_json_and_back_gives_the_same_config():
     assert from_dict({}) == Config()
 
 
-def test_whole_numbers_are_floats_where_a_float_is_meant():
+def test_integers_become_floats_where_a_float_is_expected():
     config = from_dict({"loss": {"ghm_c": {"momentum": 0}}, "optimizer": {"clip_norm": 10}})
     assert isinstance(config.loss.ghm_c.momentum, float)
     assert config.optimizer.clip_norm == 10.0
@@ -74,11 +74,11 @@ def test_unknown_keys_are_one_line_with_the_nearest_name(values, key, near):
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_key_like_no_other_points_to_the_list():
+def test_a_key_unlike_any_setting_points_to_the_help():
     assert "`help`" in str(unknown_key("qqqq"))
 
 
-def test_settings_that_are_not_given_are_those_of_their_section():
+def test_missing_settings_have_the_defaults_of_their_section():
     loss = from_dict({"loss": {"ghm_r": {"bins": 5}}}).loss
     assert loss == Loss(ghm_r=Harmonizing(bins=5, momentum=0.7))
 
@@ -196,7 +196,7 @@ def test_batches_must_divide_over_the_devices():
         changed(predict__batch_size=4).check(num_devices=8)
 
 
-def test_a_misspelt_backbone_is_met_with_the_right_one():
+def test_a_misspelt_backbone_gets_the_right_one_as_a_hint():
     with pytest.raises(ConfigError, match=r"did you mean resnet50\?"):
         changed(model__backbone="resnet-50").check()
 
@@ -208,7 +208,7 @@ def test_a_resnext_needs_a_width_that_its_groups_divide():
     changed(model__backbone="resnet50", model__width=24).check()
 
 
-def test_differences_name_what_decides_a_result():
+def test_differences_name_the_settings_that_affect_a_result():
     new = changed(seed=1, loss__ghm_c__momentum=0.9, run__devices=4, data__dir="elsewhere")
     assert differences(Config(), new) == {"seed": (0, 1), "loss.ghm_c.momentum": (0.75, 0.9)}
     assert differences(new, new) == {}
@@ -271,7 +271,7 @@ def test_an_old_run_of_the_reference_preset_has_the_values_that_it_used():
         ("loss.preset", "bias_correction False and min_count 0 in loss.ghm_c and loss.ghm_r"),
     ],
 )
-def test_an_old_name_is_met_with_the_new_one(key, now):
+def test_an_old_name_gets_the_new_one_as_a_hint(key, now):
     assert re.fullmatch(rf"{key}: no such setting; .*{re.escape(now)}", str(unknown_key(key)))
 
 

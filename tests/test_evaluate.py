@@ -140,7 +140,7 @@ def test_the_errors_of_a_results_file_are_those_of_the_run_that_wrote_it(evaluat
         evaluate_file(run.path, run.detections, out.path)
 
 
-def test_a_test_set_gives_the_file_that_the_server_wants(
+def test_a_test_set_gives_the_file_that_the_server_requires(
     finished_run, validation, tmp_path, monkeypatch
 ):
     run = tmp_path / "squares_ghm"
@@ -165,7 +165,7 @@ def test_a_test_set_gives_the_file_that_the_server_wants(
     assert pycocotools_figures(full, str(path)).shape == (12,)
 
 
-def test_annotations_of_other_images_are_refused_and_parts_are_scored_as_such(
+def test_annotations_of_other_images_are_refused_and_subsets_are_scored_alone(
     finished_run, validation, tmp_path
 ):
     path, found = tmp_path / "instances.json", tmp_path / "found.json"

@@ -89,7 +89,7 @@ def test_the_program_finds_what_the_package_finds(run_dir, exported, rng, tmp_pa
     assert theirs["boxes"][2].max() <= 64  # cut to the image, not to its padding
 
 
-def test_what_a_caller_must_know_lies_beside_it(exported):
+def test_what_a_caller_must_know_is_stored_next_to_it(exported):
     (program, notes), listener = exported
     assert [path.name for path in (program, notes)] == ["run.stablehlo", "run.stablehlo.json"]
     assert sorted(path.name for path in program.parent.iterdir()) == [program.name, notes.name]
@@ -107,7 +107,7 @@ def test_what_a_caller_must_know_lies_beside_it(exported):
     assert shape == ["uint8[3, 64, 96, 3]", "int32[3, 2]"]
 
 
-def test_shapes_that_cannot_be_are_said_before_anything_is_written(finished_run, tmp_path):
+def test_invalid_shapes_are_refused_before_anything_is_written(finished_run, tmp_path):
     for settings, line in (
         ({"batch_size": 0}, "batch_size: must be positive, got 0"),
         ({"size": (64, 65)}, r"size: \(64, 65\) is not a height and width in multiples"),
@@ -128,7 +128,7 @@ def test_one_platform_is_enough(finished_run, tmp_path):
     assert program.in_avals[0].shape == (1, SIDE, SIDE, 3)  # the run's bucket
 
 
-def test_a_place_that_cannot_be_written_is_one_line(finished_run, tmp_path):
+def test_a_path_that_cannot_be_written_is_one_line(finished_run, tmp_path):
     (tmp_path / "run.stablehlo").mkdir()
     with pytest.raises(UserError, match=r"^out: .*run.stablehlo cannot be written \(Is a dir"):
         export(finished_run[0].path, tmp_path / "run.stablehlo")

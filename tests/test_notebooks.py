@@ -59,7 +59,7 @@ def test_a_notebook_and_its_pair_agree(path):
 
 
 @every_notebook
-def test_the_outputs_stored_in_a_notebook_are_fit_to_be_read(path):
+def test_the_outputs_stored_in_a_notebook_are_valid_and_complete(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < 700_000  # a code host shows larger ones slowly or not at all

@@ -183,7 +183,7 @@ def test_anchors_are_matched_to_the_same_boxes(rng, size, num_boxes):
     np.testing.assert_allclose(targets.deltas[positive], deltas, atol=1e-5)
 
 
-def test_boxes_are_coded_alike(rng):
+def test_boxes_are_encoded_and_decoded_alike(rng):
     anchors = anchors_of(load_experiment(EXPERIMENTS / "coco_r50_torchvision.py"), (128, 160))
     coder = torchvision.models.detection._utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
     for scale in (0.3, 3.0):  # of the second, many are beyond the limit of the sides

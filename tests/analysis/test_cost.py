@@ -18,7 +18,7 @@ def description(experiment, num_classes=80, padded_size=(800, 1280)):
     return describe(load_experiment(EXPERIMENTS / f"{experiment}.py"), num_classes, padded_size)
 
 
-def test_published_r50():
+def test_r50_has_the_published_cost():
     found = description("coco_r50_ghm")
     # mmdetection's zoo: 37.74 million trained parameters, 239.32 G at 1280 x 800.
     assert round(found.total.trained / 1e6, 2) == 37.74
@@ -35,7 +35,7 @@ def test_published_r50():
     ("experiment", "published"),
     [("coco_r50_torchvision", 151.54e9), ("coco_r50_torchvision_v2", 152.238e9)],
 )
-def test_published_torchvision(experiment, published):
+def test_torchvision_models_have_the_published_cost(experiment, published):
     """Of a square image of 800 pixels and 91 classes. P6 from C5 or P5 differ by 0.5 %."""
     found = description(experiment, num_classes=91, padded_size=(800, 800))
     assert found.total.multiply_adds == pytest.approx(published, rel=1e-4)
@@ -47,7 +47,7 @@ def conv(side: int, kernel: int, inputs: int, outputs: int) -> tuple[int, int]:
     return weights, side**2 * weights
 
 
-def test_a_network_small_enough_to_count_by_hand():
+def test_a_small_network_costs_what_is_counted_by_hand():
     config = tiny_config(
         model=Model(
             backbone="resnet10", width=4, stem_kernel=3, norm="group", channels=8, head_convs=1
@@ -84,7 +84,7 @@ def test_a_network_small_enough_to_count_by_hand():
     # Convolutions to the first one that is trained: none, the stem, all of stage 1.
     [(0, []), (1, [conv(32, 7, 3, 4), conv(16, 3, 4, 4), conv(16, 3, 4, 4)])],
 )
-def test_training_is_the_forward_pass_and_products_for_all_gradients(
+def test_training_costs_the_forward_pass_and_the_products_of_all_gradients(
     frozen_stages, without_gradient
 ):
     config = tiny_config()
@@ -97,7 +97,7 @@ def test_training_is_the_forward_pass_and_products_for_all_gradients(
     assert training_operations(config, 3, (64, 64)) == 2 * products
 
 
-def test_seconds_at_the_peak_need_a_peak():
+def test_ideal_seconds_need_a_known_peak():
     config = tiny_config()
     sizes = [(64, 64), (64, 96)]
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
@@ -112,7 +112,7 @@ def test_seconds_at_the_peak_need_a_peak():
 
 
 @pytest.mark.parametrize("frozen_stages", [0, 1, 4])
-def test_frozen_stages_are_there_but_not_trained(frozen_stages):
+def test_frozen_stages_count_as_parameters_but_not_as_trained(frozen_stages):
     config = tiny_config()
     model = dataclasses.replace(config.model, frozen_stages=frozen_stages)
     found = describe(dataclasses.replace(config, model=model), 3, (64, 64))
@@ -123,7 +123,7 @@ def test_frozen_stages_are_there_but_not_trained(frozen_stages):
     assert found.total.parameters - found.total.trained == left_out
 
 
-def test_type_and_rematerialization_cost_nothing_here():
+def test_dtype_and_rematerialization_do_not_change_the_description():
     config = tiny_config()
     plain = describe(config, 3, (64, 64))
     model = dataclasses.replace(config.model, dtype="bfloat16", remat=True)

@@ -124,12 +124,12 @@ def test_histogram_weights_and_gradients_are_those_of_the_next_step(run_with, de
 
 
 @pytest.mark.parametrize("look", [evaluate, gradient_stats])
-def test_a_run_under_shard_map_is_read_on_several_devices(run_with, look):
+def test_a_shard_map_run_is_analyzed_on_several_devices(run_with, look):
     path = run_with(run=Run(devices=2, wrapper="shard_map", workers=0))
     assert look(path)["step"] == 6
 
 
-def test_a_run_of_other_losses_has_no_average_and_weights_of_mean_one(run_with):
+def test_a_run_without_ghm_has_no_average_and_weights_of_mean_one(run_with):
     path = run_with(loss=Loss(classification="focal", box="smooth_l1", ghm_c=GHM_C, ghm_r=GHM_R))
     stats = gradient_stats(path)
     for key, loss in (("classification", "focal"), ("box", "smooth_l1")):
@@ -142,7 +142,7 @@ def test_a_run_of_other_losses_has_no_average_and_weights_of_mean_one(run_with):
         assert np.ptp(weights[weights > 0]) > 0.01  # yet it does re-weight
 
 
-def test_a_batch_that_is_not_full_counts_only_when_it_is_the_only_one(run_with):
+def test_an_incomplete_batch_is_used_only_if_it_is_the_only_one(run_with):
     path = run_with()
     listener = Listener()
     assert gradient_stats(path, images=99, progress=listener)["images"] == 4  # of six

@@ -113,7 +113,7 @@ def test_ratios_and_slopes_in_the_docs_are_the_measured_result():
         ("cpu", None),
     ],
 )
-def test_peaks_are_known_by_the_names_that_jax_gives(kind, peak):
+def test_peaks_are_known_by_the_device_kinds_of_jax(kind, peak):
     assert peak_flops(kind) == peak
 
 

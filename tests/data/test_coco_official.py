@@ -60,7 +60,7 @@ def splits_of(out):
         (("train", "validation", "test"), {"train": 2, "validation": 2, "test": 2}),
     ],
 )
-def test_splits_are_those_asked_for_and_test_only_when_asked(source, tmp_path, asked, expected):
+def test_splits_are_those_requested_and_test_only_on_request(source, tmp_path, asked, expected):
     prepare_coco("2017", source, tmp_path / "data", splits=asked)
     assert splits_of(tmp_path / "data") == expected
     dataset = open_dataset(Data(dir=str(tmp_path / "data")), "validation")

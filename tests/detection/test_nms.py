@@ -196,7 +196,7 @@ def test_scores_below_the_threshold_give_unused_rows(rng):
     assert labels.tolist() == [-1] * 5
 
 
-def test_one_place_may_hold_several_classes_but_not_one_twice():
+def test_one_place_may_hold_several_classes_but_each_only_once():
     logits = np.full((sum(LEVELS), CLASSES), -9, np.float32)
     logits[0], logits[1, 0] = [3, 2, 1], 2.5
     anchors = np.tile(np.float32([10, 10, 50, 50]), (sum(LEVELS), 1))
@@ -226,7 +226,7 @@ def test_candidates_of_every_level_count():
     assert found.labels[:19].tolist() == [0, 1, 2, 0, 1, 2, 0, 1] * 2 + [0, 1, 2]
 
 
-def test_nonfinite_scores_are_no_detections(rng):
+def test_nonfinite_scores_are_not_detections(rng):
     logits, deltas, anchors = draw(rng)
     logits[:] = np.nan
     assert not np.any(selected()(logits, deltas, anchors, IMAGE).scores)

@@ -33,7 +33,7 @@ BUCKETS = ((64, 96), (96, 64))
     ],
     ids=["plain", "mirrored", "multi-scale", "zoomed out"],
 )
-def test_boxes_of_training_batches_placed_back_are_the_ground_truth(
+def test_boxes_of_training_batches_map_back_to_the_ground_truth(
     dataset_dir, augmentation, quick_compilation
 ):
     data = dataclasses.replace(

@@ -54,7 +54,7 @@ def test_a_thousand_mixed_steps_compile_one_program_for_each_bucket(batches, wra
     assert said == []
 
 
-def test_a_shape_too_many_is_said_with_the_shape(batches):
+def test_an_unexpected_shape_gives_a_warning_with_the_shape(batches):
     said = []
     step = parallelize(ProgramCount(add_up, 1, said.append), choose_devices(2))
     batch = next(batches)
@@ -69,7 +69,7 @@ def test_a_shape_too_many_is_said_with_the_shape(batches):
 
 
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
-def test_every_program_is_ready_before_the_first_step(batches, dataset_dir, wrapper):
+def test_every_program_is_compiled_before_the_first_step(batches, dataset_dir, wrapper):
     data = dataclasses.replace(tiny_config(dataset_dir).data, long_side=96, buckets=BUCKETS)
     listener, devices = Listener(), choose_devices(2)
     counted = ProgramCount(add_up, len(BUCKETS), listener.say)

@@ -147,7 +147,7 @@ def test_two_processes_find_what_one_process_finds(place, resumed):
     np.testing.assert_allclose(*by_image, rtol=1e-4, atol=2e-3)
 
 
-def test_a_mistake_is_one_line_of_the_first_process(place):
+def test_a_user_error_is_one_line_from_the_first_process(place):
     job = Job(place, "train", "tiny.py", "--run-dir", "new", "--optimizer.batch-size", "12")
     (_, err), second = job.end(1)
     assert err.startswith("ghm-jax: optimizer.batch_size: 12 images cannot be split over 8 devices")

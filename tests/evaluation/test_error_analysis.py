@@ -20,7 +20,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_error_is_counted_as_what_it_is(rng, kind):
+def test_each_kind_of_error_is_counted_as_that_kind(rng, kind):
     truth = scene(rng)
     found = detections_of(truth)
     broken = rng.choice(len(found), 5, replace=False)
@@ -76,7 +76,7 @@ def test_precision_of_a_perfect_detector_is_one_at_every_recall(rng):
         assert precision == pytest.approx([1.0] * 101)
 
 
-def test_without_detections_or_objects_there_is_nothing_to_say(rng):
+def test_without_detections_or_objects_there_is_no_analysis(rng):
     truth = scene(rng)
     crowds = [{**a, "iscrowd": 1} for a in truth["annotations"]]
     for errors in (

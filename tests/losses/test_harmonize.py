@@ -152,7 +152,7 @@ def test_floor_makes_the_weights_continuous_where_a_bin_empties():
 
 
 @pytest.mark.parametrize("remainder", [1e-45, 1e-39, 1e-30, 1e-13])
-def test_a_bin_long_empty_leaves_the_others_their_weights(rng, remainder):
+def test_a_bin_that_has_long_been_empty_does_not_change_other_weights(rng, remainder):
     (norm,), (mask,) = draw(rng)
     mask &= norm < 0.5
     state = GHMState(jnp.zeros(30).at[20].set(remainder), jnp.array(400))
@@ -162,7 +162,7 @@ def test_a_bin_long_empty_leaves_the_others_their_weights(rng, remainder):
     assert np.isfinite(stats.weights).all()
 
 
-def test_first_steps_do_not_blow_up_unless_as_published(rng):
+def test_the_first_weights_are_unbiased_unless_as_published(rng):
     norms, masks = draw(rng, 2)
     alone = oracles.weights_after(norms[:1], masks[:1], bins=30, momentum=0.0, min_count=0.0)
     first = run(norms[:1], masks[:1], 30, momentum=0.99, min_count=0.0)[0]
@@ -173,7 +173,7 @@ def test_first_steps_do_not_blow_up_unless_as_published(rng):
     assert np.max(second) <= 2 * masks[1].sum()  # one example of two steps' in a bin, at most
 
 
-def test_masked_is_filtered(rng):
+def test_masking_equals_filtering(rng):
     (norm,), (mask,) = draw(rng)
     hidden = np.where(mask, norm, rng.choice([np.nan, np.inf, 0.5, -7], SHAPE)).astype(np.float32)
     weights, _, stats = jitted()(hidden, mask)
@@ -192,7 +192,7 @@ def test_mask_may_be_numbers_and_have_axes_of_one(rng):
     np.testing.assert_array_equal(jitted()(norm, np.float32(rows))[0], want)
 
 
-def test_empty_batch_changes_nothing_that_matters(rng):
+def test_an_empty_batch_does_not_change_later_weights(rng):
     norms, masks = draw(rng, 3)
     masks[0][:] = masks[1][:] = False
     for settings in ({"momentum": 0.75}, {"momentum": 0.75, **REFERENCE}):
@@ -207,7 +207,7 @@ def test_empty_batch_changes_nothing_that_matters(rng):
     np.testing.assert_allclose(weights, alone, rtol=1e-5)
 
 
-def test_nonfinite_norms_are_reported_and_left_out(rng):
+def test_nonfinite_norms_are_reported_and_excluded(rng):
     (norm,), (mask,) = draw(rng)
     mask[:3, 0] = True
     broken, rest = norm.copy(), mask.copy()
@@ -267,7 +267,7 @@ def test_counts_of_a_pod_pass_2_to_the_31(monkeypatch):
 
 
 @pytest.mark.parametrize("density", ["histogram", "exact"])
-def test_any_transformation_of_jax_may_wrap_it(rng, density):
+def test_transformations_of_jax_may_wrap_it(rng, density):
     norms, masks = draw(rng, 3)
     norms, masks = np.stack(norms), np.stack(masks)
     settings = {"density": density, "bins": 30}

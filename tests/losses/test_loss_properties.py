@@ -80,7 +80,7 @@ def test_the_order_of_examples_does_not_matter(x, t, mask, random):
 
 @tries()
 @given(logits, logits, hard_targets, masks)
-def test_what_is_masked_has_no_influence(x, other, t, mask):
+def test_masked_examples_have_no_influence(x, other, t, mask):
     changed = np.where(mask, x, other)
     changed[~mask & (other > 3)] = np.nan
     results, gradient = compiled()(x, t, mask, init_ghm_state(30))
@@ -110,7 +110,7 @@ def test_a_batch_too_small_for_the_floor_is_cross_entropy(x, t, mask):
 
 @tries()
 @given(arrays.arrays(np.float32, SHAPE, elements=st.floats(0, 1, width=32)), masks)
-def test_no_floor_and_full_strength_are_the_equations(norm, mask):
+def test_without_floor_and_at_full_strength_weights_follow_the_equations(norm, mask):
     seen = np.bincount(oracles.bin_of(norm, 30)[mask], minlength=30)
     for how, divisor in ((AS_PRINTED, 30), (AS_PUBLISHED, max((seen > 0).sum(), 1))):
         weights, _, _ = weights_of(**how)(norm, mask)
@@ -134,7 +134,7 @@ def test_weights_add_up_to_the_number_of_examples(norm, mask):
 
 @tries()
 @given(arrays.arrays(np.float32, SHAPE, elements=st.floats(0, 1, width=32)), masks)
-def test_a_batch_twice_has_the_weights_of_once(norm, mask):
+def test_repeating_the_batch_does_not_change_its_weights(norm, mask):
     for how in (AS_PUBLISHED, AS_PRINTED, {"min_count": 0.0, "density": "exact"}):
         once, _, _ = weights_of(**how)(norm, mask)
         twice, _, _ = weights_of(**how)(np.concatenate([norm] * 2), np.concatenate([mask] * 2))

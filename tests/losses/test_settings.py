@@ -56,7 +56,7 @@ def test_settings_unpack_into_all_their_fields():
         settings["keys"]
 
 
-def test_settings_given_whole_are_those_given_one_by_one(rng):
+def test_unpacked_settings_all_reach_harmonize(rng):
     """With a value for each that is not the default, so that none can be lost on the way."""
     settings = Harmonizing(
         bins=7,

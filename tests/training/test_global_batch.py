@@ -72,7 +72,7 @@ def test_loss_gradient_and_state_are_the_same_on_any_number_of_devices(rng, kind
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_accumulated_parts_make_the_step_of_the_whole_batch(rng, kind):
+def test_accumulated_microbatches_equal_the_whole_batch(rng, kind):
     batch, state = draw(rng, kind), init_ghm_state(BINS[kind])
     loss = LOSSES[kind]
     want, slope = jax.value_and_grad(lambda x: loss(x, *list(batch.values())[1:], state)[0])(

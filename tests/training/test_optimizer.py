@@ -63,7 +63,7 @@ def network_params():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_frozen_parameters_are_not_even_decayed_and_take_no_room(name):
+def test_frozen_parameters_are_not_decayed_and_take_no_optimizer_state(name):
     optimizer = make_optimizer(
         Config(
             model=Model(frozen_stages=1),
