@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, strict JAX settings, no display."""
+"""The setting of every test: eight CPU devices, strict JAX options, no display."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # so that pmap really splits its batch
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # (8,) against (8, 1) is nearly always a mistake
 os.environ["MPLBACKEND"] = "agg"
-# Most of the time goes into compiling: one program is compiled once, whoever asks for it.
+# Most of the time goes into compiling: each program is compiled only once for all processes.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ghm-jax-tests-")
 
 import atexit
@@ -27,7 +27,7 @@ LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, so that the workers of `make test` end together."""
+    """The longest files come first, so that the workers of `make test` finish together."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
@@ -59,7 +59,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory) -> Path:
-    """A `data.dir` with the data set of `tiny`. Read it only."""
+    """A `data.dir` with the data set of `tiny`. Do not modify it."""
     from tiny import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("squares"))
@@ -67,7 +67,7 @@ def dataset_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(dataset_dir, tmp_path_factory):
-    """A run of `tiny_config` that went through, its last state, and its listener. Read it only."""
+    """A completed run of `tiny_config`, its last state, and its listener. Do not modify it."""
     from tiny import Listener, quick_compilation, tiny_config
 
     from ghm_jax.runs.directory import RunDirectory

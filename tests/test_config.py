@@ -1,4 +1,4 @@
-"""Settings as data: there and back again, and every check by name."""
+"""Settings as data: round trips, and every check by name."""
 
 import dataclasses
 import json
@@ -124,14 +124,16 @@ def test_a_section_must_be_a_section():
 POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel model.channels
     anchors.octaves anchors.scale loss.ghm_c.bins loss.ghm_r.bins loss.mu optimizer.steps
     optimizer.learning_rate optimizer.clip_norm predict.candidates predict.max_detections
-    run.log_every run.checkpoint_every run.keep optimizer.batch_size predict.batch_size"""
+    run.log_every run.checkpoint_every run.keep run.max_skipped optimizer.batch_size
+    optimizer.accumulate predict.batch_size"""
 NOT_NEGATIVE = """seed model.head_convs loss.ghm_c.min_count loss.ghm_r.min_count loss.weight
     loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices
-    predict.nms_sigma"""
+    predict.nms_sigma run.keep_best run.eval_every run.peak_teraflops"""
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip
     predict.score_threshold optimizer.warmup_factor loss.ghm_c.strength loss.ghm_r.strength"""
-BELOW_ONE = "loss.ghm_c.momentum loss.ghm_r.momentum optimizer.momentum"
+BELOW_ONE = "loss.ghm_c.momentum loss.ghm_r.momentum optimizer.momentum optimizer.ema"
 CHOICES = """model.norm model.head_norm model.dtype model.p6_from anchors.convention anchors.crowd
+    data.on_error loss.ghm_c.normalizer loss.ghm_r.density
     loss.classification loss.box loss.ghm_scope loss.ghm_c.density loss.ghm_r.normalizer
     optimizer.name optimizer.schedule predict.nms_classes run.wrapper"""
 
@@ -154,6 +156,10 @@ BROKEN = [
     ("data.buckets", ((800, 1333),)),
     ("data.buckets", ((0, 32),)),
     ("data.buckets", ((800,),)),
+    ("data.buckets", ((1344, 1344), (1344, 1344))),
+    ("data.min_short_side", -1),
+    ("data.min_short_side", 801),
+    *[("data.zoom", zoom) for zoom in ((0.0, 1.0), (2.0, 1.0), (1.0, 11.0), (1.0, math.nan))],
     ("data.long_side", 1345),
     ("data.short_side", 1334),
     ("anchors.negative_iou", 0.6),
@@ -161,6 +167,7 @@ BROKEN = [
     ("anchors.ratios", (1.0, 0.0)),
     ("anchors.ratios", (1.0, math.nan)),
     ("optimizer.warmup_steps", 90_000),
+    ("optimizer.accumulate", 3),
 ]
 
 

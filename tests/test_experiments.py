@@ -94,7 +94,7 @@ def test_the_step_of_every_network_can_be_traced(name):
 
 @pytest.mark.parametrize("name", first_of_each(update))
 def test_the_step_of_every_kind_of_loss_and_optimizer_can_be_traced(name):
-    """With a small network: the losses see its outputs only, and each has been traced above."""
+    """With a small network: the losses see only its outputs, and every network is traced above."""
     small = EXPERIMENTS["experiments/quickstart.py"].model
     config = dataclasses.replace(EXPERIMENTS[name], model=small)
     state, (next_state, metrics) = trace(config)
@@ -104,7 +104,7 @@ def test_the_step_of_every_kind_of_loss_and_optimizer_can_be_traced(name):
 
 @pytest.mark.parametrize(
     ("table", "rows"),
-    # Tables of the paper: rows that are RetinaNets, the best AP, and the run that has it.
+    # Tables of the paper, and how many of their rows are RetinaNets.
     [(1, 5), (2, 3), (3, 4), (4, 4), (5, 3), (6, 3)],
 )
 def test_every_row_of_a_table_of_the_paper_has_a_config_and_its_published_figures(table, rows):
@@ -190,7 +190,7 @@ def test_the_stated_training_time_of_a_coco_recipe_follows_from_its_operations(p
     name = str(path.relative_to(ROOT))
     rows = [config for key, config in EXPERIMENTS.items() if key.partition(".py")[0] == name[:-3]]
     if rows[0].data.name != "coco/2017" or "for imported weights" in TABLES[path]["__doc__"]:
-        pytest.skip("of the size of one's own data, or not for training")
+        pytest.skip("depends on the user's data, or is not for training")
     hours = {round(a100_hours(config)) for config in rows}
     text = " ".join(TABLES[path]["__doc__"].split())
     (stated,) = re.findall(r"Estimated, not run: (.*?) on one A100 at an MFU of 30 %", text)

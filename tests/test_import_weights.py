@@ -16,7 +16,6 @@ import safetensors.numpy
 from published_tensors import leaves_by_tensor, random_tensors
 from tiny import Listener, tiny_config
 
-from ghm_jax import import_weights as weights
 from ghm_jax.config import Model
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.evaluate import evaluate
@@ -29,6 +28,7 @@ from ghm_jax.models.weight_names import BACKBONE, MMDETECTION, TORCHVISION
 from ghm_jax.predict import predict
 from ghm_jax.runs.directory import load_run
 from ghm_jax.train import train
+from ghm_jax.training import pretrained
 from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
 from ghm_jax.training.pretrained import load_backbone
@@ -210,8 +210,8 @@ def test_a_backbone_is_converted_once(tmp_path, rng, cache, monkeypatch):
     (entry,) = cache.iterdir()
     assert entry.name.startswith("resnet10-4-7-")
 
-    # From now on the cache answers, also under another name of the file.
-    monkeypatch.setattr(weights, "load_tensors", lambda path: pytest.fail("read again"))
+    # From now on the cache is used, also for another name of the file.
+    monkeypatch.setattr(pretrained, "load_tensors", lambda path: pytest.fail("read again"))
     shutil.copy(path, tmp_path / "copy.safetensors")
     for name in ("resnet10.safetensors", "copy.safetensors"):
         model = dataclasses.replace(MODEL, weights=str(tmp_path / name))
@@ -305,7 +305,7 @@ def write_detector(path, rng, config, naming=MMDETECTION, num_classes=3):
 
 @pytest.fixture(scope="module")
 def imported(dataset_dir, tmp_path_factory):
-    """A run made of a file in mmdetection's names: the run, the file. Read it only."""
+    """A run made of a file in mmdetection's names: the run, the file. Do not modify them."""
     folder = tmp_path_factory.mktemp("imported")
     config = tiny_config(dataset_dir, model=DETECTOR)
     path = folder / "w.safetensors"

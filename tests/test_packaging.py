@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds the package and its types, and works alone."""
+"""What a user installs: the wheel holds the package and its types, and works by itself."""
 
 import email
 import os

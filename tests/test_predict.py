@@ -1,4 +1,4 @@
-"""Predictions on files: what is written, what is skipped, and that nothing is written over."""
+"""Predictions on files: what is written, what is skipped, and that nothing is overwritten."""
 
 import errno
 import json
@@ -97,7 +97,7 @@ def test_names_on_the_sheet_of_a_large_image_are_as_large_as_on_a_small_one(
     monkeypatch.setattr(predict_module, "draw_boxes", spy)
     folder = write_images(tmp_path / "in", rng, ["1.jpg"], size=(1500, 2000))
     predict(finished_run[0].path, [str(folder)], tmp_path / "out", threshold=0)
-    assert widths == [1600, 480]  # text has one size in pixels; none of it is shrunk
+    assert widths == [1600, 480]  # text has one size in pixels and is never scaled
     assert cv2.imread(str(tmp_path / "out" / "contact_sheet.jpg")).shape[1] == 480
 
 

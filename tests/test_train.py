@@ -116,7 +116,7 @@ def test_a_crash_and_a_signal_do_not_change_the_result(finished_run, dataset_dir
 
 
 def test_a_run_keeps_the_name_of_the_only_data_set(dataset_dir, tmp_path):
-    """Another one may lie beside it by the time it is evaluated, and its ids belong to it."""
+    """There may be several by the time the run is evaluated, and category ids are part of one."""
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
     config = dataclasses.replace(
         config,
@@ -188,7 +188,7 @@ def test_training_survives_a_disk_that_is_full_temporarily(
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Disk(Listener):
-        """Full from the news of step 1 until a checkpoint could not be written."""
+        """Full from the update of step 1 until a checkpoint could not be written."""
 
         def update(self, name, done, total, fields):
             super().update(name, done, total, fields)
@@ -312,7 +312,7 @@ def test_a_batch_with_nan_costs_one_update(dataset_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "images", "said"),
+    ("changes", "images", "message"),
     [
         ({"loss_box": np.inf}, [], "NaN or Inf in loss_box"),
         ({"loss_class": np.nan, "loss_box": np.nan}, [], "NaN or Inf in loss_class and loss_box"),
@@ -330,9 +330,9 @@ def test_a_batch_with_nan_costs_one_update(dataset_dir, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_the_loss_the_bin_and_the_images_with_nan_are_named(changes, images, said):
+def test_the_loss_the_bin_and_the_images_with_nan_are_named(changes, images, message):
     values = {"loss_class": 1.0, "loss_box": 0.1, "grad_norm": 2.0, "num_nonfinite": 0}
-    assert what_is_wrong({**values, **changes}, images) == said
+    assert what_is_wrong({**values, **changes}, images) == message
 
 
 @pytest.mark.parametrize(
@@ -348,8 +348,8 @@ def test_user_errors_are_found_before_anything_is_written(
     dataset_dir, tmp_path, section, changes, key
 ):
     config = tiny_config(dataset_dir)
-    part = dataclasses.replace(getattr(config, section), **changes)
+    changed = dataclasses.replace(getattr(config, section), **changes)
     with pytest.raises(ConfigError, match=rf"^{key}: ") as refused:
-        train(dataclasses.replace(config, **{section: part}), tmp_path / "run")
+        train(dataclasses.replace(config, **{section: changed}), tmp_path / "run")
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ def test_r50_has_the_published_cost():
     assert round(found.total.trained / 1e6, 2) == 37.74
     assert found.total.parameters == 37_968_692
     assert found.total.multiply_adds == pytest.approx(239.32e9, rel=0.01)
-    # XLA leaves out what falls on padding and counts what is no convolution.
+    # XLA omits what falls on padding and counts other operations than convolutions.
     assert found.xla_flops / 2 == pytest.approx(found.total.multiply_adds, rel=0.015)
     assert found.anchors == 9 * (100 * 160 + 50 * 80 + 25 * 40 + 13 * 20 + 7 * 10)
     assert found.examples == 80 * found.anchors
@@ -36,7 +36,7 @@ def test_r50_has_the_published_cost():
     [("coco_r50_torchvision", 151.54e9), ("coco_r50_torchvision_v2", 152.238e9)],
 )
 def test_torchvision_models_have_the_published_cost(experiment, published):
-    """Of a square image of 800 pixels and 91 classes. P6 from C5 or P5 differ by 0.5 %."""
+    """For 800 x 800 pixels and 91 classes. P6 from C5 and from P5 differ by 0.5 %."""
     found = description(experiment, num_classes=91, padded_size=(800, 800))
     assert found.total.multiply_adds == pytest.approx(published, rel=1e-4)
 
@@ -81,7 +81,7 @@ def test_a_small_network_costs_what_is_counted_by_hand():
 
 @pytest.mark.parametrize(
     ("frozen_stages", "without_gradient"),
-    # Convolutions to the first one that is trained: none, the stem, all of stage 1.
+    # Convolutions up to the first one that needs a gradient: none, or the stem and stage 1.
     [(0, []), (1, [conv(32, 7, 3, 4), conv(16, 3, 4, 4), conv(16, 3, 4, 4)])],
 )
 def test_training_costs_the_forward_pass_and_the_products_of_all_gradients(
@@ -103,8 +103,8 @@ def test_ideal_seconds_need_a_known_peak():
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     for settings, kind in ((config, "NVIDIA H100"), (half, "cpu"), (config, "cpu")):
         assert ideal_seconds(settings, 3, sizes, [kind] * 2) == {}
-    told = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_teraflops=1.5))
-    for settings, kind, peak in ((half, "NVIDIA H100", 989e12), (told, "cpu", 1.5e12)):
+    given = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_teraflops=1.5))
+    for settings, kind, peak in ((half, "NVIDIA H100", 989e12), (given, "cpu", 1.5e12)):
         found = ideal_seconds(settings, 3, sizes, [kind] * 2)
         for size in sizes:
             seconds = training_operations(config, 3, size) / (2 * peak)
@@ -118,9 +118,9 @@ def test_frozen_stages_count_as_parameters_but_not_as_trained(frozen_stages):
     found = describe(dataclasses.replace(config, model=model), 3, (64, 64))
     backbone = found.modules["backbone"]
     stem, first = 49 * 3 * 4 + 8, 2 * (9 * 4 * 4 + 8)
-    left_out = {0: 0, 1: stem + first, 4: backbone.parameters}[frozen_stages]
-    assert backbone.parameters - backbone.trained == left_out
-    assert found.total.parameters - found.total.trained == left_out
+    frozen = {0: 0, 1: stem + first, 4: backbone.parameters}[frozen_stages]
+    assert backbone.parameters - backbone.trained == frozen
+    assert found.total.parameters - found.total.trained == frozen
 
 
 def test_dtype_and_rematerialization_do_not_change_the_description():

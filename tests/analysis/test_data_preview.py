@@ -1,4 +1,4 @@
-"""What the inspection says of a data set is what the files of the data set say."""
+"""What the inspection reports about a data set agrees with the annotations."""
 
 import json
 
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def inspected(dataset_dir, tmp_path_factory):
-    """One batch that holds the whole epoch, without flips: what is expected follows from the data
-    set itself."""
+    """One batch that holds a complete epoch, so that expected values follow from the data set."""
     config = tiny_config(dataset_dir, optimizer=Optimizer(batch_size=10))
     listener, out = Listener(), tmp_path_factory.mktemp("inspection") / "new"
     inspection, files = inspect_data(config, out, batches=1, pictures=2, progress=listener)

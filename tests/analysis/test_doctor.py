@@ -1,4 +1,4 @@
-"""Faults injected into a machine or a data set one by one are each named with a remedy."""
+"""Faults that are injected one by one are each named with a remedy."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""The inference benchmark measures what it says; how fast it was is no test."""
+"""The inference benchmark measures what it claims to; its speed is not tested."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 from ghm_jax.bench.inference import (
     InferenceCase,
     InferenceTime,
-    _last_layer,
+    last_layer,
     measure_inference,
 )
 from ghm_jax.cli import main
@@ -36,7 +36,7 @@ def test_peaked_scores_give_few_candidates_and_flat_ones_all():
 
 def test_the_last_layer_gives_the_chosen_number_of_scores_above_the_threshold(rng):
     fresh = rng.normal(0, 1e-4, (2, 5000))
-    factor, biases = _last_layer(fresh, 0.05)
+    factor, biases = last_layer(fresh, 0.05)
     for kind, count in (("peaked", 600), ("flat", 10_000)):
         scores = 1 / (1 + np.exp(-(fresh * factor + biases[kind])))
         assert np.sum(scores > 0.05) == pytest.approx(count, abs=15)

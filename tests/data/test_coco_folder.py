@@ -1,4 +1,4 @@
-"""A folder of images with COCO annotations goes in; what evaluation and training see is checked
+"""Prepares a folder of images with COCO annotations, and checks what evaluation and training read
 against the annotations themselves and against pycocotools."""
 
 import contextlib
@@ -27,7 +27,7 @@ ANNOTATIONS = [  # id, image, category, bbox, area, crowd
     (1, 11, 40, [3.25, 4.5, 20.1, 30.7], 512.77, 0),
     (2, 11, 3, [0, 0, 64, 48], 3072, 1),
     (9, 2_000_000_000, 7, [10, 20, 39.99, 70], 2799.3, 0),
-    (10, 2_000_000_000, 3, [-5, 80, 20, 20], 150, 0),  # reaches over two borders
+    (10, 2_000_000_000, 3, [-5, 80, 20, 20], 150, 0),  # beyond two borders
     (11, 2_000_000_000, 3, [5, 80, 0, 5], 0, 0),  # no width
 ]
 
@@ -93,7 +93,7 @@ def test_ground_truth_equals_the_annotations(folder):
     for number, image_id, category_id, bbox, area, crowd in ANNOTATIONS:
         a = found[number]
         assert (a["image_id"], a["category_id"], a["iscrowd"]) == (image_id, category_id, crowd)
-        assert a["area"] == math.floor(area)  # TFDS areas are whole numbers
+        assert a["area"] == math.floor(area)  # TFDS areas are integers
         expected = [0, 80, 15, 10] if number == 10 else bbox  # clipped to the image
         np.testing.assert_allclose(a["bbox"], expected, atol=1e-3)
 
@@ -134,7 +134,7 @@ def test_pycocotools_scores_the_ground_truth_itself_as_one(folder, first_id):
     source = read(folder)
     source["annotations"] = source["annotations"][:3]
     for number, annotation in enumerate(source["annotations"], start=first_id):
-        annotation["id"] = number  # an object 0 counts as unmatched, if nobody takes care
+        annotation["id"] = number  # pycocotools itself takes an id of 0 for unmatched
     write(folder, source)
     prepare(folder)
     truth = coco_ground_truth(open_dataset(data(folder), "validation"))
@@ -192,7 +192,7 @@ def test_a_data_set_from_other_sources_is_never_overwritten(folder, change):
 
 
 def test_a_stopped_preparation_resumes_with_the_next_split(folder):
-    """And gives what a run gives that was not stopped."""
+    """With the same result as one that was not stopped."""
     source = (folder / "images", folder / "instances.json")
     splits = {"train": source, "validation": source}
 
@@ -325,7 +325,7 @@ def test_a_test_split_needs_no_annotations(folder):
         ),
     ],
 )
-def test_what_is_not_there_is_named_with_the_remedy(folder, name, split, message):
+def test_a_missing_data_set_or_split_is_named_with_the_remedy(folder, name, split, message):
     prepare(folder)
     with pytest.raises(ConfigError, match=message) as error:
         open_dataset(data(folder, name), split)

@@ -1,4 +1,4 @@
-"""The embedded data set: the same every time, fair between its splits, its boxes true."""
+"""The embedded data set: reproducible, without overlap of its splits, with exact boxes."""
 
 import subprocess
 import sys
@@ -156,4 +156,4 @@ def test_build_and_read_need_no_tensorflow(few_scenes, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 False\n"  # and TFDS is kept from talking
+    assert done.stdout == "2 False\n"  # and TFDS prints nothing

@@ -154,7 +154,7 @@ def test_a_skipped_image_is_replaced_by_the_same_one_every_time_and_counted():
     assert len(set(ids[replaced].tolist())) > 1
     for start, hosts in ((9, 1), (3, 2)):
         shares = [take(5, train_batches(broken, settings, start, h, hosts)) for h in range(hosts)]
-        again = [i for parts in zip(*shares, strict=True) for p in parts for i in p.batch.image_id]
+        again = [i for step in zip(*shares, strict=True) for p in step for i in p.batch.image_id]
         assert again == ids[start * 4 : start * 4 + 20].tolist()
     lines = []
     log = ReplacementLog(lines.append)

@@ -96,8 +96,8 @@ def test_hosts_get_contiguous_shares_of_the_one_batch(config, datasets, hosts):
     ):
         whole = take(2, read())
         shares = [take(2, read(host, hosts)) for host in range(hosts)]
-        for loaded, *parts in zip(whole, *shares, strict=True):
-            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        for loaded, *of_hosts in zip(whole, *shares, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *of_hosts)
             assert_equal(loaded, together)
 
 
@@ -179,7 +179,7 @@ def test_a_batch_that_cannot_be_split_over_the_hosts_is_refused(config, datasets
 
 
 def test_reading_needs_neither_absl_app_nor_tensorflow(config, datasets, tmp_path):
-    """A plain script with workers, as a notebook or a command line is."""
+    """In a plain script with workers, like a notebook or the command line."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"

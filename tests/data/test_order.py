@@ -49,7 +49,7 @@ def take(count, batches):
 
 
 def test_with_one_bucket_ids_and_seeds_are_those_of_one_plain_shuffle():
-    """Figures that were measured before there were groups stay what they are."""
+    """So that results from before images were grouped by bucket can be reproduced."""
 
     def build(positions, rng):
         return positions, rng.integers(2**63, size=len(positions)).tolist()
@@ -114,8 +114,8 @@ def test_the_stream_is_the_same_after_resuming_with_other_workers_and_hosts(rng)
         start = int(rng.integers(1, 20))
         settings = config(batch_size=4, seed=5, workers=workers)
         shares = [take(4, train_batches(dataset, settings, start, h, hosts)) for h in range(hosts)]
-        for loaded, *parts in zip(whole[start : start + 4], *shares, strict=True):
-            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        for loaded, *of_hosts in zip(whole[start : start + 4], *shares, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *of_hosts)
             assert jax.tree.structure(together) == jax.tree.structure(loaded)
             # Ids, and pixels and boxes after augmentation.
             for (path, value), other in zip(

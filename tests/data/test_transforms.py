@@ -132,7 +132,7 @@ def test_flipping_twice_changes_nothing(rng):
 
 
 def test_marked_pixels_stay_in_their_box_whatever_the_augmentation(rng):
-    """Zoom, cut and flip: what is left of the mark is what is left of its box."""
+    """Zoom, crop and flip: the remaining box fits what remains of the mark."""
     settings = data(flip=0.5, min_short_side=32, zoom=(0.4, 2.0))
     seen = set()
     for _ in range(60):
@@ -155,7 +155,7 @@ def test_marked_pixels_stay_in_their_box_whatever_the_augmentation(rng):
             seen.add((bool(example.scale[0] < 0), bool(whole)))
         elif not len(example.boxes):
             assert not bright.any()
-    assert len(seen) == 4  # mirrored or not, cut or whole
+    assert len(seen) == 4  # mirrored or not, cropped or not
 
 
 def test_drawn_sides_and_zooms_fill_their_ranges():

@@ -71,7 +71,7 @@ def test_tiny_images_have_one_cell_on_every_level(side):
 
 
 def torchvision_anchors(height: int, width: int) -> np.ndarray:
-    """The published RetinaNet's in torchvision's way, anchor by anchor."""
+    """Anchors of the published RetinaNet by torchvision's rules, one by one."""
     found = []
     for level in range(5):
         base, stride = 32 << level, 8 << level

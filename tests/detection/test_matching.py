@@ -1,7 +1,7 @@
 """Targets of anchors against the published rule, written out anchor by anchor.
 
-Corners are small whole numbers: then overlaps are exact in float32 up to one rounding, so that
-ties and thresholds are hit and fall the same way in the oracle.
+Corners are small integers: then overlaps are exact in float32 up to one rounding, so that ties and
+thresholds occur and are decided the same way as in the oracle.
 """
 
 import functools

@@ -22,7 +22,7 @@ BUCKETS = ((64, 96), (96, 64))
 
 
 def add_up(state, batch):
-    """A step that looks at all of its batch and costs nothing."""
+    """A cheap step that reads all of its batch."""
     return state + sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(batch))
 
 
@@ -63,7 +63,7 @@ def test_an_unexpected_shape_gives_a_warning_with_the_shape(batches):
     assert said == []
     step(state, split_batch(jax.tree.map(lambda x: x[:2], batch), 2))
     (line,) = said
-    assert "warning: compiling program 2 of the step, 1 were expected" in line
+    assert "warning: compiling program 2 of the step, expected 1;" in line
     assert f"(batch: images {[1, *batch.images.shape[1:]]}, image_size [1, 2], " in line
     assert "truth.labels [1, 4]" in line
 

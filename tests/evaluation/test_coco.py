@@ -1,4 +1,4 @@
-"""Figures are those of pycocotools, whichever library computes; what is no result is refused."""
+"""Figures are those of pycocotools with either library; invalid results are refused."""
 
 import dataclasses
 import json
@@ -141,8 +141,8 @@ def test_hotcoco_and_pycocotools_agree_on_real_ground_truth(rng, shared, name):
     np.testing.assert_allclose(
         list(metrics.values()), pycocotools_figures(truth, results), atol=1e-6
     )
-    referee = score(truth, results, "pycocotools")[1]
-    assert per_class == pytest.approx(referee, abs=1e-6)
+    reference = score(truth, results, "pycocotools")[1]
+    assert per_class == pytest.approx(reference, abs=1e-6)
     assert 0 < metrics["AP"] < 1
 
 

@@ -11,10 +11,10 @@ import pytest
 from ghm_jax.distributed.devices import REPLICA
 from ghm_jax.losses import gradient_density, harmonize
 from ghm_jax.losses.density import (
-    count_by_comparing,
-    count_by_scattering,
     bin_index,
     count_bins,
+    count_by_comparing,
+    count_by_scattering,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -45,12 +45,12 @@ def test_exact_density_of_evenly_spread_norms_is_their_number():
 
 def test_replicas_share_the_exact_density(rng):
     norm, mask = draw(rng)
-    whole = gradient_density(norm, mask, epsilon=0.1)
-    parts = [x.reshape(8, 8, 20) for x in (norm, mask)]
+    expected = gradient_density(norm, mask, epsilon=0.1)
+    split = [x.reshape(8, 8, 20) for x in (norm, mask)]
     density = jax.pmap(
         functools.partial(gradient_density, epsilon=0.1, axis_name=REPLICA), axis_name=REPLICA
-    )(*parts)
-    np.testing.assert_allclose(density.reshape(SHAPE), whole, rtol=1e-6)
+    )(*split)
+    np.testing.assert_allclose(density.reshape(SHAPE), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, 1.1, np.nan])

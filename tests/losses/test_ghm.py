@@ -1,4 +1,4 @@
-"""GHM-C, GHM-R and the softmax form: values, gradients and how they take odd input."""
+"""GHM-C, GHM-R and the softmax form: values, gradients and unusual input."""
 
 import functools
 from pathlib import Path

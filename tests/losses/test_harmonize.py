@@ -1,4 +1,4 @@
-"""Weights of a histogram of gradient norms; see `oracles` for the formulas in float64."""
+"""Weights from a histogram of gradient norms; see `oracles` for the formulas in float64."""
 
 import functools
 import importlib
@@ -75,7 +75,7 @@ def test_weights_follow_the_formula_over_several_steps(rng, bins, settings):
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_reference_follows_the_published_code(rng, momentum):
     norms, masks = draw(rng, 4)
-    norms[2] *= np.float32(0.5)  # the upper bins stay as they were
+    # No example in the upper bins, whose averages then stay unchanged.
     norms[2] = oracles.draw_off_edges(lambda: 0.5 * rng.uniform(size=SHAPE) ** 6, np.asarray, 30)
     for step in (1, 3, 4):
         weights, state, _ = run(norms[:step], masks[:step], 30, momentum=momentum, **REFERENCE)
@@ -148,7 +148,9 @@ def test_floor_makes_the_weights_continuous_where_a_bin_empties():
         return float(jitted(min_count=min_count)(norm, mask, state)[0][0, 0])
 
     assert weight(1e-3, 10.0) == pytest.approx(weight(0.0, 10.0), rel=1e-3)
-    assert weight(1e-3, 0.0) == pytest.approx(0.5 * weight(0.0, 0.0), rel=1e-3)  # why there is one
+    assert weight(1e-3, 0.0) == pytest.approx(
+        0.5 * weight(0.0, 0.0), rel=1e-3
+    )  # why there is a floor
 
 
 @pytest.mark.parametrize("remainder", [1e-45, 1e-39, 1e-30, 1e-13])
@@ -233,7 +235,7 @@ def test_no_gradient_flows_through_the_weights(rng):
 
 def test_replicas_share_one_histogram_only_with_an_axis_name(rng):
     (norm,), (mask,) = draw(rng)
-    norm.sort(axis=0)  # so that replicas see different parts of the axis
+    norm.sort(axis=0)  # so that replicas see different bins
     norm[oracles.near_edge(norm, 30)] = 0.05
     state = GHMState(jnp.arange(30.0), jnp.array(3))
     want_weights, want_state, want_stats = jitted()(norm, mask, state)

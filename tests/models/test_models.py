@@ -63,7 +63,7 @@ def convolutions(function, *args):
 @pytest.mark.parametrize(
     ("name", "published", "classifier"),
     [
-        # Parameters of torchvision's image classifiers, and of their last layer that we leave out.
+        # Parameters of torchvision's image classifiers, and of their last layer, which we omit.
         ("resnet18", 11_689_512, 512 * 1000 + 1000),
         ("resnet34", 21_797_672, 512 * 1000 + 1000),
         ("resnet50", 25_557_032, 2048 * 1000 + 1000),
@@ -101,8 +101,8 @@ def test_retinanet_has_as_many_parameters_as_published():
     assert count(variables["params"]) == total
 
     # mmdetection's has 37.74 million that are trained: it fixes the stem and the first stage.
-    stands = frozen_parameters(variables["params"], 1)
-    fixed = jax.tree.map(lambda p, frozen: p if frozen else (), variables["params"], stands)
+    is_fixed = frozen_parameters(variables["params"], 1)
+    fixed = jax.tree.map(lambda p, frozen: p if frozen else (), variables["params"], is_fixed)
     assert round((total - count(fixed)) / 1e6, 2) == 37.74
 
 
@@ -136,9 +136,9 @@ def test_grouped_convolutions_mix_channels_of_one_group_only():
         np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2)
     )
     for group in range(4):
-        part = slice(4 * group, 4 * group + 4)
-        expected = np.einsum("bhwcij,ijco->bhwo", windows[:, :, :, part], kernel[..., part])
-        np.testing.assert_allclose(y[..., part], expected, atol=1e-5)
+        channels = slice(4 * group, 4 * group + 4)
+        expected = np.einsum("bhwcij,ijco->bhwo", windows[:, :, :, channels], kernel[..., channels])
+        np.testing.assert_allclose(y[..., channels], expected, atol=1e-5)
 
 
 def test_halving_is_done_by_the_3x3_convolution_of_a_block():

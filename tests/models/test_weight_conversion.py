@@ -1,4 +1,4 @@
-"""Names and shapes are the published ones; a tensor comes to its place, or the error names it."""
+"""Names and shapes are the published ones; every tensor goes to its place, or an error names it."""
 
 import math
 from pathlib import Path
@@ -231,7 +231,7 @@ def test_exported_weights_are_imported_bit_for_bit(rng, head_norm):
 
 
 def test_heads_outputs_run_over_anchors_then_classes(rng):
-    """torchvision's 91 classes are COCO's category ids; the ids that no class has are left out."""
+    """torchvision's 91 classes are COCO's category ids; ids without a class are dropped."""
     names, anchors = tuple(COCO_CATEGORIES), 9
     file = tiny_shapes(num_classes=91, anchors_per_cell=anchors)
     like = tiny_shapes(num_classes=80, anchors_per_cell=anchors)

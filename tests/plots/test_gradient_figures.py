@@ -148,7 +148,7 @@ def test_all_figures_are_drawn_from_a_run(finished_run, quick_compilation, exper
 
 
 def test_only_the_requested_images_are_measured(finished_run, quick_compilation, experiment):
-    """Fillers of the last batch do not count, nor images beyond the limit."""
+    """Neither fillers of the last batch nor images beyond the limit count."""
     run, config = load_run(finished_run[0].path)
     variables = restore_state(run, config, jax.devices()[0]).variables
 

@@ -1,3 +1,5 @@
+"""Drawn boxes, figures, the HTML report, and the history that they show."""
+
 import base64
 import json
 import re
@@ -131,7 +133,8 @@ def test_the_highest_score_is_drawn_on_top():
 
 
 def test_a_label_without_a_name_is_drawn():
-    draw_boxes(np.zeros((60, 60, 3), np.uint8), np.array([[9, 30, 30, 50]]), np.array([99]), NAMES)
+    image = np.zeros((60, 60, 3), np.uint8)
+    assert draw_boxes(image, np.array([[9, 30, 30, 50]]), np.array([99]), NAMES).any()
 
 
 def test_class_colors_differ_and_are_light_enough_for_black_text():

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing is wider than a phone, nothing complains."""
+"""The report in a real browser: nothing is wider than a phone, and the console is empty."""
 
 import re
 import shutil

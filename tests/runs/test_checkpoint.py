@@ -144,7 +144,7 @@ def test_the_best_ones_are_kept_beside_the_newest(rng, tmp_path):
         checkpoints.wait()
         assert checkpoints.steps == [1, 3, 4]
         assert checkpoints.latest == 4
-    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:  # it is remembered
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:  # AP is stored as well
         checkpoints.save(5, states[0], 0.35)
         checkpoints.wait()
         assert checkpoints.steps == [1, 5]

@@ -1,4 +1,4 @@
-"""A run's directory is never taken from anybody."""
+"""A run's directory never overwrites anything."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_the_same_config_resumes_and_harmless_settings_may_change(tmp_path):
     claim_run(tmp_path, Config())
     later = Config(run=Run(workers=0, wrapper="shard_map"), predict=Predict(nms_iou=0.6))
     claim_run(tmp_path, later)
-    assert load_run(tmp_path)[1] == later  # the newest settings are what holds
+    assert load_run(tmp_path)[1] == later  # the newest settings apply
 
 
 def test_another_config_is_refused_and_everything_that_differs_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""What training writes down, on a log that is fed by hand."""
+"""What the training log writes, given metrics by hand."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ METRICS = {
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that is set by hand."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -130,7 +130,7 @@ def test_the_progress_line_shows_the_fields_of_the_record(run):
 
 def test_updates_skipped_before_a_restart_are_not_reported_again(run):
     listener = Listener()
-    for done in (1, 2):  # each by a command of its own
+    for done in (1, 2):  # each by a new command
         log = TrainingLog(run, tiny_config(), done - 1, listener)
         log.record(done, METRICS | {"skipped": 1})
         log.flush()

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases get of a run, read back or taken by a stand-in."""
+"""What TensorBoard and Weights & Biases receive: event files read back, and a fake service."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ def values(directory):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands in for the package: keeps what it is told."""
+    """A fake package that records its calls."""
     fake = types.ModuleType("wandb")
     fake.__spec__ = importlib.util.spec_from_loader("wandb", None)
     fake.asked, fake.logged, fake.finished, fake.broken = [], [], 0, False
@@ -162,7 +162,7 @@ def test_a_missing_package_is_an_error_before_the_run_begins(dataset_dir, tmp_pa
         train(config, tmp_path / "run")
     assert "\n" not in str(told.value)
     assert not list(tmp_path.iterdir())
-    check_writers(tiny_config())  # nobody else needs it
+    check_writers(tiny_config())  # not needed otherwise
 
 
 def test_a_missing_login_is_one_line_with_the_remedy(wandb, tmp_path):

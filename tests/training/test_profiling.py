@@ -16,7 +16,7 @@ from ghm_jax.training.profiling import Profiler
 
 
 def profiled_steps(directory):
-    """The steps that a profile in TensorBoard's place is of; none without a profile."""
+    """The steps in the profiles of a TensorBoard directory; empty without a profile."""
     steps = set()
     for path in directory.glob("plugins/profile/*/*.trace.json.gz"):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -35,18 +35,18 @@ def run(profiler, steps):
 
 
 @pytest.mark.parametrize(
-    ("asked", "taken", "found"),
+    ("requested", "taken", "found"),
     [
         ((2, 3), range(1, 6), {2, 3}),
         ((4, 9), range(1, 6), {4, 5}),  # the run ends before
-        ((2, 3), range(3, 6), {3}),  # it resumes between
+        ((2, 3), range(3, 6), {3}),  # it resumes in between
         ((2, 3), range(4, 6), set()),  # or after
         (None, range(1, 4), set()),
     ],
 )
-def test_a_profile_holds_the_requested_steps(tmp_path, asked, taken, found):
+def test_a_profile_holds_the_requested_steps(tmp_path, requested, taken, found):
     lines = []
-    profiler = Profiler(tmp_path, asked, lines.append)
+    profiler = Profiler(tmp_path, requested, lines.append)
     run(profiler, taken)
     profiler.close()
     assert profiled_steps(tmp_path) == found

@@ -44,7 +44,7 @@ SCALARS = {
 
 
 class Table:
-    """In place of a network: its parameters are its outputs, the same for all images but for a
+    """Replaces the network: its parameters are its outputs, the same for all images except for a
     shift by the brightness of the image."""
 
     anchors_per_cell = 1
@@ -58,7 +58,7 @@ class Table:
 
 
 def table_outputs(params, batch):
-    """What `Table` answers, in NumPy."""
+    """The outputs of `Table`, in NumPy."""
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     images = (batch.images.astype(np.float64) - mean) / std
     shift = 0.1 * images.mean(axis=(1, 2, 3))[:, None, None]
@@ -288,7 +288,7 @@ def assert_close(found, expected):
 
 
 def on_replicas(step, replicas, wrapper="pmap"):
-    """A step of whole batches, that one device could do as well."""
+    """A step that takes whole batches, like that of one device."""
     step = parallelize(step, jax.devices()[:replicas], wrapper)
     return lambda state, batch: step(state, split_batch(batch, replicas))
 
@@ -326,7 +326,7 @@ def test_replicas_of_a_network_make_the_same_step(one_device, norm, replicas):
     state, metrics = run(state, on_replicas(step, replicas))
     assert_close((state, metrics), tuple(expected))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), start.params, state.params)
-    assert all(jax.tree.leaves(moved))  # nothing stands still, so all of it was compared
+    assert all(jax.tree.leaves(moved))  # every parameter changed, so all were compared
     assert bool(jax.tree.leaves(state.batch_stats)) == (norm == "batch")
 
 
@@ -398,7 +398,7 @@ def test_anchors_of_a_step_follow_the_chosen_convention():
 def test_anchors_in_the_padding_are_ignored():
     config = CONFIG
     batch = batches(1, size=2)[0]
-    sizes = np.array([[33, 64], [64, 20]], np.int32)  # reach to 64 x 64 and 64 x 32
+    sizes = np.array([[33, 64], [64, 20]], np.int32)  # which extend to 64 x 64 and 64 x 32
     batch = batch._replace(image_size=sizes)
     batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
     batch.truth.boxes[1, 0], batch.truth.labels[1, 0] = (2, 2, 18, 18), 1
@@ -507,13 +507,13 @@ class Fragile(Table):
     ids=["levels", "exact", "ohem"],
 )
 def test_microbatches_make_the_same_step_as_the_whole_batch(loss):
-    """For every loss, as it sees the whole batch; the parts differ in their numbers of boxes."""
+    """For losses that depend on the whole batch; microbatches differ in their numbers of boxes."""
     config, optimizer = dataclasses.replace(CONFIG, loss=loss), optax.sgd(10.0, momentum=0.9)
     expected = run(table_state(0, optimizer), table_step(config, optimizer))
-    parts = dataclasses.replace(
+    microbatched = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, accumulate=4)
     )
-    found = run(table_state(0, optimizer), table_step(parts, optimizer))
+    found = run(table_state(0, optimizer), table_step(microbatched, optimizer))
     assert_close(found, expected)
     step = functools.partial(
         train_step,
