@@ -16,7 +16,7 @@ from ghm_jax.config import Config
 from ghm_jax.data.batching import collate, filler_example
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import Batches, train_batches, training_groups
-from ghm_jax.data.order import Groups
+from ghm_jax.data.order import Bucket, Groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.distributed.devices import (
     REPLICA,
@@ -120,7 +120,8 @@ def train(
                 "train from scratch)"
             )
             return state
-        compile_step(job, step, state)
+        buckets = tuple(job.groups)
+        compile_step(step, state, job.config, buckets, job.replicas, progress)
         state, done, signal_number = loop(job, step, state, start, saved, stopping)
     if done < job.steps:
         raise TrainingInterrupted(
@@ -224,23 +225,30 @@ def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     return state, start
 
 
-def compile_step(job: Job, step: Step, state: TrainState) -> None:
+def compile_step(
+    step: Step,
+    state: TrainState,
+    config: Config,
+    buckets: tuple[Bucket, ...],
+    replicas: int,
+    progress: Progress,
+) -> None:
     """Compiles the step for each bucket, by running it once on images that are all padding.
 
     Training then never stops to compile, and running out of memory shows now. The step may reuse
     the memory of the state that it is given: it gets a copy.
     """
-    size = job.config.optimizer.batch_size // jax.process_count()
-    for number, bucket in enumerate(job.groups, 1):
-        job.progress.say(
+    size = config.optimizer.batch_size // jax.process_count()
+    for number, bucket in enumerate(buckets, 1):
+        progress.say(
             f"compiling the training step for images of {bucket[0]}x{bucket[1]} pixels"
-            f"{f' ({number} of {len(job.groups)})' * (len(job.groups) > 1)}, about half a minute"
+            f"{f' ({number} of {len(buckets)})' * (len(buckets) > 1)}, about half a minute"
         )
         start = time.perf_counter()
-        padding = collate([filler_example()] * size, bucket, job.config.data.max_boxes).batch
+        padding = collate([filler_example()] * size, bucket, config.data.max_boxes).batch
         copy = jax.tree.map(jnp.copy, state)
-        jax.block_until_ready(step(copy, split_batch(padding, job.replicas)))
-        job.progress.say(f"... compiled in {time.perf_counter() - start:.0f} s")
+        jax.block_until_ready(step(copy, split_batch(padding, replicas)))
+        progress.say(f"... compiled in {time.perf_counter() - start:.0f} s")
 
 
 def loop(

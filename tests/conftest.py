@@ -1,7 +1,15 @@
 """The setting of every test: eight CPU devices, strict JAX options, no display."""
 
+import atexit
+import gc
 import os
+import secrets
+import shutil
 import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
 
 # In the environment, not by jax.config, so that the processes a test starts are the same; before
 # jax is imported, because that is when it reads them.
@@ -9,18 +17,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # so that pmap really splits its batch
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # (8,) against (8, 1) is nearly always a mistake
 os.environ["MPLBACKEND"] = "agg"
-# Most of the time goes into compiling: each program is compiled only once for all processes.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ghm-jax-tests-")
-
-import atexit
-import secrets
-import shutil
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Most of the time is spent compiling: each program is compiled once. All workers share the
+# directory that the first process makes.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.mkdtemp(prefix="ghm-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test_train")
@@ -29,6 +32,15 @@ LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, so that the workers of `make test` finish together."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Compiled programs of a file are dropped after it: JAX keeps them all, several gigabytes."""
+    if nextitem is None or nextitem.path != item.path:
+        import jax  # after the environment is set
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

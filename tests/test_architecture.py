@@ -1,4 +1,4 @@
-"""Rules that readers rely on and no linter checks: which module imports which, what is forbidden."""
+"""Rules that readers rely on and no linter checks: who imports whom, and what is forbidden."""
 
 import ast
 import dataclasses

@@ -72,7 +72,7 @@ def fails(capsys, *args):
         ("train", ["usage: ghm-jax train EXPERIMENT"]),
         ("train --loss.ghm-c.momentum 0.9 tiny.py", ["usage: ghm-jax train EXPERIMENT"]),
         ("train nosuch.py", ["nosuch.py", "no such experiment", "experiments/"]),
-        ("train tiny.py:ten", ["tiny.py:ten", "no `configs`", "give tiny.py"]),
+        ("train tiny.py:ten", ["tiny.py:ten", "no 'configs' to choose", "give tiny.py"]),
         ("train table.py", ["several configs", "choose from table.py:one"]),
         ("describe table.py:two", ["table.py:two", "no row 'two'", "choose from table.py:one"]),
         ("train tiny.py --optimizer.momentun 0.9", ["did you mean optimizer.momentum"]),
@@ -153,7 +153,7 @@ def fails(capsys, *args):
         ("import w.safetensors tiny.py", ["w.safetensors", "no such file", "hf://OWNER/NAME"]),
         ("import tiny.py tiny.py", ["tiny.py", "not one of .safetensors, .pth"]),
         ("import w.pth tiny.py --data.dir gone", ["data.dir", "'squares'"]),
-        ("import w.pth tiny.py --run-dir run", ["run: holds a checkpoint", "--run-dir"]),
+        ("import w.pth tiny.py --run-dir run", ["run: already holds a checkpoint", "--run-dir"]),
         ("export", ["usage: ghm-jax export RUN --out FILE"]),
         ("export run", ["--out", "--help"]),
         ("export nosuch --out w.safetensors", ["nosuch", "not a run"]),
@@ -192,8 +192,8 @@ def test_a_user_error_is_one_line_and_changes_no_file(place, run_dir, capsys, co
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("config = 1", ["defines no `config = Config(...)`"]),
-        ("", ["defines no `config = Config(...)`"]),
+        ("config = 1", ["defines no 'config = Config(...)'"]),
+        ("", ["defines no 'config = Config(...)'"]),
         ("config = Config(", ["SyntaxError"]),
         ("import nosuchmodule", ["ModuleNotFoundError", "nosuchmodule"]),
         ("from ghm_jax.config import *\nconfig = Config(sed=1)", ["TypeError", "sed"]),

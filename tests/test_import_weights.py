@@ -20,7 +20,7 @@ from ghm_jax.config import Model
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.evaluate import evaluate
 from ghm_jax.evaluation.detector import restore_state
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import UserError
 from ghm_jax.export import export
 from ghm_jax.import_weights import import_run
 from ghm_jax.models.weight_files import load_tensors, locate
@@ -67,7 +67,7 @@ def write_backbone(path, rng, model=MODEL):
 
 
 def error_of(function, *args, **kwargs):
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         function(*args, **kwargs)
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -411,7 +411,7 @@ def test_a_detector_that_does_not_fit_leaves_no_run(dataset_dir, tmp_path, rng, 
         import_run, str(path), config, tmp_path / "run"
     )
     assert not (tmp_path / "run").exists()
-    assert "holds a checkpoint already" in error_of(
+    assert "already holds a checkpoint" in error_of(
         import_run, str(imported[1]), config, imported[0].path
     )
 

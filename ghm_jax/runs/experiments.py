@@ -31,9 +31,7 @@ def load_experiment(path: str | Path) -> Config:
         elif config is None:
             raise ConfigError(file, "holds several configs", choice)
     elif row:
-        raise ConfigError(
-            str(path), "the file has no dict 'configs' to choose from", f"give {file}"
-        )
+        raise ConfigError(str(path), "there are no 'configs' to choose from", f"give {file}")
     if not isinstance(config, Config):
         raise ConfigError(
             str(path), "defines no 'config = Config(...)'", "see experiments/quickstart.py"

@@ -63,7 +63,7 @@ def test_an_unexpected_shape_gives_a_warning_with_the_shape(batches):
     assert said == []
     step(state, split_batch(jax.tree.map(lambda x: x[:2], batch), 2))
     (line,) = said
-    assert "warning: compiling program 2 of the step, expected 1;" in line
+    assert "warning: compiling program 2 of the step, expected 1" in line
     assert f"(batch: images {[1, *batch.images.shape[1:]]}, image_size [1, 2], " in line
     assert "truth.labels [1, 4]" in line
 
