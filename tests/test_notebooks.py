@@ -41,13 +41,13 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
 
-    said = [
+    printed = [
         output.text
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if output.output_type == "stream"
     ]
-    assert not [text for text in said if "Warning" in text]
+    assert not [text for text in printed if "Warning" in text]
 
 
 @every_notebook

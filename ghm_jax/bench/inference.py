@@ -264,7 +264,7 @@ def _import_torchvision(torch: Any) -> tuple[Any, str]:
     """torchvision, and its name in the table.
 
     GPU builds cannot be imported on machines without a GPU, as their compiled operators are
-    missing. RetinaNet only needs NMS of these, which is then left out: an advantage in time.
+    missing. RetinaNet only needs NMS of these, which is then omitted: an advantage in time.
     """
     try:
         return importlib.import_module("torchvision"), "torchvision"

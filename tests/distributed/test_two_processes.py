@@ -47,18 +47,18 @@ class Job:
     def end(self, status=0):
         """(stdout, stderr) of both, which end with this status, without gloo's own lines."""
         try:
-            said = [process.communicate(timeout=600) for process in self.processes]
+            outputs = [process.communicate(timeout=600) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
-        for process, (_, err) in zip(self.processes, said, strict=True):
+        for process, (_, err) in zip(self.processes, outputs, strict=True):
             assert process.returncode == status, err[-3000:]
         return [
             tuple(
                 "\n".join(line for line in text.splitlines() if "[Gloo]" not in line)
                 for text in both
             )
-            for both in said
+            for both in outputs
         ]
 
 

@@ -81,10 +81,10 @@ def with_wandb(config):
 
 
 def test_tensorboard_gets_numbers_histograms_and_pictures(tmp_path):
-    board = TensorBoard(tmp_path, 6)
-    board.add("train", RECORD, {})
-    board.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
-    board.close()
+    writer = TensorBoard(tmp_path, 6)
+    writer.add("train", RECORD, {})
+    writer.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
+    writer.close()
     found = values(tmp_path)
     assert found.keys() == {
         (7, tag)
@@ -107,19 +107,19 @@ def test_tensorboard_gets_numbers_histograms_and_pictures(tmp_path):
 
 
 def test_a_resumed_run_makes_tensorboard_discard_later_steps(tmp_path):
-    board = TensorBoard(tmp_path, 6)
-    board.add("train", RECORD, {})
+    writer = TensorBoard(tmp_path, 6)
+    writer.add("train", RECORD, {})
     (start,) = [event for event in events(tmp_path) if event.session_log.status]
     assert start.step == 7
-    board.close()
+    writer.close()
 
 
 def test_weights_and_biases_gets_the_same_under_the_same_names(wandb, tmp_path):
     run, config = RunDirectory(tmp_path), tiny_config()
-    board = WeightsAndBiases(run, config)
-    board.add("train", RECORD, {})
-    board.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
-    board.close()
+    writer = WeightsAndBiases(run, config)
+    writer.add("train", RECORD, {})
+    writer.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
+    writer.close()
     (asked,) = wandb.asked
     assert (asked["project"], asked["name"], asked["dir"]) == (
         *("ghm-jax", tmp_path.name),
@@ -158,9 +158,9 @@ def test_a_resumed_run_is_one_run_in_weights_and_biases(wandb, tmp_path, monkeyp
 def test_a_missing_package_is_an_error_before_the_run_begins(dataset_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     config = with_wandb(tiny_config(dataset_dir))
-    with pytest.raises(ConfigError, match=r'^run.wandb: .*pip install "ghm-jax\[wandb\]"') as told:
+    with pytest.raises(ConfigError, match=r'^run.wandb: .*pip install "ghm-jax\[wandb\]"') as error:
         train(config, tmp_path / "run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
     check_writers(tiny_config())  # not needed otherwise
 
@@ -170,9 +170,9 @@ def test_a_missing_login_is_one_line_with_the_remedy(wandb, tmp_path):
         raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login()")
 
     wandb.init = init
-    with pytest.raises(ConfigError, match=r"^run.wandb: api_key not.*WANDB_MODE=offline") as told:
+    with pytest.raises(ConfigError, match=r"^run.wandb: api_key not.*WANDB_MODE=offline") as error:
         WeightsAndBiases(RunDirectory(tmp_path), tiny_config())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_service_that_fails_does_not_end_the_training(wandb, tmp_path):
