@@ -107,8 +107,8 @@ def count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:
     # another, and most of them to the same few counters.
     together = 3 if slots <= 40 else 1
     size = index.size // together
-    thirds = [index[i * size : (i + 1) * size].astype(jnp.int32) for i in range(together)]
-    joint = functools.reduce(lambda joint, third: joint * slots + third, thirds)
+    slices = [index[i * size : (i + 1) * size].astype(jnp.int32) for i in range(together)]
+    joint = functools.reduce(lambda joint, values: joint * slots + values, slices)
     counts = _scatter_ones(joint, slots**together).reshape((slots,) * together)
     axes = set(range(together))
     marginals = [counts.sum(axis=tuple(axes - {axis})) for axis in axes]
