@@ -42,7 +42,7 @@ docs: setup  ## the documentation's site, into site/
 
 check: lint types test floor  ## what CI runs
 
-lock:  ## write both requirements files anew from pyproject.toml (the only target that needs uv)
+lock:  ## regenerate both requirements files from pyproject.toml (the only target that needs uv)
 	uv pip compile --quiet --upgrade --universal --extra dev \
 	    --no-emit-package ghm-jax pyproject.toml -o requirements.txt
 	uv pip compile --quiet --upgrade --universal --extra test --resolution lowest-direct \

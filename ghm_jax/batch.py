@@ -1,14 +1,14 @@
-"""What a step sees of its images, as types: arrays of NumPy on the host, of JAX in a step."""
+"""Types of what a step reads: NumPy arrays on the host, JAX arrays inside the step."""
 
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 Array: TypeAlias = Any
-"""np.ndarray or jax.Array. Processes that decode images import this file, and never JAX."""
+"""np.ndarray or jax.Array. Worker processes that decode images import this file but never JAX."""
 
 NO_CLASS = -1
-"""Label of a box that nothing learns: padding, or a crowd region."""
+"""Label of a box that no anchor learns: padding, or a crowd region."""
 
 
 class GroundTruth(NamedTuple):
@@ -23,7 +23,7 @@ class GroundTruth(NamedTuple):
 
 
 class ModelInputs(NamedTuple):
-    """What the network looks at."""
+    """What the network reads."""
 
     images: Array
     """u8[B, H, W, 3], RGB, padded at the bottom and the right."""
@@ -48,12 +48,12 @@ class Batch(NamedTuple):
     truth: GroundTruth
 
     def model_inputs(self) -> ModelInputs:
-        """The part that the network looks at."""
+        """What the network reads."""
         return ModelInputs(self.images, self.image_size)
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, and what the host must know about its images."""
+    """A batch, and what the host needs to know about its images."""
 
     batch: Batch
     scale: np.ndarray
@@ -61,8 +61,8 @@ class LoadedBatch(NamedTuple):
     offset: np.ndarray
     """f32[B, 2] (x, y), added after scaling."""
     valid: np.ndarray
-    """bool[B]; False: only fills up a batch."""
+    """bool[B]; False: filler."""
     dropped_boxes: np.ndarray
-    """i32[B], boxes left out because there were more than M."""
+    """i32[B], boxes dropped because there were more than M."""
     replaced: np.ndarray
-    """bool[B], stands in for an image that cannot be decoded."""
+    """bool[B], replaces an image that cannot be decoded."""

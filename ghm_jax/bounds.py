@@ -1,4 +1,4 @@
-"""Bounds that stand beside the settings they bound, as in `bins: Positive[int] = 30`."""
+"""Bounds declared in the type of the setting they bound, as in `bins: Positive[int] = 30`."""
 
 import functools
 import math
@@ -10,11 +10,11 @@ Number = TypeVar("Number", int, float)
 
 
 class Bound(NamedTuple):
-    """A condition on the value of a setting, beside its type: `Annotated[int, Bound(...)]`."""
+    """A condition on the value of a setting, part of its type: `Annotated[int, Bound(...)]`."""
 
     holds: Callable[[Any], bool]
     words: str
-    """What is said of a value for which it does not hold, such as "must be positive"."""
+    """The problem with a value that violates it, such as "must be positive"."""
 
 
 Positive = Annotated[Number, Bound(lambda value: value > 0, "must be positive")]
@@ -24,10 +24,10 @@ BelowOne = Annotated[Number, Bound(lambda value: 0 <= value < 1, "must be in [0,
 
 
 def problems(settings: Any) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong with it) of the fields of a dataclass that are out of bounds.
+    """(name, problem) of the fields of a dataclass that are out of bounds.
 
     A field is bounded by each `Bound` of its type and by the choices of a `Literal`; a float must
-    be finite besides. Fields that hold a dataclass are not looked into.
+    also be finite. Nested dataclasses are not checked.
     """
     for name, kind in _kinds(type(settings)).items():
         value = getattr(settings, name)

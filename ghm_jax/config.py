@@ -1,4 +1,4 @@
-"""What decides a result, as data: frozen dataclasses, their defaults and every check.
+"""Every setting that decides a result, as frozen dataclasses with defaults and checks.
 
 The defaults are the published RetinaNet-R50 recipe on COCO with the package's own GHM settings.
 An experiment file holds `config = Config(...)`; any field can be overridden on the command line
@@ -18,17 +18,17 @@ from typing import Annotated, Any, Literal
 from ghm_jax.bounds import BelowOne, Bound, Fraction, NotNegative, Positive, problems
 from ghm_jax.exceptions import ConfigError
 
-# An experiment file finds all that a config is made of here.
+# Experiment files import everything that a config consists of from this module.
 from ghm_jax.harmonizing import REFERENCE as REFERENCE
 from ghm_jax.harmonizing import Harmonizing as Harmonizing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images, and how they become arrays of a fixed shape."""
+    """Which images to use, and how they become arrays of fixed shape."""
 
     name: str = "coco/2017"
-    """TFDS name of the data set; empty: the only one in `dir`, whose name the run then keeps."""
+    """TFDS name of the data set; empty: the only one in `dir`; the run stores its name."""
     dir: str = "data"
     """Directory that holds prepared TFDS data sets (array_record)."""
     train_split: str = "train"
@@ -41,20 +41,20 @@ class Data:
     classes: tuple[str, ...] = ()
     """Class names in label order; read from the data set when a run starts."""
     short_side: Positive[int] = 800
-    """Images are scaled until the short side has this many pixels ..."""
+    """Images are scaled so that the short side has this many pixels ..."""
     long_side: int = 1333
-    """... unless the long side would have more than this many."""
+    """... unless the long side would then have more than this many."""
     buckets: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1344, 1344))
-    """(height, width) to which images are padded: each belongs to the first one that holds it, and
-    a step takes images of one bucket; multiples of 32."""
+    """Padded sizes (height, width), multiples of 32. An image goes into the first bucket that it
+    fits in, and all images of a step come from one bucket."""
     max_boxes: Positive[int] = 100
-    """Boxes an image is padded to. Where an image has more, a run says so when it starts, and the
-    smallest are left out."""
+    """Boxes per image after padding. If an image has more, the smallest are dropped, which is
+    reported when the run starts."""
     flip: Fraction[float] = 0.5
     """Probability of a horizontal flip in training."""
     min_short_side: int = 0
-    """Multi-scale training: the short side is drawn from here to `short_side`, for each image anew
-    (480 is usual); 0: it is always `short_side`."""
+    """Multi-scale training: the short side of each image is drawn between this value (480 is
+    common) and `short_side`; 0: it is always `short_side`."""
     zoom: Annotated[
         tuple[float, float],
         Bound(
@@ -62,13 +62,13 @@ class Data:
             "must be a range of factors from above 0 to 10",
         ),
     ] = (1.0, 1.0)
-    """Large-scale jitter in training: images are scaled by a factor drawn from this range, and what
-    then reaches over the size they have without it is cut off at random; (0.1, 2.0) is usual."""
+    """Large-scale jitter in training: each image is scaled by a factor drawn from this range and,
+    if it then exceeds its size without jitter, cropped to that at random; (0.1, 2.0) is common."""
     keep_empty: bool = False
-    """Train on images without an object to learn from as well; the published code does not."""
+    """Also train on images without an object to learn from; the published code does not."""
     on_error: Literal["error", "skip"] = "error"
-    """A training image that cannot be decoded: stop and name it, or put another one in its place
-    and say so. An evaluation always stops."""
+    """A training image that cannot be decoded: stop and name it, or replace it by another one with
+    a warning. Evaluation always stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +79,26 @@ class Model:
     """resnet10, 18, 34, 50, 101, 152, resnext50_32x4d, or resnext101_32x4d, _32x8d or _64x4d."""
     weights: str = ""
     """ImageNet weights that the backbone of a new run starts from: a .safetensors or .pth file, or
-    hf://OWNER/NAME[/FILE] on the Hugging Face Hub; empty: random ones."""
+    hf://OWNER/NAME[/FILE] on the Hugging Face Hub; empty: random initialization."""
     width: Positive[int] = 64
     """Channels of the backbone's stem; the published networks have 64."""
     stem_kernel: Annotated[Positive[int], Bound(lambda side: side % 2 == 1, "must be odd")] = 7
-    """Side of the stem's convolution; 3 is cheaper, and enough for small images."""
+    """Kernel size of the stem's convolution; 3 is cheaper, and enough for small images."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
     """Backbone normalization: fixed statistics, those of the whole batch, or GroupNorm."""
     norm_epsilon: NotNegative[float] = 1e-5
     """Added to variances in the backbone; torchvision's published RetinaNet v1 needs 0."""
     frozen_stages: Annotated[int, Bound(lambda count: 0 <= count <= 4, "must be 0 to 4")] = 0
-    """Backbone left as it starts: 0 nothing, 1 the stem and the first stage, ..., 4 all of it. The
-    published models have 1; it makes sense with imported weights only."""
+    """Stages of the backbone that are not trained: 0 none, 1 the stem and the first stage, ..., 4
+    all of it. The published models have 1; it makes sense with pretrained weights only."""
     remat: bool = False
-    """Keep only the inputs of the backbone's stages for the backward pass and compute the rest
-    again: less memory, slower, the same results."""
+    """Keep only the inputs of the backbone's stages for the backward pass and recompute the rest:
+    less memory, slower, the same results."""
     channels: Positive[int] = 256
     """Channels of the pyramid and of the heads."""
     p6_from: Literal["c5", "p5"] = "c5"
-    """What P6 is made of: the backbone's last stage (mmdetection, torchvision v2), or the pyramid's
-    P5 (torchvision v1)."""
+    """Input of P6: the backbone's last stage (mmdetection, torchvision v2), or the pyramid's P5
+    (torchvision v1)."""
     relu_before_p7: bool = False
     """A ReLU between P6 and P7, as in torchvision; mmdetection has none."""
     head_convs: NotNegative[int] = 4
@@ -106,7 +106,7 @@ class Model:
     head_norm: Literal["none", "group"] = "none"
     """Normalization in the heads."""
     prior: Annotated[float, Bound(lambda value: 0 < value < 1, "must be in (0, 1)")] = 0.01
-    """Probability that a fresh model gives to every (anchor, class) pair."""
+    """Score that a newly initialized model gives to every (anchor, class) pair."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the activations; parameters, logits and losses are float32."""
 
@@ -116,26 +116,26 @@ class Anchors:
     """Anchor boxes and how they are matched to ground truth."""
 
     convention: Literal["mmdetection", "torchvision"] = "mmdetection"
-    """Whose rules: exact sizes, and a box may claim its best anchors from other boxes; or sizes in
-    whole pixels, and claimed anchors learn the box they overlap most. See
+    """`mmdetection`: exact sizes, and a box may claim its best anchors from other boxes.
+    `torchvision`: sizes in integer pixels, and claimed anchors learn the box they overlap most. See
     `ghm_jax.detection.anchors` and `ghm_jax.detection.matching`; imported weights need the rules
     they were trained with."""
     scale: Positive[float] = 4.0
     """Side of the smallest anchor of a level, in strides of that level."""
     octaves: Positive[int] = 3
-    """Sizes per level, 2**(i / octaves) apart."""
+    """Sizes per level: multiples 2**(i / octaves) of the smallest."""
     ratios: Annotated[
         tuple[float, ...],
         Bound(lambda ratios: all(0 < ratio < math.inf for ratio in ratios), "must be positive"),
     ] = (0.5, 1.0, 2.0)
     """Height / width."""
     positive_iou: Fraction[float] = 0.5
-    """An anchor is positive from this IoU on ..."""
+    """An anchor is positive at or above this IoU ..."""
     negative_iou: Fraction[float] = 0.4
-    """... background below this one, and ignored between."""
+    """... background below this one, and ignored in between."""
     crowd: Literal["drop", "ignore"] = "drop"
-    """Crowd regions in training: left out, so that they are background (as published), or anchors
-    that lie in one by half or more are ignored unless they are positive."""
+    """Crowd regions in training: dropped, so that they count as background (as published), or
+    anchors with at least half of their area in one are ignored unless they are positive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +155,10 @@ class Loss:
     ghm_r: Harmonizing = field(default_factory=lambda: Harmonizing(bins=10, momentum=0.7))
     """GHM-R: how the coordinates of the boxes are harmonized."""
     mu: Positive[float] = 0.02
-    """GHM-R, ASL1: where the authentic smooth L1 turns from square to linear."""
+    """GHM-R, ASL1: error at which the authentic smooth L1 turns from quadratic to linear."""
     ghm_scope: Literal["batch", "level"] = "batch"
-    """GHM: one histogram and mean over all pyramid levels (the paper), or a call for each level
-    that shares the moving histogram, the losses added (the published code)."""
+    """GHM: one histogram and mean over all pyramid levels (the paper), or one call per level with a
+    shared moving histogram, the losses summed (the published code)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +168,13 @@ class Optimizer:
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     batch_size: Positive[int] = 16
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     accumulate: Positive[int] = 1
-    """Parts in which each device computes its images of a step, one after the other: less memory,
-    the network runs forward twice, and losses and histograms are still those of the whole batch
-    (batch normalization, if there is any, is over one part)."""
+    """Microbatches per step: each device splits its images into this many and processes one at a
+    time. Less memory, but two forward passes. Losses and histograms are still those of the whole
+    batch; batch normalization, if there is any, is over one microbatch."""
     steps: Positive[int] = 87_960
-    """Steps of the whole run; 12 epochs of COCO at 16 images."""
+    """Steps of the run; 12 epochs of COCO at 16 images per step."""
     learning_rate: Positive[float] = 0.01
     """Peak learning rate, for this `batch_size`."""
     momentum: BelowOne[float] = 0.9
@@ -182,7 +182,7 @@ class Optimizer:
     weight_decay: NotNegative[float] = 1e-4
     """L2 penalty (SGD) or decoupled decay (AdamW)."""
     clip_norm: Positive[float] = 35.0
-    """Largest global norm of the gradient."""
+    """Gradients with a larger global norm are scaled down to this norm."""
     warmup_steps: NotNegative[int] = 500
     """Steps over which the rate rises linearly ..."""
     warmup_factor: Fraction[float] = 1 / 3
@@ -192,8 +192,8 @@ class Optimizer:
     drops: tuple[int, ...] = (58_640, 80_630)
     """Steps at which the rate is divided by 10 (epochs 8 and 11 of 12)."""
     ema: BelowOne[float] = 0.0
-    """Share of the old value in a moving average of the parameters (0.9998 is usual), which is then
-    what is evaluated and exported; 0: none. It starts with less, so that it follows at first."""
+    """Decay of a moving average of the parameters (0.9998 is common), which is then evaluated and
+    exported instead; 0: none. The first steps use a smaller decay, so that it follows quickly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,50 +203,50 @@ class Predict:
     score_threshold: Fraction[float] = 0.05
     """Detections below this score are dropped."""
     candidates: Positive[int] = 1000
-    """(anchor, class) pairs of each pyramid level that go into suppression at most."""
+    """Maximum number of (anchor, class) pairs per pyramid level that enter suppression."""
     nms_iou: Fraction[float] = 0.5
-    """Of two boxes of one class that overlap more than this, the lower score goes."""
+    """Of two boxes of one class with an IoU above this, the one with the lower score is removed."""
     nms_classes: Literal["each", "all"] = "each"
-    """Boxes are rivals within each class (as published), or across all classes."""
+    """Boxes suppress each other within each class (as published), or across all classes."""
     nms_sigma: NotNegative[float] = 0.0
-    """Gaussian soft-NMS: a rival's score is multiplied by exp(-IoU^2 / nms_sigma) instead (0.5 in
+    """Gaussian soft-NMS: the lower score is multiplied by exp(-IoU^2 / nms_sigma) instead (0.5 in
     its paper); 0: as published."""
     max_detections: Positive[int] = 100
-    """Detections an image at most."""
+    """Maximum number of detections per image."""
     batch_size: Positive[int] = 16
-    """Images a step of evaluation, over all devices."""
+    """Images per evaluation step, over all devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a run behaves; none of these decide its result, so a resumed run may change them."""
+    """How a run behaves; none of these affects its result, so a resumed run may change them."""
 
     wrapper: Literal["pmap", "shard_map"] = "pmap"
-    """How the per-device step meets the devices."""
+    """JAX transformation that runs the per-device step on all devices."""
     devices: NotNegative[int] = 0
     """Devices to use; 0: all, and on CPU as many cores as the batch can be split over."""
     workers: NotNegative[int] = 4
-    """Processes that decode images; 0: this one."""
+    """Worker processes that decode images; 0: the main process decodes them."""
     log_every: Positive[int] = 50
-    """Steps between two lines of the log."""
+    """Steps between two log lines."""
     checkpoint_every: Positive[int] = 2000
     """Steps between two checkpoints."""
     keep: Positive[int] = 2
-    """Newest checkpoints kept ..."""
+    """Number of newest checkpoints to keep ..."""
     keep_best: NotNegative[int] = 1
-    """... and those of highest AP, of the ones that were evaluated."""
+    """... and of evaluated checkpoints with the highest AP."""
     eval_every: NotNegative[int] = 0
-    """Steps between two evaluations on the validation split while training; 0: none.
-    Each is saved as a checkpoint, and a line of evaluations.jsonl."""
+    """Steps between two evaluations on the validation split during training; 0: none.
+    Each one saves a checkpoint and adds a line to evaluations.jsonl."""
     max_skipped: Positive[int] = 20
-    """An update whose loss or gradient is not finite is left out; after this many in a row, seen at
-    a line of the log, the run stops."""
+    """An update with NaN or Inf in its loss or gradient is skipped; after this many consecutive
+    ones, checked at each log line, the run stops."""
     wandb: bool = False
-    """Send what TensorBoard gets to Weights & Biases too (pip install "ghm-jax[wandb]"); its own
-    environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, say where."""
+    """Also log to Weights & Biases what TensorBoard gets (pip install "ghm-jax[wandb]"); its own
+    environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, decide where to."""
     peak_teraflops: NotNegative[float] = 0.0
-    """Peak of one device for the MFU, in 10^12 operations a second; 0: what its maker publishes for
-    bfloat16. Without either a run gives no MFU."""
+    """Peak of one device for the MFU, in 10^12 operations per second; 0: the published bfloat16
+    peak of that device. If none is known, no MFU is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +254,7 @@ class Config:
     """A whole run."""
 
     seed: Annotated[NotNegative[int], Bound(lambda seed: seed < 2**32, "must be below 2**32")] = 0
-    """Fixes initialization, data order and augmentation."""
+    """Seed of initialization, data order and augmentation."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     anchors: Anchors = field(default_factory=Anchors)
@@ -264,7 +264,7 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def check(self, num_devices: int = 1) -> "Config":
-        """Raises ConfigError for the first setting that cannot work; returns the config itself.
+        """Raises ConfigError for the first invalid setting; returns the config itself.
 
         Args:
             num_devices: devices (all hosts) that the batches are split over.
@@ -284,12 +284,12 @@ BACKBONES = (
     *("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
-# A resumed run may change these: they do not decide its result.
+# A resumed run may change these: they do not affect its result.
 HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
 
 
 def _out_of_bounds(section: Any, prefix: str) -> Iterator[ConfigError]:
-    """What is wrong with each setting by itself."""
+    """The settings whose own value is out of bounds."""
     yield from (ConfigError(prefix + name, problem) for name, problem in problems(section))
     for f in dataclasses.fields(section):
         if dataclasses.is_dataclass(inner := getattr(section, f.name)):
@@ -398,7 +398,7 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + f.name, value
 
 
-# Settings of `loss` before there were `loss.ghm_c` and `loss.ghm_r`: old name -> where it is now.
+# Settings of `loss` before there were `loss.ghm_c` and `loss.ghm_r`: old name -> new names.
 _FORMERLY_IN_LOSS = {
     **{name: [f"ghm_c.{name}"] for name in ("bins", "momentum", "min_count", "strength")},
     **{f"box_{name}": [f"ghm_r.{name}"] for name in ("bins", "momentum", "min_count", "strength")},
@@ -434,7 +434,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The config that `to_dict` gave, also after a trip through JSON, and those of old runs.
+    """The inverse of `to_dict`, also after a round trip through JSON; reads old runs' configs too.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type.
@@ -443,14 +443,14 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def _with_nested_loss(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings as they are now, from those of a run that was before `loss.ghm_c` and `loss.ghm_r`.
+    """Settings in today's form, from those of a run older than `loss.ghm_c` and `loss.ghm_r`.
 
-    `preset` "reference" overrode four other settings; they get the values that were in force.
+    `preset` "reference" overrode four other settings; they get the values that were in effect.
     """
     loss, former = values.get("loss"), {*_FORMERLY_IN_LOSS, "preset"}
     if not isinstance(loss, Mapping) or not former & loss.keys():
         return values
-    if {"ghm_c", "ghm_r"} & loss.keys():  # old and new at once: no run was saved so
+    if {"ghm_c", "ghm_r"} & loss.keys():  # both forms at once: no run was saved like this
         return values
     nested: dict[str, Any] = {key: loss[key] for key in loss if key not in former}
     nested |= {"ghm_c": {}, "ghm_r": {}}
@@ -464,7 +464,7 @@ def _with_nested_loss(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _replaced(default: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    """A section with these values in place of its own."""
+    """The section `default` with these values instead of its own."""
     hints = typing.get_type_hints(type(default))
     for key in values:
         if key not in hints:
@@ -490,13 +490,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return value
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif kind in (int, str, bool) and type(value) is kind:  # True is no number here
+    elif kind in (int, str, bool) and type(value) is kind:  # True is not a number here
         return value
     raise ConfigError(key, f"{value!r} is not of the type {kind}")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that decide a result and differ: {dotted name: (old, new)}."""
+    """Settings that affect the result and differ: {dotted name: (old, new)}."""
     before, after = flatten(old), flatten(new)
     return {
         key: (before[key], after[key])

@@ -1,4 +1,4 @@
-"""From a run, or detections in a file, to COCO figures and a report."""
+"""Evaluation of a run, or of detections in a file: COCO figures and a report."""
 
 import dataclasses
 import json
@@ -27,12 +27,12 @@ from ghm_jax.runs.experiments import load_experiment
 from ghm_jax.runs.storage import unused_directory, write_text
 from ghm_jax.training.state import TrainState
 
-_STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` looks at more
+_STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` uses more
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What is evaluated on what; all of it has been checked."""
+    """What to evaluate on; all of it has been checked."""
 
     config: Config
     split: str
@@ -69,20 +69,20 @@ def evaluate(
     """Scores the newest checkpoint of a run and writes its report.
 
     If the official file lists images without annotations, as that of COCO's test-dev does, there
-    is nothing to score: the detections are written to a file for the evaluation server, with the
-    name that it wants: `detections_test-dev2017_NAME_results.json` for the run NAME and the
+    is nothing to score: the detections are written to a file for the evaluation server, under the
+    name that it requires: `detections_test-dev2017_NAME_results.json` for the run NAME and the
     official file `image_info_test-dev2017.json`.
 
     Args:
         run_dir: of a run that has a checkpoint.
         split: TFDS split; None: the run's validation split.
         annotations: official COCO file of that split; None: the run's `data.annotations`.
-        evaluator: hotcoco (fast) or pycocotools (the referee); the figures are the same.
+        evaluator: hotcoco (fast) or pycocotools (the reference); the figures are the same.
         progress: receives progress updates.
 
     Returns:
-        What was found out, also written to the run's directory: metrics.json, detections.json,
-        errors.json, report.html. For images without annotations the file for the server.
+        The result, also written to the run's directory: metrics.json, detections.json, errors.json,
+        report.html. For images without annotations, the file for the server.
 
     Raises:
         UserError: no run, no checkpoint, no data, or annotations of another data set.
@@ -119,7 +119,7 @@ def _write(
     evaluator: Evaluator,
     progress: Progress,
 ) -> Evaluation:
-    """Scores, looks at the gradients and writes; by one process, on its own devices."""
+    """Scores, measures the gradients and writes; in one process, on its own devices."""
     evaluation = task.score(detections, evaluator, step=int(state.step))
     devices = own_devices(choose_devices(task.config.run.devices))
     stats = measure_gradients(task.config, task.dataset, state, devices, _STATS_IMAGES, progress)
@@ -131,14 +131,14 @@ def _write(
 
 
 def _write_submission(run: RunDirectory, task: _Task, detections: list[dict[str, Any]]) -> Path:
-    wanted = {image["id"] for image in task.truth["images"]}
+    listed = {image["id"] for image in task.truth["images"]}
     path = run.path / submission_name(task.config.data.annotations, run.path.resolve().name)
-    write_text(path, json.dumps([row for row in detections if row["image_id"] in wanted]))
+    write_text(path, json.dumps([row for row in detections if row["image_id"] in listed]))
     return path
 
 
 def submission_name(annotations: str, name: str) -> str:
-    """What COCO's evaluation server calls the results of detector `name` on an image list."""
+    """The file name that COCO's evaluation server requires for detector `name` on an image list."""
     return f"detections_{Path(annotations).stem.removeprefix('image_info_')}_{name}_results.json"
 
 
@@ -151,13 +151,13 @@ def evaluate_file(
     annotations: str | None = None,
     evaluator: Evaluator = "hotcoco",
 ) -> Evaluation:
-    """Scores detections in a file, of any detector.
+    """Scores detections in a file, from any detector.
 
     Args:
         source: a run or an experiment (FILE or FILE:ROW), for its data settings.
         detections: JSON in COCO results form.
-        out: a new or empty directory for metrics.json, errors.json and report.html, as of a run
-            without what needs the network; None: nothing is written.
+        out: a new or empty directory for metrics.json, errors.json and report.html, as for a run
+            but without what needs the network; None: nothing is written.
         split, annotations, evaluator: as for `evaluate`.
 
     Raises:

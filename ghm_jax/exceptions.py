@@ -1,13 +1,13 @@
 """Errors that the user can fix. Each message is one line.
 
-A message has the form `key: problem; remedy`. In problem and remedy a parameter of the function or
-a setting that the user may want to change stands in backticks, `run_dir` or `data.on_error`, and
-nothing else does: the command line shows it as its option, --run-dir or --data.on-error.
+A message has the form `key: problem; remedy`. In problem and remedy, a parameter of the function or
+a setting that the user may want to change is put in backticks, `run_dir` or `data.on_error`, and
+nothing else is: the command line shows it as its option, --run-dir or --data.on-error.
 """
 
 
 class UserError(ValueError):
-    """Something that the user can fix; raised before any compute starts where that is possible."""
+    """Something that the user can fix; raised before any compute starts if possible."""
 
     def __init__(self, key: str, problem: str, remedy: str = "") -> None:
         """
@@ -20,8 +20,8 @@ class UserError(ValueError):
         self.key, self.problem, self.remedy = key, problem, remedy
 
     def __str__(self) -> str:
-        said = "; ".join(filter(None, (self.problem, self.remedy)))
-        return ": ".join(filter(None, (self.key, said)))
+        text = "; ".join(filter(None, (self.problem, self.remedy)))
+        return ": ".join(filter(None, (self.key, text)))
 
 
 class ConfigError(UserError):

@@ -1,4 +1,4 @@
-"""A run's detector as a file for other programs: its weights, or all of it as one program."""
+"""Exports a run's detector for other programs: its weights, or the detector as one program."""
 
 import json
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ from ghm_jax.runs.storage import write_text
 from ghm_jax.training.build import make_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""What a program can be written for, all of them at once."""
+"""What one program can run on, all of them at once."""
 
 _INPUTS = {
     "images": "uint8[batch, height, width, 3], RGB, scaled as below, each in the top left corner; "
-    "pixels beyond its image_size are not looked at",
+    "pixels beyond its image_size are ignored",
     "image_size": "int32[batch, 2], height and width of each image inside its padding",
 }
 _OUTPUTS = {
     "boxes": "float32[batch, detections, 4], x0, y0, x1, y1 in pixels of the input",
-    "scores": "float32[batch, detections], falling",
-    "labels": "int32[batch, detections], places in classes and category_ids; -1 in unused rows",
+    "scores": "float32[batch, detections], descending",
+    "labels": "int32[batch, detections], indices into classes and category_ids; -1 in unused rows",
     "valid": "bool[batch, detections], false in unused rows",
 }
 
@@ -47,7 +47,7 @@ def export(
     platforms: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Writes the newest checkpoint of a run; the suffix of `out` says as what.
+    """Writes the newest checkpoint of a run; the suffix of `out` chooses the format.
 
     .safetensors: the weights in torchvision's names, with the class names (a JSON list) in the
     metadata `classes`. `ghm-jax import` reads them as well.
@@ -55,11 +55,11 @@ def export(
     .stablehlo: the detector from uint8 images to detections, with its weights and the suppression,
     as `jax.export` serializes it. `jax.export.deserialize(bytearray(data)).call(images,
     image_size)` gives a dict of boxes, scores, labels and valid without this package. What a caller
-    must know lies beside it as JSON: inputs, outputs, scaling, class names and category ids.
+    must know is stored next to it as JSON: inputs, outputs, scaling, class names, category ids.
 
     Args:
         run_dir: of a run that has a checkpoint.
-        out: the file; an old one is replaced when the new one is whole.
+        out: the file; an old one is replaced when the new one is complete.
         batch_size: .stablehlo: images per call (1).
         size: .stablehlo: padded (height, width) of the images, multiples of 32 (the run's first
             bucket).
@@ -108,12 +108,12 @@ def _check(out: Path, **shape: Any) -> None:
     if size is not None and any(side < 32 or side % 32 for side in size):
         raise ArgumentError("size", f"{size} is not a height and width in multiples of 32")
     if platforms is not None and not (platforms and set(platforms) <= set(PLATFORMS)):
-        wanted = ", ".join(PLATFORMS)
-        raise ArgumentError("platforms", f"got {tuple(platforms)}", f"choose from {wanted}")
+        choices = ", ".join(PLATFORMS)
+        raise ArgumentError("platforms", f"got {tuple(platforms)}", f"choose from {choices}")
 
 
 def _write(out: Path, data: bytes, notes: dict[str, Any] | None) -> None:
-    """Writes the file, and the notes beside it; an old file stays until the new one is whole."""
+    """Writes the file, and the notes next to it; an old file stays until the new one is ready."""
     scratch = out.with_name(out.name + ".part")
     try:
         scratch.write_bytes(data)

@@ -1,7 +1,7 @@
 """The settings of gradient harmonizing, as the losses take them and the config holds them.
 
-A module by itself, below both: importing `ghm_jax.losses` would start JAX in every process that
-reads a config.
+A separate module below both, because importing `ghm_jax.losses` would start JAX in every process
+that reads a config.
 """
 
 import dataclasses
@@ -25,38 +25,38 @@ class Harmonizing:
 
         w_j = D_j**-tau * sum_k S_k / sum_k S_k D_k**-tau,
 
-    whose mean over the averaged histogram is 1. Without floor (min_count = 0), at tau = 1, this is
+    whose mean over the averaged histogram is 1. Without a floor (min_count = 0), at tau = 1, it is
     beta of equation 10 with the number of filled bins in place of M. The floor is ours: a bin with
     fewer than `min_count` examples is treated as if it had that many, so that single examples
-    never steer the training; a batch in which no bin reaches the floor gets weights of 1.
+    never dominate the training; a batch in which no bin reaches the floor gets weights of 1.
 
-    Each field is a keyword of `harmonize` and of the GHM losses; `**settings` gives them all:
+    Each field is a keyword of `harmonize` and of the GHM losses; `**settings` passes all of them:
     `ghm_c_loss(logits, targets, state=state, **settings)`.
     """
 
     bins: Positive[int] = 30
-    """Bins of gradient norm (M of equation 9, whose unit regions they are)."""
+    """Bins of gradient norm (M of equation 9, which calls them unit regions)."""
     momentum: BelowOne[float] = 0.75
     """Share of the old histogram that a step keeps (alpha of equation 12)."""
     normalizer: Normalizer = "nonempty"
     """`nonempty`: divide by the filled bins, as in the formula and the published code. `bins`: by
     all M bins, as in the paper: `w_j = (N / (M D_j))**tau` with N examples in the batch."""
     bias_correction: bool = True
-    """Divide the moving histogram by `1 - momentum**step`, so that the first steps are right.
+    """Divide the moving histogram by `1 - momentum**step`, so that the first steps are unbiased.
     False: as in the published code, it starts at zero (the first weights are 1 / (1 - momentum)
-    times too large), bins without an example stay as they were, and only bins filled now count as
-    filled."""
+    times too large), bins without an example keep their value, and only bins filled in this batch
+    count as filled."""
     min_count: NotNegative[float] = 10.0
     """Density floor in examples of the whole batch, all replicas; 0 (as published): none."""
     strength: Fraction[float] = 1.0
     """Power of the density in the weights (tau); 0: all weights are 1."""
     density: Density = "histogram"
-    """`histogram`: of bins, averaged over steps. `exact`: of each batch alone, S is the number of
+    """`histogram`: of bins, averaged over steps. `exact`: of each batch alone; S is the number of
     examples within 1 / (2 bins) of the example's own gradient norm, scaled to a full bin at the
     ends of [0, 1] (equations 4-6). Every example has its own weight. Slow: it sorts the batch."""
 
     def keys(self) -> tuple[str, ...]:
-        """Names of the fields; with it and `[name]`, Python unpacks the settings by `**`."""
+        """Names of the fields; together with `[name]` it makes `**settings` work."""
         return tuple(field.name for field in dataclasses.fields(self))
 
     def __getitem__(self, name: str) -> Any:
@@ -71,5 +71,5 @@ REFERENCE: Mapping[str, Any] = types.MappingProxyType(
 """The fields of `Harmonizing` that make any loss behave as the published PyTorch code.
 
 `ghm_c_loss(..., **REFERENCE)`, or in a config `Harmonizing(**REFERENCE)`. Bins and momentum are
-left open: in the published code they are 30 and 0.75 for GHM-C, 10 and 0.7 for GHM-R.
+not included: in the published code they are 30 and 0.75 for GHM-C, 10 and 0.7 for GHM-R.
 """

@@ -1,4 +1,4 @@
-"""From published weights of a whole detector to a run."""
+"""Turns published weights of a complete detector into a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
     It is a run like any other: it can be evaluated, exported, and trained further.
 
     Args:
-        source: weights of a whole detector.
+        source: weights of a complete detector.
         config: of the same network; its data set gives the classes, and must be prepared unless it
             is COCO, whose classes are known.
         run_dir: where the run goes.
@@ -56,8 +56,8 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
 
 
 def _resolved(data: Data) -> Data:
-    """With the data set's name and classes. COCO need not be prepared, so that a person can predict
-    on their own images."""
+    """With the data set's name and classes. COCO need not be prepared, so that users can predict on
+    their own images."""
     if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(Path(data.dir)):
         return replace(data, classes=tuple(COCO_CATEGORIES))
     dataset = open_dataset(data, data.validation_split)

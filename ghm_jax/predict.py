@@ -1,4 +1,4 @@
-"""Detections on image files: drawn on them, as JSON, and on one contact sheet."""
+"""Detections on image files: drawn on the images, as JSON, and on one contact sheet."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from ghm_jax.runs.storage import unused_directory
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHEET_IMAGES = 24
-"""Images on the contact sheet at most: the first ones."""
+"""Maximum number of images on the contact sheet: the first ones."""
 _SHEET_SIDE = 480  # long side of an image there, in pixels
 _SHORTEST, _LONGEST = 480, 1600  # long side of a drawn image, in pixels
 
@@ -55,7 +55,7 @@ class _Found(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What to look for, on which files."""
+    """What to detect, on which files."""
 
     config: Config
     files: list[Path]
@@ -80,13 +80,13 @@ def predict(
     Writes into `out`: every image with its detections under its own name, `predictions.json` (COCO
     results with `file_name`; boxes in pixels of the stored image; `image_id` is the number that
     the file is named by, as COCO's are, or else its position from 1) and `contact_sheet.jpg` of the
-    first images. Files that are no images are skipped.
+    first images. Files that are not images are skipped.
 
     Args:
         run_dir: of a run that has a checkpoint.
         sources: image files, folders (the images directly in them) and glob patterns.
         out: a new or empty directory, so that nothing is ever overwritten.
-        batch_size: images per step; 0: the run's `predict.batch_size`. No more than there are.
+        batch_size: images per step; 0: the run's `predict.batch_size`. Lowered if there are fewer.
         threshold: lowest score of a detection.
         progress: receives progress updates.
 
@@ -147,7 +147,7 @@ def _detect(
         examples += [filler_example()] * (size - len(examples))
         found = detector(variables, collate(examples, bucket, config.data.max_boxes))
         for i, (number, image) in enumerate(images.items()):
-            yield _Found(number, image, Detections(*(part[i] for part in found)))
+            yield _Found(number, image, Detections(*(array[i] for array in found)))
         done += len(numbers)
         task.progress.update("predict", done, len(task.sizes), {})
 
@@ -222,7 +222,7 @@ def _output_names(files: Sequence[Path]) -> list[str]:
 def _read_sizes(
     files: Sequence[Path], progress: Progress
 ) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
-    """(height, width) of each file by its number; for files that are no images, the reason."""
+    """(height, width) of each file by its number; for files that are not images, the reason."""
     sizes, unreadable = {}, {}
     for number, path in enumerate(files):
         try:
@@ -241,8 +241,8 @@ def _none_readable(unreadable: dict[int, str]) -> DataError:
 def _group(sizes: dict[int, tuple[int, int]], data: Data) -> Groups:
     """File numbers by bucket.
 
-    A run may have buckets for one orientation only, and these files another: a square with the
-    longest side, which `data.long_side` never exceeds, takes what fits in no other bucket.
+    A run may have buckets for one orientation only, and the files the other: a square bucket with
+    the longest side, which `data.long_side` never exceeds, takes what fits in no other bucket.
     """
     largest = max(max(bucket) for bucket in data.buckets)
     buckets = tuple(dict.fromkeys([*data.buckets, (largest, largest)]))
@@ -260,14 +260,14 @@ def _example(image: np.ndarray, data: Data) -> Example:
 
 
 def _drawing_scale(image: np.ndarray) -> float:
-    """Not so small that names cover everything, and not larger than a screen."""
+    """Not so small that class names cover everything, and not larger than a screen."""
     side = max(image.shape[:2])
     return max(1, _SHORTEST // side) if side < _LONGEST else _LONGEST / side
 
 
 def _draw(image: np.ndarray, found: Detections, config: Config, scale: float) -> np.ndarray:
     used = np.asarray(found.labels) >= 0
-    boxes, scores, labels = (np.asarray(part)[used] for part in found)
+    boxes, scores, labels = (np.asarray(array)[used] for array in found)
     return draw_boxes(image, boxes, labels, config.data.classes, scores, scale=scale)
 
 
@@ -276,7 +276,7 @@ def _write_image(path: Path, image: np.ndarray) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a whole file or nothing."""
+    """Writes a complete file or nothing."""
     try:
         path.write_bytes(content)
     except OSError as error:

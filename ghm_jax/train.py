@@ -51,7 +51,7 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that can start: whatever a person can get wrong has been checked."""
+    """A run that can start: everything that a user can get wrong has been checked."""
 
     run: RunDirectory
     config: Config
@@ -64,7 +64,7 @@ class Job:
     """The images to train on, by bucket."""
     trainer: Trainer
     validation: Validation | None
-    """Scores states while the run trains, if it is to."""
+    """Scores states during training; None: not requested."""
     pretrained: Mapping[str, Any] | None
     """Weights that a new run starts from."""
 
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return self.config.optimizer.steps
 
 
@@ -93,18 +93,18 @@ def train(
         config: what to do.
         run_dir: where checkpoints, logs and the resolved config go; see `ghm_jax.runs.directory`.
         restart: move an existing run aside and train from scratch.
-        profile: first and last step of a JAX profile, written beside TensorBoard's files.
+        profile: first and last step of a JAX profile, written next to TensorBoard's files.
         progress: receives progress updates.
 
     Returns:
         The state after the last step.
 
     Raises:
-        UserError: something that was asked for cannot work; nothing has been computed.
+        UserError: the request cannot work; nothing has been computed.
         TrainingDiverged: too many consecutive updates held NaN or Inf.
         TrainingInterrupted: Ctrl-C or SIGTERM; the run can be resumed.
         CheckpointFailed: the last state could not be written; the run can be resumed from the
-            checkpoint before.
+            previous checkpoint.
     """
     progress = progress if progress and is_first() else Silent()
     job = prepare(config, RunDirectory(Path(run_dir)), restart, profile, progress)
@@ -137,7 +137,7 @@ def prepare(
     profile: tuple[int, int] | None,
     progress: Progress,
 ) -> Job:
-    """Checks whatever a person can get wrong, before any compute, and claims the run's directory.
+    """Checks everything that a user can get wrong, before any compute, and claims the directory.
 
     Raises:
         UserError: it cannot work; nothing has been written.
@@ -193,12 +193,12 @@ def compile_lazily(job: Job) -> Step:
 
 
 def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The newest state that can be read, or the first one, and its step.
+    """The newest state that can be read, or the initial one, and its step.
 
     Damaged checkpoints that are newer are moved aside.
     """
     initial = jit_init(job.trainer.init_state, job.devices[0])(job.pretrained)
-    # Placed as the step returns it: from another placement it would be compiled a second time.
+    # Placed as the step returns it: for another placement it would be compiled a second time.
     state = replicate(initial, job.devices)
     checkpoints.remove_fragments()
     new = checkpoints.latest is None
@@ -276,7 +276,7 @@ def loop(
     with logging(job, start, checkpoints) as (log, profiler, batches):
         replacements = ReplacementLog(job.progress.say)
         while done < job.steps:
-            # All processes must stop at the same step; to ask them costs a wait.
+            # All processes must stop at the same step; asking them makes the loop wait.
             if jax.process_count() == 1 or done % config.run.log_every == 0:
                 signal_number = global_max(stopping.number)
             if signal_number:

@@ -1,4 +1,4 @@
-"""What pycocotools says, asked in ten lines as a reader of a results file would."""
+"""The figures of pycocotools, computed as a user would from a results file."""
 
 import contextlib
 import io

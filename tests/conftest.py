@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, strict JAX settings, no display."""
+"""The setting of every test: eight CPU devices, strict JAX options, no display."""
 
 import atexit
 import gc
@@ -31,7 +31,7 @@ LONGEST = ("test_notebooks", "test_two_processes", "test_fault_injection", "test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, so that the workers of `make test` end together."""
+    """The longest files come first, so that the workers of `make test` finish together."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
@@ -80,7 +80,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory) -> Path:
-    """A `data.dir` with the data set of `tiny`. Read it only."""
+    """A `data.dir` with the data set of `tiny`. Do not modify it."""
     from tiny import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("squares"))
@@ -88,7 +88,7 @@ def dataset_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(dataset_dir, tmp_path_factory):
-    """A run of `tiny_config` that went through, its last state, and its listener. Read it only."""
+    """A completed run of `tiny_config`, its last state, and its listener. Do not modify it."""
     from tiny import Listener, quick_compilation, tiny_config
 
     from ghm_jax.runs.directory import RunDirectory

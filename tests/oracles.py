@@ -1,4 +1,4 @@
-"""The formulas of the harmonized losses once more, in float64 NumPy and in another way."""
+"""An independent implementation of the harmonized losses, in float64 NumPy."""
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def weights_after(
 def published_weights(
     norms: list[np.ndarray], masks: list[np.ndarray], *, bins: int, momentum: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the last batch and the moving counts, bin by bin as the published code goes."""
+    """Weights of the last batch and the moving counts, bin by bin as in the published code."""
     moving = np.zeros(bins)
     for norm, mask in zip(norms, masks, strict=True):
         weights, filled = np.zeros(norm.shape), 0

@@ -1,4 +1,4 @@
-"""Rules that a reader relies on and no linter knows: who imports whom, and what is left out."""
+"""Rules that readers rely on and no linter checks: who imports whom, and what is forbidden."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ FLOORS = (
     ("bench",),
     ("cli",),
 )
-# All imports between parts that there are. A new one is a decision: it is added here, or not made.
+# All imports between parts. A new one is a decision: add it here, or avoid it.
 IMPORTS = {
     "exceptions": "",
     "bounds": "",
@@ -106,7 +106,7 @@ def edges() -> dict[str, set[str]]:
     return found
 
 
-def test_the_imports_between_parts_are_those_that_are_named():
+def test_the_imports_between_parts_are_those_listed():
     assert edges() == {part: set(named.split()) for part, named in IMPORTS.items()}
 
 
@@ -133,7 +133,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 @each_module
-def test_the_package_stands_alone(path):
+def test_the_package_does_not_import_experiments_notebooks_or_tests(path):
     outside = {found.split(".")[0] for found in imports(path)}
     assert not outside & {"experiments", "notebooks", "tests"}
 
@@ -186,7 +186,6 @@ def test_only_the_command_line_prints_and_exits(path):
 FOREIGN_OPTIONS = {"--force-reinstall", "--shm-size"}
 
 
-# Not converted yet; to be emptied.
 @each_module
 def test_only_the_command_line_spells_options(path):
     """The library names parameters and settings; see `ghm_jax.exceptions`."""
@@ -221,7 +220,7 @@ def settings_read(path: Path) -> set[str]:
     """Dotted names of the settings that a file reads.
 
     Follows `config.loss.box`, `loss = config.loss; loss.box` and `def f(x: Loss): x.box`. A section
-    within a section, such as `loss.ghm_c`, is read if it is handed on as a whole.
+    within a section, such as `loss.ghm_c`, is read if it is passed on as a whole.
     """
     tree = ast.parse(path.read_text())
     section_of = {"config": ""}  # what a variable holds

@@ -1,4 +1,4 @@
-"""The command line: a command that works prints what to do next, one that cannot, one line."""
+"""The command line: success prints what to do next, a user error is one line."""
 
 import contextlib
 import json
@@ -246,7 +246,7 @@ def test_an_image_that_cannot_be_decoded_is_one_line_with_its_name(place, capsys
         ),
     ],
 )
-def test_help_is_there_at_every_level(place, capsys, command, words):
+def test_every_level_has_help(place, capsys, command, words):
     with contextlib.suppress(SystemExit):
         main(command.split())
     out, err = capsys.readouterr()
@@ -298,7 +298,7 @@ def test_a_complete_run_is_not_trained_again(run_dir, capsys):
 
 
 def test_overrides_reach_the_run_and_the_installed_command_trains(place):
-    """As a user does it: a process of its own, in which nothing has started JAX yet."""
+    """As a user runs it: in a separate process that has not started JAX yet."""
     command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
     settings = ["--run-dir", "out", "--optimizer.steps", "2", "--run.devices=1"]
     done = subprocess.run(

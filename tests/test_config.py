@@ -1,4 +1,4 @@
-"""Settings as data: there and back again, and every check by name."""
+"""Settings as data: round trips, and every check by name."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def replaced(section, names, value):
     return dataclasses.replace(section, **{name: value})
 
 
-def test_defaults_pass_the_checks_on_any_usual_number_of_devices():
+def test_defaults_pass_the_checks_on_any_common_number_of_devices():
     for devices in (1, 2, 4, 8, 16):
         assert Config().check(devices) == Config()
 
@@ -51,7 +51,7 @@ def test_json_and_back_gives_the_same_config():
     assert from_dict({}) == Config()
 
 
-def test_whole_numbers_are_floats_where_a_float_is_meant():
+def test_integers_become_floats_where_a_float_is_expected():
     config = from_dict({"loss": {"ghm_c": {"momentum": 0}}, "optimizer": {"clip_norm": 10}})
     assert isinstance(config.loss.ghm_c.momentum, float)
     assert config.optimizer.clip_norm == 10.0
@@ -74,11 +74,11 @@ def test_unknown_keys_are_one_line_with_the_nearest_name(values, key, near):
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_key_like_no_other_points_to_the_list():
+def test_a_key_unlike_any_setting_points_to_the_help():
     assert "`help`" in str(unknown_key("qqqq"))
 
 
-def test_settings_that_are_not_given_are_those_of_their_section():
+def test_missing_settings_have_the_defaults_of_their_section():
     loss = from_dict({"loss": {"ghm_r": {"bins": 5}}}).loss
     assert loss == Loss(ghm_r=Harmonizing(bins=5, momentum=0.7))
 
@@ -124,14 +124,16 @@ def test_a_section_must_be_a_section():
 POSITIVE = """data.short_side data.max_boxes model.width model.stem_kernel model.channels
     anchors.octaves anchors.scale loss.ghm_c.bins loss.ghm_r.bins loss.mu optimizer.steps
     optimizer.learning_rate optimizer.clip_norm predict.candidates predict.max_detections
-    run.log_every run.checkpoint_every run.keep optimizer.batch_size predict.batch_size"""
+    run.log_every run.checkpoint_every run.keep run.max_skipped optimizer.batch_size
+    optimizer.accumulate predict.batch_size"""
 NOT_NEGATIVE = """seed model.head_convs loss.ghm_c.min_count loss.ghm_r.min_count loss.weight
     loss.box_weight optimizer.weight_decay optimizer.warmup_steps run.workers run.devices
-    predict.nms_sigma"""
+    predict.nms_sigma run.keep_best run.eval_every run.peak_teraflops"""
 SHARES = """anchors.positive_iou anchors.negative_iou predict.nms_iou data.flip
     predict.score_threshold optimizer.warmup_factor loss.ghm_c.strength loss.ghm_r.strength"""
-BELOW_ONE = "loss.ghm_c.momentum loss.ghm_r.momentum optimizer.momentum"
+BELOW_ONE = "loss.ghm_c.momentum loss.ghm_r.momentum optimizer.momentum optimizer.ema"
 CHOICES = """model.norm model.head_norm model.dtype model.p6_from anchors.convention anchors.crowd
+    data.on_error loss.ghm_c.normalizer loss.ghm_r.density
     loss.classification loss.box loss.ghm_scope loss.ghm_c.density loss.ghm_r.normalizer
     optimizer.name optimizer.schedule predict.nms_classes run.wrapper"""
 
@@ -154,6 +156,10 @@ BROKEN = [
     ("data.buckets", ((800, 1333),)),
     ("data.buckets", ((0, 32),)),
     ("data.buckets", ((800,),)),
+    ("data.buckets", ((1344, 1344), (1344, 1344))),
+    ("data.min_short_side", -1),
+    ("data.min_short_side", 801),
+    *[("data.zoom", zoom) for zoom in ((0.0, 1.0), (2.0, 1.0), (1.0, 11.0), (1.0, math.nan))],
     ("data.long_side", 1345),
     ("data.short_side", 1334),
     ("anchors.negative_iou", 0.6),
@@ -161,6 +167,7 @@ BROKEN = [
     ("anchors.ratios", (1.0, 0.0)),
     ("anchors.ratios", (1.0, math.nan)),
     ("optimizer.warmup_steps", 90_000),
+    ("optimizer.accumulate", 3),
 ]
 
 
@@ -196,7 +203,7 @@ def test_batches_must_divide_over_the_devices():
         changed(predict__batch_size=4).check(num_devices=8)
 
 
-def test_a_misspelt_backbone_is_met_with_the_right_one():
+def test_a_misspelt_backbone_gets_the_right_one_as_a_hint():
     with pytest.raises(ConfigError, match=r"did you mean resnet50\?"):
         changed(model__backbone="resnet-50").check()
 
@@ -208,7 +215,7 @@ def test_a_resnext_needs_a_width_that_its_groups_divide():
     changed(model__backbone="resnet50", model__width=24).check()
 
 
-def test_differences_name_what_decides_a_result():
+def test_differences_name_the_settings_that_affect_a_result():
     new = changed(seed=1, loss__ghm_c__momentum=0.9, run__devices=4, data__dir="elsewhere")
     assert differences(Config(), new) == {"seed": (0, 1), "loss.ghm_c.momentum": (0.75, 0.9)}
     assert differences(new, new) == {}
@@ -271,7 +278,7 @@ def test_an_old_run_of_the_reference_preset_has_the_values_that_it_used():
         ("loss.preset", "bias_correction False and min_count 0 in loss.ghm_c and loss.ghm_r"),
     ],
 )
-def test_an_old_name_is_met_with_the_new_one(key, now):
+def test_an_old_name_gets_the_new_one_as_a_hint(key, now):
     assert re.fullmatch(rf"{key}: no such setting; .*{re.escape(now)}", str(unknown_key(key)))
 
 

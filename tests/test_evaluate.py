@@ -32,7 +32,7 @@ def evaluated_run(finished_run, tmp_path_factory):
     shutil.copytree(finished_run[0].path, path)
     listener = Listener()
     with pytest.MonkeyPatch.context() as patch:
-        # A network this young is sure of nothing: without a threshold it finds something.
+        # After so few steps every score is low: without a threshold there are detections.
         patch.setattr("ghm_jax.evaluate.load_run", lambda p: with_threshold(p, 0.0))
         result = evaluate(path, progress=listener)
     return RunDirectory(path), result, listener
@@ -86,7 +86,7 @@ def test_the_report_is_written(evaluated_run):
 def test_figures_do_not_depend_on_the_number_of_shards(finished_run, dataset_dir, validation):
     state = jax.tree.map(np.asarray, finished_run[1])
     output = state.params["class_head"]["output"]
-    output = {**output, "kernel": 100 * output["kernel"]}  # scores that differ visibly
+    output = {**output, "kernel": 100 * output["kernel"]}  # scores that clearly differ
     params = {**state.params, "class_head": {"output": output}}
     variables = {"params": params, "batch_stats": state.batch_stats}
     truth, found = coco_ground_truth(validation), []
@@ -134,13 +134,13 @@ def test_the_errors_of_a_results_file_are_those_of_the_run_that_wrote_it(evaluat
     page = out.report.read_text()
     assert "<title>detections.json</title>" in page
     assert "data.short_side" in page
-    assert "loss.ghm_c.bins" not in page  # whose losses these were, nobody knows
+    assert "loss.ghm_c.bins" not in page  # the losses behind the file are unknown
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(ArgumentError, match=r"^out: .*found is not empty"):
         evaluate_file(run.path, run.detections, out.path)
 
 
-def test_a_test_set_gives_the_file_that_the_server_wants(
+def test_a_test_set_gives_the_file_that_the_server_requires(
     finished_run, validation, tmp_path, monkeypatch
 ):
     run = tmp_path / "squares_ghm"
@@ -148,7 +148,7 @@ def test_a_test_set_gives_the_file_that_the_server_wants(
     monkeypatch.setattr("ghm_jax.evaluate.load_run", lambda p: with_threshold(p, 0.0))
     truth = coco_ground_truth(validation)
     del truth["annotations"]
-    dropped = truth["images"].pop(0)["id"]  # test-dev is a part of the test images
+    dropped = truth["images"].pop(0)["id"]  # test-dev is a subset of the test images
     listing = tmp_path / "image_info_test-dev2017.json"
     listing.write_text(json.dumps(truth))
     before = sorted(run.iterdir())
@@ -165,7 +165,7 @@ def test_a_test_set_gives_the_file_that_the_server_wants(
     assert pycocotools_figures(full, str(path)).shape == (12,)
 
 
-def test_annotations_of_other_images_are_refused_and_parts_are_scored_as_such(
+def test_annotations_of_other_images_are_refused_and_subsets_are_scored_alone(
     finished_run, validation, tmp_path
 ):
     path, found = tmp_path / "instances.json", tmp_path / "found.json"
@@ -174,9 +174,11 @@ def test_annotations_of_other_images_are_refused_and_parts_are_scored_as_such(
     path.write_text(json.dumps(truth))
     first = coco_ground_truth(open_dataset(load_run(run)[1].data, split))
     found.write_text(json.dumps(_perfect(first)))
-    part = evaluate_file(run, found, split=split, annotations=str(path))
-    assert part.images == 3
-    assert part.metrics["AP"] == pytest.approx(1.0)  # the other three images are no misses
+    subset = evaluate_file(run, found, split=split, annotations=str(path))
+    assert subset.images == 3
+    assert subset.metrics["AP"] == pytest.approx(
+        1.0
+    )  # the other three images do not count as missed
     assert evaluate_file(run, found, annotations=str(path)).metrics["AP"] < 1
     gone = truth["images"][0]["id"]
     path.write_text(json.dumps({**truth, "images": truth["images"][1:]}))
@@ -204,7 +206,7 @@ def test_a_perfect_network_finds_the_annotated_boxes_in_the_original_pixels(
     known = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *read)
 
     def apply_perfectly(model, params, batch_stats, inputs, *, train):
-        """Knows the images by heart: it is given no boxes."""
+        """Looks the images up, as it is given no boxes."""
         same = inputs.images[:, None] == known.images[None]  # [b, N, H, W, 3]
         number = same.all(axis=(2, 3, 4)).argmax(axis=1)
         classes, deltas = make_targets(jax.tree.map(lambda x: x[number], known), config)

@@ -80,7 +80,7 @@ def trace(config: Config, num_classes: int = 80):
     return state, jax.eval_shape(step, state, batch)
 
 
-def test_every_experiment_passes_its_checks_and_runs_of_it_have_a_name_of_their_own():
+def test_every_experiment_passes_its_checks_and_has_a_unique_run_name():
     assert len({experiment_name(name) for name in EXPERIMENTS}) == len(EXPERIMENTS) > 30
     for config in EXPERIMENTS.values():
         config.check()
@@ -94,7 +94,7 @@ def test_the_step_of_every_network_can_be_traced(name):
 
 @pytest.mark.parametrize("name", first_of_each(update))
 def test_the_step_of_every_kind_of_loss_and_optimizer_can_be_traced(name):
-    """With a small network: the losses see its outputs only, and each has been traced above."""
+    """With a small network: the losses see only its outputs, and every network is traced above."""
     small = EXPERIMENTS["experiments/quickstart.py"].model
     config = dataclasses.replace(EXPERIMENTS[name], model=small)
     state, (next_state, metrics) = trace(config)
@@ -104,7 +104,7 @@ def test_the_step_of_every_kind_of_loss_and_optimizer_can_be_traced(name):
 
 @pytest.mark.parametrize(
     ("table", "rows"),
-    # Tables of the paper: rows that are RetinaNets, the best AP, and the run that has it.
+    # Tables of the paper, and how many of their rows are RetinaNets.
     [(1, 5), (2, 3), (3, 4), (4, 4), (5, 3), (6, 3)],
 )
 def test_every_row_of_a_table_of_the_paper_has_a_config_and_its_published_figures(table, rows):
@@ -114,7 +114,7 @@ def test_every_row_of_a_table_of_the_paper_has_a_config_and_its_published_figure
     assert all(0 < figures["AP"] < 100 for figures in content["published"].values())
 
 
-def test_rows_that_stand_in_several_tables_are_the_same_run():
+def test_rows_that_appear_in_several_tables_are_the_same_run():
     rows = {name.partition("paper/")[2]: config for name, config in EXPERIMENTS.items()}
     assert rows["table2.py:region_units"] == rows["table4.py:ghm_c"] == rows["table5.py:smooth_l1"]
     assert rows["table2.py:cross_entropy"] == rows["table4.py:cross_entropy"]
@@ -127,7 +127,7 @@ def test_rows_that_stand_in_several_tables_are_the_same_run():
     assert published == [(35.8, 55.5)] * 3
 
 
-def test_the_paper_and_its_code_differ_where_they_are_said_to():
+def test_the_paper_and_its_code_differ_as_documented():
     paper = EXPERIMENTS["experiments/paper/recipe.py"]
     code = EXPERIMENTS["experiments/paper/published_code.py:ghm"]
     assert (paper.loss.ghm_c.normalizer, paper.loss.ghm_scope) == ("bins", "batch")
@@ -186,11 +186,11 @@ def a100_hours(config: Config) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_time_that_a_recipe_of_coco_states_is_that_of_its_operations(path):
+def test_the_stated_training_time_of_a_coco_recipe_follows_from_its_operations(path):
     name = str(path.relative_to(ROOT))
     rows = [config for key, config in EXPERIMENTS.items() if key.partition(".py")[0] == name[:-3]]
     if rows[0].data.name != "coco/2017" or "for imported weights" in TABLES[path]["__doc__"]:
-        pytest.skip("of the size of one's own data, or not for training")
+        pytest.skip("depends on the user's data, or is not for training")
     hours = {round(a100_hours(config)) for config in rows}
     text = " ".join(TABLES[path]["__doc__"].split())
     (stated,) = re.findall(r"Estimated, not run: (.*?) on one A100 at an MFU of 30 %", text)
@@ -199,7 +199,7 @@ def test_the_time_that_a_recipe_of_coco_states_is_that_of_its_operations(path):
 
 
 @pytest.mark.parametrize("name", ["coco_r50_torchvision", "coco_r50_torchvision_v2"])
-def test_the_box_loss_of_torchvision_has_the_scale_of_its_own(name, rng):
+def test_the_box_loss_of_the_torchvision_recipes_has_the_scale_of_torchvision(name, rng):
     """It is the sum of |error| over the coordinates of an image's positives, by their number; a
     smooth L1 loss is less than that by half its threshold wherever the error is beyond it."""
     loss = load_experiment(ROOT / f"experiments/{name}.py").loss

@@ -1,4 +1,4 @@
-"""A run as a program for others: read in a process that has JAX and NumPy and nothing of ours."""
+"""An exported program, run in a process that has JAX and NumPy but nothing of this package."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def run_dir(finished_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run_dir):
-    """The program of a run for three images of 64 x 96, its notes, and who was told what."""
+    """The files of a run's program for three images of 64 x 96, and the listener."""
     listener = Listener()
     out = run_dir.parent / "out"
     out.mkdir()
@@ -86,10 +86,10 @@ def test_the_program_finds_what_the_package_finds(run_dir, exported, rng, tmp_pa
     np.testing.assert_array_equal(theirs["valid"], ours.labels >= 0)
     np.testing.assert_allclose(theirs["scores"], ours.scores, rtol=1e-5)
     np.testing.assert_allclose(theirs["boxes"], ours.boxes, rtol=1e-4, atol=1e-3)
-    assert theirs["boxes"][2].max() <= 64  # cut to the image, not to its padding
+    assert theirs["boxes"][2].max() <= 64  # clipped to the image, not to its padding
 
 
-def test_what_a_caller_must_know_lies_beside_it(exported):
+def test_what_a_caller_must_know_is_stored_next_to_it(exported):
     (program, notes), listener = exported
     assert [path.name for path in (program, notes)] == ["run.stablehlo", "run.stablehlo.json"]
     assert sorted(path.name for path in program.parent.iterdir()) == [program.name, notes.name]
@@ -97,7 +97,7 @@ def test_what_a_caller_must_know_lies_beside_it(exported):
     assert dict(zip(known["category_ids"], known["classes"], strict=True)) == CATEGORIES
     assert (known["batch"], known["height"], known["width"]) == (3, SIDE, SIDE + 32)
     assert (known["step"], known["platforms"]) == (6, ["cpu", "cuda", "tpu"])
-    assert not listener.lines  # the data set is at hand: its own category ids
+    assert not listener.lines  # the data set is available: its own category ids
 
     read = jax.export.deserialize(bytearray(program.read_bytes()))
     assert read.platforms == tuple(known["platforms"])
@@ -107,7 +107,7 @@ def test_what_a_caller_must_know_lies_beside_it(exported):
     assert shape == ["uint8[3, 64, 96, 3]", "int32[3, 2]"]
 
 
-def test_shapes_that_cannot_be_are_said_before_anything_is_written(finished_run, tmp_path):
+def test_invalid_shapes_are_refused_before_anything_is_written(finished_run, tmp_path):
     for settings, line in (
         ({"batch_size": 0}, "batch_size: must be positive, got 0"),
         ({"size": (64, 65)}, r"size: \(64, 65\) is not a height and width in multiples"),
@@ -128,7 +128,7 @@ def test_one_platform_is_enough(finished_run, tmp_path):
     assert program.in_avals[0].shape == (1, SIDE, SIDE, 3)  # the run's bucket
 
 
-def test_a_place_that_cannot_be_written_is_one_line(finished_run, tmp_path):
+def test_a_path_that_cannot_be_written_is_one_line(finished_run, tmp_path):
     (tmp_path / "run.stablehlo").mkdir()
     with pytest.raises(UserError, match=r"^out: .*run.stablehlo cannot be written \(Is a dir"):
         export(finished_run[0].path, tmp_path / "run.stablehlo")

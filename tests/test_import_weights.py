@@ -16,7 +16,6 @@ import safetensors.numpy
 from published_tensors import leaves_by_tensor, random_tensors
 from tiny import Listener, tiny_config
 
-from ghm_jax import import_weights as weights
 from ghm_jax.config import Model
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.evaluate import evaluate
@@ -29,6 +28,7 @@ from ghm_jax.models.weight_names import BACKBONE, MMDETECTION, TORCHVISION
 from ghm_jax.predict import predict
 from ghm_jax.runs.directory import load_run
 from ghm_jax.train import train
+from ghm_jax.training import pretrained
 from ghm_jax.training.build import make_model
 from ghm_jax.training.optimizer import make_optimizer
 from ghm_jax.training.pretrained import load_backbone
@@ -188,7 +188,7 @@ def test_a_name_on_the_hub_is_downloaded(monkeypatch, tmp_path, source, reposito
     assert locate(source) == tmp_path / "blob"
 
 
-def test_what_the_hub_does_not_give_is_one_line(monkeypatch):
+def test_a_failed_download_is_one_line(monkeypatch):
     def download(**_):
         raise OSError("no network\nand a page of details")
 
@@ -210,15 +210,15 @@ def test_a_backbone_is_converted_once(tmp_path, rng, cache, monkeypatch):
     (entry,) = cache.iterdir()
     assert entry.name.startswith("resnet10-4-7-")
 
-    # From now on the cache answers, also under another name of the file.
-    monkeypatch.setattr(weights, "load_tensors", lambda path: pytest.fail("read again"))
+    # From now on the cache is used, also for another name of the file.
+    monkeypatch.setattr(pretrained, "load_tensors", lambda path: pytest.fail("read again"))
     shutil.copy(path, tmp_path / "copy.safetensors")
     for name in ("resnet10.safetensors", "copy.safetensors"):
         model = dataclasses.replace(MODEL, weights=str(tmp_path / name))
         assert_backbone(load_backbone(model, like), tensors)
 
 
-def test_another_content_or_architecture_is_another_entry(tmp_path, rng, cache):
+def test_another_content_or_architecture_gets_another_cache_entry(tmp_path, rng, cache):
     for number, model in enumerate((MODEL, MODEL, dataclasses.replace(MODEL, width=8)), 1):
         path = tmp_path / "weights.safetensors"
         tensors = write_backbone(path, rng, model)
@@ -231,7 +231,7 @@ def test_another_content_or_architecture_is_another_entry(tmp_path, rng, cache):
     assert str(path) in line
 
 
-def test_bad_weights_leave_the_cache_as_it_was(tmp_path, rng, cache):
+def test_bad_weights_do_not_change_the_cache(tmp_path, rng, cache):
     path = tmp_path / "w.safetensors"
     tensors = write_backbone(path, rng)
     model = dataclasses.replace(MODEL, weights=str(path))
@@ -246,7 +246,7 @@ def test_bad_weights_leave_the_cache_as_it_was(tmp_path, rng, cache):
     assert not cache.exists()
 
 
-def test_a_damaged_cache_is_one_line_and_one_that_cannot_be_written_no_matter(
+def test_a_damaged_cache_is_one_line_and_an_unwritable_one_is_ignored(
     tmp_path, rng, cache, monkeypatch
 ):
     path = tmp_path / "w.safetensors"
@@ -305,7 +305,7 @@ def write_detector(path, rng, config, naming=MMDETECTION, num_classes=3):
 
 @pytest.fixture(scope="module")
 def imported(dataset_dir, tmp_path_factory):
-    """A run made of a file in mmdetection's names: the run, the file. Read it only."""
+    """A run made of a file in mmdetection's names: the run, the file. Do not modify them."""
     folder = tmp_path_factory.mktemp("imported")
     config = tiny_config(dataset_dir, model=DETECTOR)
     path = folder / "w.safetensors"
@@ -348,7 +348,7 @@ def test_an_exported_detector_holds_what_was_imported(imported, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out.safetensors"]
 
 
-def test_training_goes_on_from_an_imported_detector(imported, tmp_path):
+def test_training_resumes_from_an_imported_detector(imported, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(imported[0].path, run)
     config = load_run(run)[1]
@@ -363,7 +363,7 @@ def test_training_goes_on_from_an_imported_detector(imported, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, before["params"])
 
 
-def test_torchvisions_background_class_is_left_out(dataset_dir, tmp_path, rng):
+def test_torchvisions_background_class_is_dropped(dataset_dir, tmp_path, rng):
     config = tiny_config(dataset_dir, model=DETECTOR)
     path = tmp_path / "w.safetensors"
     tensors = write_detector(path, rng, config, TORCHVISION, num_classes=4)
@@ -416,7 +416,7 @@ def test_a_detector_that_does_not_fit_leaves_no_run(dataset_dir, tmp_path, rng, 
     )
 
 
-def test_an_export_needs_a_known_suffix_and_a_place(imported, tmp_path):
+def test_an_export_needs_a_known_suffix_and_an_existing_directory(imported, tmp_path):
     assert ".safetensors" in error_of(export, imported[0].path, tmp_path / "out.onnx")
     assert "create it first" in error_of(export, imported[0].path, tmp_path / "a/b.safetensors")
 

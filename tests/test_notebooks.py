@@ -1,4 +1,4 @@
-"""Notebooks: they run from top to bottom, agree with their pairs, and are fit to be read."""
+"""Notebooks run from top to bottom, agree with their pairs, and hold valid outputs."""
 
 import ast
 import shutil
@@ -28,24 +28,26 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     open_dataset(Data(name="digit_scenes", dir=str(tmp_path / "data")), "train")
 
     monkeypatch.setenv("GHM_NOTEBOOK_SMOKE", "1")
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # a notebook finds the cores by itself
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is nearly all of the time
-    # Where Jupyter's widgets are missing, tqdm says so and draws its bar as text.
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # a notebook detects the cores
+    monkeypatch.setenv(
+        "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
+    )  # nearly all of the time is compilation
+    # Where Jupyter's widgets are missing, tqdm warns and draws its bar as text.
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no profile of the person
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not the user's profile
     notebook = nbformat.read(path, as_version=4)
     folder = tmp_path / "notebooks"
     folder.mkdir()
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
 
-    said = [
+    printed = [
         output.text
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if output.output_type == "stream"
     ]
-    assert not [text for text in said if "Warning" in text]
+    assert not [text for text in printed if "Warning" in text]
 
 
 @every_notebook
@@ -59,7 +61,7 @@ def test_a_notebook_and_its_pair_agree(path):
 
 
 @every_notebook
-def test_the_outputs_stored_in_a_notebook_are_fit_to_be_read(path):
+def test_the_outputs_stored_in_a_notebook_are_valid_and_complete(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < 700_000  # a code host shows larger ones slowly or not at all

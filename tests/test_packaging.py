@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds the package and its types, and works alone."""
+"""What a user installs: the wheel holds the package and its types, and works by itself."""
 
 import email
 import os
@@ -27,7 +27,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_and_the_marker_of_types(wheel):
+def test_the_wheel_holds_every_module_and_the_type_marker(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "ghm_jax"
@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_module_and_the_marker_of_types(wheel):
 
 
 @pytest.mark.slow
-def test_the_wheel_says_what_pyproject_says(wheel):
+def test_the_metadata_of_the_wheel_is_that_of_pyproject(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_bytes(archive.read(name))

@@ -133,6 +133,12 @@ def test_detectors_give_the_same_logits_deltas_and_anchors(rng, detectors, size)
     np.testing.assert_array_equal(anchors_of(detectors.config, size), theirs)
 
 
+@functools.cache
+def published():
+    """torchvision's RetinaNet v1, for its anchors, matching and box deltas."""
+    return torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+
+
 def anchors_of(config, size):
     a = config.anchors
     return make_anchors(size, a.scale, a.octaves, a.ratios, a.convention)
@@ -141,10 +147,11 @@ def anchors_of(config, size):
 @pytest.mark.parametrize("size", [(608, 800), (800, 1344), (1344, 800)])
 def test_anchors_of_full_size_images_are_the_same(size):
     config = load_experiment(EXPERIMENTS / "coco_r50_torchvision.py")
-    generator = torchvision.models.detection.retinanet._default_anchorgen()
     features = [torch.zeros(1, 1, -(-size[0] // s), -(-size[1] // s)) for s in (8, 16, 32, 64, 128)]
     batch = torchvision.models.detection.image_list.ImageList(torch.zeros(1, 3, *size), [size])
-    np.testing.assert_array_equal(anchors_of(config, size), generator(batch, features)[0])
+    np.testing.assert_array_equal(
+        anchors_of(config, size), published().anchor_generator(batch, features)[0]
+    )
 
 
 @each_size
@@ -156,10 +163,10 @@ def test_anchors_are_matched_to_the_same_boxes(rng, size, num_boxes):
     corner = rng.uniform(0, 1, (num_boxes, 2)) * (np.array([width, height]) - sides)
     boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
 
-    utils = torchvision.models.detection._utils
-    matcher = utils.Matcher(0.5, 0.4, allow_low_quality_matches=True)
     overlap = torchvision.ops.boxes.box_iou(torch.tensor(boxes), torch.tensor(anchors))
-    theirs = matcher(overlap).numpy()  # number of the box, -1 background, -2 between
+    theirs = (
+        published().proposal_matcher(overlap).numpy()
+    )  # number of the box, -1 background, -2 between
     np.testing.assert_allclose(box_iou(anchors, boxes).T, overlap, atol=1e-5)
 
     padded = np.concatenate([boxes, np.zeros((3, 4), np.float32)])
@@ -176,16 +183,15 @@ def test_anchors_are_matched_to_the_same_boxes(rng, size, num_boxes):
     np.testing.assert_array_equal(targets.classes, theirs)
     positive = theirs >= 0
     assert positive.any()
-    coder = utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
-    deltas = coder.encode_single(
+    deltas = published().box_coder.encode_single(
         torch.tensor(boxes[theirs[positive]]), torch.tensor(anchors[positive])
     )
     np.testing.assert_allclose(targets.deltas[positive], deltas, atol=1e-5)
 
 
-def test_boxes_are_coded_alike(rng):
+def test_boxes_are_encoded_and_decoded_alike(rng):
     anchors = anchors_of(load_experiment(EXPERIMENTS / "coco_r50_torchvision.py"), (128, 160))
-    coder = torchvision.models.detection._utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
+    coder = published().box_coder
     for scale in (0.3, 3.0):  # of the second, many are beyond the limit of the sides
         deltas = rng.normal(scale=scale, size=anchors.shape).astype(np.float32)
         boxes = coder.decode_single(torch.tensor(deltas), torch.tensor(anchors))
@@ -197,7 +203,7 @@ def test_boxes_are_coded_alike(rng):
 
 @pytest.mark.parametrize("sizes", [[(128, 160)] * 2, [(100, 160), (128, 90)]], ids=str)
 def test_an_image_gives_the_same_detections(rng, detectors, sizes):
-    """The whole way: normalization, padding, network, decoding, suppression, the best of all."""
+    """End to end: normalization, padding, network, decoding, suppression, the highest scores."""
     theirs = detectors.theirs
     padded = np.zeros((2, 128, 160, 3), np.uint8)
     for image, (height, width) in zip(padded, sizes, strict=True):
@@ -232,7 +238,7 @@ def test_an_image_gives_the_same_detections(rng, detectors, sizes):
         ours = rows(found.boxes[i], found.scores[i], found.labels[i])[:count]
         keys = ("boxes", "scores", "labels")
         for row in rows(*(detections[key].numpy() for key in keys)):
-            # Scores that differ by rounding may change places: each has its like somewhere.
+            # Scores that differ by rounding may change places: each row has a match somewhere.
             distance = np.abs(ours - row) / np.array([1, 1, 160, 160, 160, 160])
             # Sides are exponentials of deltas that agree to 1e-4.
             assert distance.max(axis=1).min() < 5e-4, row
@@ -240,16 +246,18 @@ def test_an_image_gives_the_same_detections(rng, detectors, sizes):
 
 def rows(boxes, scores, labels):
     """[D, 6]: label, score, box."""
-    parts = (np.asarray(labels)[:, None], np.asarray(scores)[:, None], np.asarray(boxes))
-    return np.concatenate(parts, axis=1)
+    columns = (np.asarray(labels)[:, None], np.asarray(scores)[:, None], np.asarray(boxes))
+    return np.concatenate(columns, axis=1)
 
 
 def test_the_published_v1_has_no_epsilon(rng):
-    """torchvision sets it to 0 when it loads that file: channels that hardly vary tell."""
+    """torchvision sets it to 0 when it loads that file: channels that hardly vary show it."""
     config = load_experiment(EXPERIMENTS / "coco_r50_torchvision.py")
     frozen = torchvision.ops.misc.FrozenBatchNorm2d
     theirs = randomize(torchvision.models.resnet18(weights=None, norm_layer=frozen), seed=3)
-    torchvision.models.detection._utils.overwrite_eps(theirs, 0.0)
+    for module in theirs.modules():
+        if isinstance(module, frozen):
+            module.eps = 0.0
     theirs.bn1.running_var.data[:8] = 3e-6
     backbone = ResNet("resnet18", 64, 7, "frozen", norm_epsilon=config.model.norm_epsilon)
     init = functools.partial(backbone.init, train=False)
@@ -285,7 +293,7 @@ def test_what_is_exported_loads_in_torchvision(detectors):
 def test_a_file_of_2020_loads_here_as_in_torchvision(detectors):
     """The published v1 file has the names of 2020, which torchvision renames when it loads them."""
     if detectors.model.head_norm == "group":
-        pytest.skip("v2 is younger")
+        pytest.skip("v2 was published later")
     names = {}
     for name in tensors_of(detectors.theirs):
         old = name

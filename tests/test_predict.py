@@ -1,4 +1,4 @@
-"""Predictions on files: what is written, what is skipped, and that nothing is written over."""
+"""Predictions on files: what is written, what is skipped, and that nothing is overwritten."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def test_every_readable_image_is_drawn_and_listed(finished_run, rng, tmp_path):
         predict(finished_run[0].path, [str(folder)], folder)
 
 
-def test_files_that_are_no_images_at_all_are_one_line_and_leave_nothing(finished_run, tmp_path):
+def test_without_a_readable_image_there_is_one_line_and_no_output(finished_run, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"none of 1 files .*a\.png"):
         predict(finished_run[0].path, [str(tmp_path / "a.png")], tmp_path / "out")
@@ -97,11 +97,11 @@ def test_names_on_the_sheet_of_a_large_image_are_as_large_as_on_a_small_one(
     monkeypatch.setattr(predict_module, "draw_boxes", spy)
     folder = write_images(tmp_path / "in", rng, ["1.jpg"], size=(1500, 2000))
     predict(finished_run[0].path, [str(folder)], tmp_path / "out", threshold=0)
-    assert widths == [1600, 480]  # text has one size in pixels; none of it is shrunk
+    assert widths == [1600, 480]  # text has one size in pixels and is never scaled
     assert cv2.imread(str(tmp_path / "out" / "contact_sheet.jpg")).shape[1] == 480
 
 
-def test_sources_are_files_folders_and_patterns_each_file_once(rng, tmp_path):
+def test_files_of_overlapping_sources_are_listed_once(rng, tmp_path):
     a = write_images(tmp_path / "a", rng, ["1.png", "2.jpg"])
     b = write_images(tmp_path / "b", rng, ["1.png"])
     shutil.copy(b / "1.png", b / "sub.tiff")
@@ -114,7 +114,7 @@ def test_sources_are_files_folders_and_patterns_each_file_once(rng, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_found_on_an_image_depends_on_no_other_file(finished_run, rng, tmp_path):
+def test_detections_on_an_image_do_not_depend_on_other_files(finished_run, rng, tmp_path):
     """Two of the three share a bucket; for the high ones the run has none."""
     run = tmp_path / "run"
     shutil.copytree(finished_run[0].path, run)

@@ -11,7 +11,7 @@ LONG = FIELDS | {"MFU": "43%", "CE": "0.0123"}
 
 
 @pytest.mark.parametrize("columns", range(40, 130, 7))
-def test_a_line_holds_the_fields_that_fit_in_whole(columns):
+def test_a_line_holds_the_fields_that_fit_completely(columns):
     line = status("train", 10_560, 87_960, 33_182.0, LONG, columns)
     assert len(line) <= columns
     assert line.startswith("train 10560/87960, 9:13:02 left")

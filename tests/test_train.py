@@ -73,7 +73,7 @@ def test_the_step_is_compiled_once(finished_run):
     assert not any("warning: compiling" in line for line in listener.lines)
 
 
-def test_a_complete_run_is_left_as_it_is(finished_run, dataset_dir):
+def test_a_complete_run_is_not_changed(finished_run, dataset_dir):
     run, state, _ = finished_run
     before = {p: p.read_bytes() for p in (run.history, run.config)}
     listener = Listener()
@@ -82,7 +82,7 @@ def test_a_complete_run_is_left_as_it_is(finished_run, dataset_dir):
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset_dir, tmp_path):
+def test_a_crash_and_a_signal_do_not_change_the_result(finished_run, dataset_dir, tmp_path):
     whole_run, whole, _ = finished_run
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
 
@@ -116,7 +116,7 @@ def test_a_crash_and_a_signal_leave_no_trace_in_the_result(finished_run, dataset
 
 
 def test_a_run_keeps_the_name_of_the_only_data_set(dataset_dir, tmp_path):
-    """Another one may lie beside it by the time it is evaluated, and its ids belong to it."""
+    """There may be several by the time the run is evaluated, and category ids are part of one."""
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
     config = dataclasses.replace(
         config,
@@ -143,7 +143,7 @@ def test_a_run_resumes_with_another_number_of_devices(finished_run, dataset_dir,
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
-def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
+def test_a_damaged_checkpoint_costs_only_the_steps_after_the_previous_one(
     finished_run, dataset_dir, tmp_path
 ):
     run = RunDirectory(tmp_path / "run")
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     assert {p.name for p in run.checkpoints.iterdir()} == {"3", "6", "6.damaged"}
 
 
-def test_evaluation_while_training_changes_nothing_but_keeps_the_best(
+def test_evaluation_during_training_changes_nothing_but_keeps_the_best(
     finished_run, dataset_dir, tmp_path
 ):
     config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
@@ -180,7 +180,7 @@ def test_evaluation_while_training_changes_nothing_but_keeps_the_best(
 # Orbax's threads end with the error as well, which pytest would report.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_training_survives_a_disk_that_is_full_for_a_while(
+def test_training_survives_a_disk_that_is_full_temporarily(
     finished_run, dataset_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("ghm_jax.training.saving.time.sleep", lambda seconds: None)
@@ -188,7 +188,7 @@ def test_training_survives_a_disk_that_is_full_for_a_while(
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Disk(Listener):
-        """Full from the news of step 1 until a checkpoint could not be written."""
+        """Full from the update of step 1 until a checkpoint could not be written."""
 
         def update(self, name, done, total, fields):
             super().update(name, done, total, fields)
@@ -230,7 +230,7 @@ def test_a_last_state_that_cannot_be_saved_is_one_line_with_the_remedy(tmp_path)
     assert "\n" not in str(failed.value)
 
 
-def test_a_second_interrupt_stops_at_once():
+def test_a_second_interrupt_stops_immediately():
     listener = Listener()
     with stop_on_signal(listener) as stopping:
         assert not stopping.is_set()
@@ -286,7 +286,7 @@ def test_a_run_that_diverges_says_what_is_wrong_in_one_line(dataset_dir, tmp_pat
     ]
 
 
-def test_a_batch_that_is_not_finite_costs_one_update(dataset_dir, tmp_path, monkeypatch):
+def test_a_batch_with_nan_costs_one_update(dataset_dir, tmp_path, monkeypatch):
     def fragile_step(state, batch, **how):
         """As if the network failed on the batch of step 2."""
         poison = jnp.where(state.step == 2, jnp.nan, 0.0)
@@ -312,7 +312,7 @@ def test_a_batch_that_is_not_finite_costs_one_update(dataset_dir, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("changes", "images", "said"),
+    ("changes", "images", "message"),
     [
         ({"loss_box": np.inf}, [], "NaN or Inf in loss_box"),
         ({"loss_class": np.nan, "loss_box": np.nan}, [], "NaN or Inf in loss_class and loss_box"),
@@ -330,9 +330,9 @@ def test_a_batch_that_is_not_finite_costs_one_update(dataset_dir, tmp_path, monk
         ),
     ],
 )
-def test_the_part_the_bin_and_the_images_at_fault_are_named(changes, images, said):
+def test_the_loss_the_bin_and_the_images_with_nan_are_named(changes, images, message):
     values = {"loss_class": 1.0, "loss_box": 0.1, "grad_norm": 2.0, "num_nonfinite": 0}
-    assert what_is_wrong({**values, **changes}, images) == said
+    assert what_is_wrong({**values, **changes}, images) == message
 
 
 @pytest.mark.parametrize(
@@ -344,12 +344,12 @@ def test_the_part_the_bin_and_the_images_at_fault_are_named(changes, images, sai
         ("model", {"backbone": "resnet51"}, "model.backbone"),
     ],
 )
-def test_what_cannot_work_is_found_before_anything_is_written(
+def test_user_errors_are_found_before_anything_is_written(
     dataset_dir, tmp_path, section, changes, key
 ):
     config = tiny_config(dataset_dir)
-    part = dataclasses.replace(getattr(config, section), **changes)
+    changed = dataclasses.replace(getattr(config, section), **changes)
     with pytest.raises(ConfigError, match=rf"^{key}: ") as refused:
-        train(dataclasses.replace(config, **{section: part}), tmp_path / "run")
+        train(dataclasses.replace(config, **{section: changed}), tmp_path / "run")
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())

@@ -30,8 +30,8 @@ GHM_C, GHM_R = Harmonizing(bins=10), Harmonizing(bins=5, momentum=0.7)
 
 
 def tiny_config(data_dir: str | Path = "data", **sections) -> Config:
-    """Six steps of four images on two devices; `sections` replace whole parts of the config."""
-    parts = {
+    """Six steps of four images on two devices; `sections` replace sections of the config."""
+    default = {
         "data": Data(
             name="squares",
             dir=str(data_dir),
@@ -57,7 +57,7 @@ def tiny_config(data_dir: str | Path = "data", **sections) -> Config:
         "predict": Predict(batch_size=4, candidates=20, max_detections=10),
         "run": Run(devices=2, workers=0, log_every=1, checkpoint_every=3),
     }
-    return Config(**(parts | sections))
+    return Config(**(default | sections))
 
 
 def draw_image(rng: np.random.Generator, height: int, width: int, count: int):
@@ -79,7 +79,7 @@ def draw_image(rng: np.random.Generator, height: int, width: int, count: int):
 def write_dataset(folder: Path) -> Path:
     """Prepares `squares` in `folder / "data"` and returns that directory.
 
-    Ten images to train on and six to validate (no multiple of the batch size), of several sizes;
+    Ten images to train on and six to validate (not a multiple of the batch size), of several sizes;
     in each split one without boxes, in the validation split one with a crowd region.
     """
     rng = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def tiny_batch(rng: np.random.Generator, size: int = 8) -> Batch:
 
 
 class Listener(Silent):
-    """Keeps what is said; at the news of the step `at` it does something."""
+    """Records messages and steps; calls `action` at the update of step `at`."""
 
     def __init__(self, at: int = -1, action: Callable[[], None] = lambda: None):
         self.lines, self.steps = [], []
@@ -151,7 +151,7 @@ class Listener(Silent):
 
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Programs that are compiled in a third of the time; that they run slower is no matter."""
+    """Compiles programs in a third of the time; they run slower, which does not matter."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

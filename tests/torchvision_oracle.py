@@ -1,8 +1,8 @@
-"""torchvision as the referee: imported where its compiled operators do not load, random weights.
+"""torchvision as the reference: imported even if its compiled operators do not load.
 
 torchvision from a package index may be built for GPUs; on a machine without one its operators do
-not load, and neither does the package. Its RetinaNet needs suppression of them and no other, so
-their names are declared, and suppression is written here in five lines.
+not load, and neither does the package. Of these its RetinaNet needs only suppression, so their
+names are declared, and suppression is written here in five lines.
 """
 
 import importlib
@@ -26,18 +26,18 @@ def import_torchvision():
             return importlib.import_module("torchvision")
         except ModuleNotFoundError:
             pytest.skip("needs the extra `parity`: torchvision", allow_module_level=True)
-        except (ImportError, RuntimeError):  # operators that are not there
+        except (ImportError, RuntimeError):  # missing operators
             for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
                 del sys.modules[name]
             operators = declare_operators(torch)
             module = importlib.import_module("torchvision")
-            module.declared = operators  # the declarations go when it does
+            module.declared = operators  # declarations live as long as the module
             module.ops.boxes.nms = nms
             return module
 
 
 def nms(boxes, scores, iou_threshold):
-    """Numbers of the boxes that stay, by falling score."""
+    """Indices of the boxes that are kept, by descending score."""
     overlap, stay = torchvision.ops.box_iou(boxes, boxes), []
     for i in scores.argsort(descending=True, stable=True).tolist():
         if not any(overlap[i, j] > iou_threshold for j in stay):
@@ -62,7 +62,7 @@ def randomize(model, seed):
             if module.bias is not None:
                 uniform(module.bias, -0.5, 0.5)
         elif hasattr(module, "running_var"):
-            last = name.endswith("bn3")  # of a residual branch: else the sum doubles with each
+            last = name.endswith("bn3")  # of a residual branch: otherwise the sum doubles with each
             uniform(module.weight, *((0.1, 0.3) if last else (0.5, 1.5)))
             uniform(module.bias, -0.2, 0.2)
             uniform(module.running_mean, -0.2, 0.2)

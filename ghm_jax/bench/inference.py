@@ -135,7 +135,7 @@ def _images(case: InferenceCase) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def _last_layer(logits: np.ndarray, threshold: float) -> tuple[float, dict[str, float]]:
+def last_layer(logits: np.ndarray, threshold: float) -> tuple[float, dict[str, float]]:
     """How to change the last layer of an untrained network for each distribution of scores.
 
     Args:
@@ -179,7 +179,7 @@ def _ours(case: InferenceCase, devices: Sequence[Device]) -> list[_Detector]:
         return changed
 
     logits = np.asarray(network(with_last(1, 0), on_devices)[0]).reshape(case.batch_size, -1)
-    factor, biases = _last_layer(logits, threshold)
+    factor, biases = last_layer(logits, threshold)
     detectors = []
     for scores, bias in biases.items():
         shifted = with_last(factor, bias)
@@ -243,7 +243,7 @@ def _torchvision(case: InferenceCase) -> list[_Detector]:
     last = head.cls_logits
     last.bias.data.zero_()
     run()
-    factor, biases = _last_layer(seen[0].reshape(case.batch_size, -1), model.score_thresh)
+    factor, biases = last_layer(seen[0].reshape(case.batch_size, -1), model.score_thresh)
     last.weight.data *= factor
     detectors = []
     for scores, bias in biases.items():
@@ -264,7 +264,7 @@ def _import_torchvision(torch: Any) -> tuple[Any, str]:
     """torchvision, and its name in the table.
 
     GPU builds cannot be imported on machines without a GPU, as their compiled operators are
-    missing. RetinaNet only needs NMS of these, which is then left out: an advantage in time.
+    missing. RetinaNet only needs NMS of these, which is then omitted: an advantage in time.
     """
     try:
         return importlib.import_module("torchvision"), "torchvision"

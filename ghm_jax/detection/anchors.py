@@ -5,7 +5,7 @@ anchors of a level are centered on pixel (0, 0). Within a level, anchors are ord
 ratio, octave, like the outputs of the heads. With s = scale * stride (32 to 512 pixels as
 published):
 
-- "mmdetection" (2.0 and later, so the published GHM models): sides s * 2**(i / octaves), exact;
+- "mmdetection" (2.0 and later, as in the published GHM models): sides s * 2**(i / octaves), exact;
   cells are `stride` pixels apart.
 - "torchvision": sides s * 2**(i / octaves) are truncated to integers, and corner offsets from the
   center are rounded to integers (half to even); cells are side // cells pixels apart, separately

@@ -23,7 +23,7 @@ class GHMStates(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """This replica's share of a loss and of its parts, f32[]: sum them over the replicas."""
+    """This replica's share of the loss and of its two terms, f32[]: sum over the replicas."""
 
     total: jax.Array
     classification: jax.Array
@@ -61,7 +61,7 @@ def detection_loss(
         The loss, the next histograms, and statistics of the classification and the box loss.
     """
     classify, regress = _classification_loss(config.loss), _box_loss(config.loss)
-    if config.loss.ghm_scope == "level":  # the others have one mean over all levels, published so
+    if config.loss.ghm_scope == "level":  # other losses average over all levels, as published
         if config.loss.classification == "ghm_c":
             classify = _by_level(classify, level_sizes)
         if config.loss.box == "ghm_r":
@@ -74,8 +74,8 @@ def detection_loss(
         deltas, targets.deltas, positive, states.box, axis_name=axis_name
     )
     total = config.loss.weight * loss_class + config.loss.box_weight * loss_box
-    parts = LossTerms(total, loss_class, loss_box)
-    return parts, GHMStates(state_class, state_box), (stats_class, stats_box)
+    terms = LossTerms(total, loss_class, loss_box)
+    return terms, GHMStates(state_class, state_box), (stats_class, stats_box)
 
 
 def _classification_loss(loss: Loss) -> LossFunction:
@@ -109,7 +109,7 @@ def _harmonized(function: LossFunction, settings: Harmonizing) -> LossFunction:
     def exact(
         values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
     ) -> tuple[jax.Array, GHMState, LossStats]:
-        # Of each batch alone: the state stays as it is.
+        # The density of each batch alone: the state stays unchanged.
         result, _, stats = harmonized(values, targets, mask, None, **axis)
         return result, state, stats
 
@@ -117,8 +117,8 @@ def _harmonized(function: LossFunction, settings: Harmonizing) -> LossFunction:
 
 
 def _by_level(function: LossFunction, level_sizes: tuple[int, ...]) -> LossFunction:
-    """The published code's way: one call per pyramid level, each with a mean of its own, the
-    losses added; all calls share one moving histogram, so a step updates it once per level."""
+    """As in the published code: one call per pyramid level, each with its own mean, the losses
+    summed; all calls share one moving histogram, so a step updates it once per level."""
 
     def over_levels(
         values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
@@ -128,9 +128,9 @@ def _by_level(function: LossFunction, level_sizes: tuple[int, ...]) -> LossFunct
         for size in level_sizes:
             level = slice(start, start + size)
             start += size
-            part = None if mask is None else mask[:, level]
+            level_mask = None if mask is None else mask[:, level]
             loss, current, stats = function(
-                values[:, level], targets[:, level], part, current, **axis
+                values[:, level], targets[:, level], level_mask, current, **axis
             )
             total += loss
             all_stats.append(stats)
@@ -139,20 +139,20 @@ def _by_level(function: LossFunction, level_sizes: tuple[int, ...]) -> LossFunct
     return over_levels
 
 
-def _merge(parts: list[LossStats]) -> LossStats:
+def _merge(calls: list[LossStats]) -> LossStats:
     """Statistics of several calls as if of one; weights are means over the examples."""
 
     def mean(values: list[jax.Array], counts: list[jax.Array]) -> jax.Array:
         weighted = sum(v * n for v, n in zip(values, counts, strict=True))
         return jnp.asarray(weighted / jnp.maximum(sum(counts), 1.0))
 
-    valid = [part.num_valid for part in parts]
-    counts = [part.counts for part in parts if part.counts is not None]
-    weights = [part.weights for part in parts if part.weights is not None]
+    valid = [stats.num_valid for stats in calls]
+    counts = [stats.counts for stats in calls if stats.counts is not None]
+    weights = [stats.weights for stats in calls if stats.weights is not None]
     return LossStats(
-        plain_loss=mean([part.plain_loss for part in parts], valid),
+        plain_loss=mean([stats.plain_loss for stats in calls], valid),
         num_valid=jnp.asarray(sum(valid)),
-        num_nonfinite=jnp.asarray(sum(part.num_nonfinite for part in parts)),
+        num_nonfinite=jnp.asarray(sum(stats.num_nonfinite for stats in calls)),
         counts=jnp.asarray(sum(counts)) if counts else None,
         weights=mean(weights, counts) if counts else None,
     )

@@ -32,19 +32,19 @@ def match_anchors(
 ) -> Targets:
     """Matches the anchors of one image to its boxes by IoU; `vmap` it over a batch.
 
-    An anchor takes the box it overlaps most: positive from `positive_iou` on, background below
-    `negative_iou`, ignored between. Besides, every box claims the anchors that overlap it most of
-    all, however little (but not zero): they are positive, so no object goes unlearned. Which box a
-    claimed anchor learns is a matter of convention:
+    An anchor is assigned the box it overlaps most: it is positive at or above `positive_iou`,
+    background below `negative_iou`, ignored in between. In addition, every box claims the anchors
+    that overlap it most, however little (but not zero): they are positive, so that every object is
+    learned. Which box a claimed anchor learns depends on the convention:
 
-    - "mmdetection", so the published code (`min_pos_iou=0`): the one that claims it, the last one
-      if there are several, even if the anchor overlaps another box more.
+    - "mmdetection", as in the published code (`min_pos_iou=0`): the one that claims it, the last
+      one if there are several, even if the anchor overlaps another box more.
     - "torchvision": the one it overlaps most. (There a box that no anchor touches claims all of
       them; here it claims none.)
 
-    Boxes without a class never match. Anchors that lie in a crowd region by half of their area or
-    more are ignored instead of being background; positive ones stay positive, other than under
-    mmdetection's `ignore_iof_thr`, which the published recipe does not set.
+    Boxes without a class never match. Anchors with half of their area or more in a crowd region are
+    ignored instead of being background; positive ones stay positive, unlike with mmdetection's
+    `ignore_iof_thr`, which the published recipe does not set.
 
     Args:
         anchors: f32[A, 4].
@@ -58,11 +58,11 @@ def match_anchors(
         Targets. An image without boxes is all background.
     """
     iou = jnp.where(labels[None, :] >= 0, box_iou(anchors, boxes), 0.0)  # [A, M]
-    # Compared with its own maxima below: were it computed twice, in two fusions that round
-    # differently, a maximum might equal nothing.
+    # Compared with its own maxima below: if XLA computed it twice, in two fusions that round
+    # differently, a maximum might equal none of the values.
     iou = jax.lax.optimization_barrier(iou)
     number = jnp.broadcast_to(jnp.arange(boxes.shape[0]), iou.shape)
-    # Numbers of boxes by min and max, not argmax, which is several times slower on a CPU.
+    # Box numbers by min and max, not argmax, which is several times slower on a CPU.
     overlap = iou.max(axis=1)  # [A]
     nearest = jnp.where(iou == overlap[:, None], number, boxes.shape[0]).min(axis=1)
 

@@ -89,7 +89,7 @@ def make_targets(batch: Batch, config: Config) -> Targets:
 def loss_inputs(
     variables: dict[str, Any], batch: Batch, *, config: Config, model: RetinaNet
 ) -> tuple[jax.Array, jax.Array, Targets]:
-    """What the losses would see of a batch, with the network in inference mode.
+    """The inputs of the losses for a batch, with the network in inference mode.
 
     Args:
         variables: `params` and `batch_stats`.

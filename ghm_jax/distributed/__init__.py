@@ -1,1 +1,1 @@
-"""How a step meets the devices, and the processes of a job each other."""
+"""How a step runs on all devices, and how the processes of a job communicate."""

@@ -1,4 +1,4 @@
-"""How a per-device step runs on all devices. The rest of the package knows one replica only.
+"""How a per-device step runs on all devices. The rest of the package deals with one replica only.
 
 A step is written for one replica, with explicit collectives over `REPLICA`. The state goes in and
 comes out un-stacked and replicated; batches are split along their first axis.
@@ -40,9 +40,9 @@ def parallelize(
         donate: the memory of `state` may be re-used for the output.
 
     Returns:
-        A function of a state, which must hold an array (beside an empty tree `jax.pmap` of JAX 0.10
-        does not split the batch), and a batch as `split_batch` gives it, [replicas, b, ...],
-        where a process gives and gets the replicas on its own devices.
+        A function of a state, which must hold an array (with an empty tree, `jax.pmap` of JAX 0.10
+        does not split the batch), and a batch as `split_batch` returns it, [replicas, b, ...],
+        where each process passes and receives the replicas on its own devices.
     """
     donated = (0,) if donate else ()
     if wrapper == "pmap":
@@ -102,7 +102,7 @@ def replicate(tree: Any, devices: list[Device]) -> Any:
 
 
 def own_devices(devices: list[Device]) -> list[Device]:
-    """The devices of this process among these."""
+    """Those of the devices that belong to this process."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
@@ -172,10 +172,10 @@ def choose_devices(count: int) -> list[Device]:
 
 
 def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
-    """Gives the CPU backend one device per core, as many as divide every batch size.
+    """Gives the CPU backend one device per core, or fewer, so that they divide every batch size.
 
     Call it before JAX is used. XLA runs one convolution on few threads, so replicas use the cores
-    better. No effect on accelerators, if the user set a count, or if JAX is already running.
+    better. No effect on accelerators, if the user set a number, or if JAX is already running.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in flags:
@@ -184,17 +184,20 @@ def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
     count = max(n for n in range(1, (cores or 1) + 1) if all(b % n == 0 for b in batch_sizes))
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the backend is running: its devices are what they are
+    except RuntimeError:  # the backend is running: its devices cannot change
         return
 
 
 def keep_programs(directory: Path) -> None:
-    """Lets JAX keep compiled programs there, so that the next run of the same step starts quickly.
+    """Makes JAX cache compiled programs, so that the next run of the same step starts quickly.
 
     No effect if the user chose a directory for JAX (JAX_COMPILATION_CACHE_DIR). Programs for a CPU
-    are kept per host: they use what its CPU has, and the directory may be shared. No effect in a
-    job of several processes either: JAX keeps them for the first one alone, which would then wait
-    for the others while they compile, on CPUs for no more than 30 seconds.
+    are cached per host: they use its instruction set, and the directory may be shared. No effect in
+    a job of several processes either: JAX caches for the first one only, which would then wait for
+    the others while they compile, on CPUs for no more than 30 seconds.
+
+    Args:
+        directory: of the cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.process_count() == 1:
         if jax.default_backend() == "cpu":

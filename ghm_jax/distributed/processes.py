@@ -1,6 +1,6 @@
 """How the processes of a job agree: one process per host (or device), all with the same program.
 
-All processes call each of these functions at the same point. A single process pays nothing for it.
+All processes must call each of these functions at the same point. With one process they are free.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def start_processes(
         ValueError, RuntimeError: nothing was detected, or the other processes did not answer.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs only
-    # SLURM and Open MPI detection would leave a process one GPU, whatever was asked for here.
+    # Detection of SLURM and Open MPI would give a process one GPU, whatever the arguments say.
     detection = None if coordinator is None else "deactivate"
     jax.distributed.initialize(
         coordinator, num_processes, process_id, cluster_detection_method=detection
@@ -39,7 +39,7 @@ def start_processes(
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is the process that writes files and messages."""
     return jax.process_index() == 0
 
 
@@ -51,23 +51,23 @@ def global_max(number: int) -> int:
 
 
 def gather_rows(rows: list[Any]) -> list[Any]:
-    """The rows of all processes, in process order, in each of them. Rows must be JSON data."""
+    """The rows of all processes, in process order, for each of them. Rows must be JSON data."""
     if jax.process_count() == 1:
         return rows
     data = np.frombuffer(json.dumps(rows).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(data.size))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: data.size] = data
-    parts = multihost_utils.process_allgather(padded)
+    gathered = multihost_utils.process_allgather(padded)
     return [
         row
-        for part, size in zip(parts, sizes, strict=True)
-        for row in json.loads(np.asarray(part)[: int(size)].tobytes())
+        for encoded, size in zip(gathered, sizes, strict=True)
+        for row in json.loads(np.asarray(encoded)[: int(size)].tobytes())
     ]
 
 
 def on_first_process(compute: Callable[[], Any]) -> Any:
-    """What the first process computes, in all of them. It must be JSON data."""
+    """What the first process computes, for all of them. It must be JSON data."""
     return gather_rows([compute()] if is_first() else [])[0]
 
 

@@ -1,1 +1,1 @@
-"""From a run to detections, COCO figures, and what is wrong with them."""
+"""From a run to detections, COCO figures and an analysis of its errors."""

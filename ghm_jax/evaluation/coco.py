@@ -53,7 +53,7 @@ def match_images(
     Args:
         truth: COCO instances.
         image_ids: of the data set.
-        part: the data set is a part of its split: further images in `truth` are removed.
+        part: the data set is a subset of its split: other images in `truth` are removed.
 
     Raises:
         ConfigError: an image is missing on either side.
@@ -91,7 +91,7 @@ def load_results(path: str | Path, truth: dict[str, Any]) -> list[dict[str, Any]
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(str(path), f"is not JSON ({error})", "write it again") from error
+        raise ConfigError(str(path), f"is not JSON ({error})", "write the file again") from error
     if not isinstance(rows, list):
         raise ConfigError(str(path), "is not a list", "COCO results are a list of detections")
     images = {image["id"] for image in truth["images"]}

@@ -30,7 +30,7 @@ class Detector:
     """The network and the suppression of a config over devices, compiled once per bucket."""
 
     def __init__(self, config: Config, num_classes: int, devices: Sequence[Device]) -> None:
-        """Computes nothing yet; the batches' size must be a multiple of the number of devices."""
+        """Computes nothing yet; the batch size must be a multiple of the number of devices."""
         self._replicas = num_local(list(devices))
         model = make_model(config, num_classes)
         step = functools.partial(predict_step, config=config, model=model)
@@ -57,8 +57,8 @@ def detect(
 ) -> list[dict[str, Any]]:
     """Detections of every image of a data set, once, in COCO results form.
 
-    Each of several processes takes its share of the images, and all get all detections. Boxes are
-    in pixels of the stored images, categories the original ids.
+    Each of several processes takes its share of the images, and all receive all detections. Boxes
+    are in pixels of the stored images, categories the original ids.
     """
     results, seen = [], []
     batches = validation_batches(dataset, config, jax.process_index(), jax.process_count())
@@ -66,7 +66,7 @@ def detect(
         found = detector(variables, loaded)
         for i in np.flatnonzero(loaded.valid):
             seen.append(int(loaded.batch.image_id[i]))
-            of_image = Detections(*(part[i] for part in found))
+            of_image = Detections(*(array[i] for array in found))
             results += coco_results(seen[-1], of_image, dataset.category_ids)
         of_all = min(len(seen) * jax.process_count(), len(dataset))
         progress.update("evaluate", of_all, len(dataset), {})
@@ -94,7 +94,7 @@ def coco_results(
             "score": round(score, 5),
         }
         for (x0, y0, x1, y1), score, label in zip(
-            *(np.asarray(part).tolist() for part in found), strict=True
+            *(np.asarray(array).tolist() for array in found), strict=True
         )
         if label >= 0
     ]

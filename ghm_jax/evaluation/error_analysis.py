@@ -12,7 +12,7 @@ import numpy as np
 
 SCORE_BINS = 20
 CONFUSION_MIN_SCORE = 0.3
-"""Detections below this score are left out of the confusion matrix."""
+"""Detections below this score are not in the confusion matrix."""
 
 _IOU = ("0.50", "0.75", "0.90")  # of the precision-recall curves
 

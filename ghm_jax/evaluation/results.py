@@ -1,4 +1,4 @@
-"""What an evaluation finds out, and the files it is written to."""
+"""The result of an evaluation, and the files it is written to."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Evaluation:
     """The score of some detections, of a run or of a file."""
 
     metrics: dict[str, float]
-    """The twelve COCO figures by name, fractions of 1; -1: there is nothing to measure it on."""
+    """The twelve COCO figures by name, fractions of 1; -1: there is no such object."""
     per_class: dict[str, float]
     """AP by class name."""
     split: str
@@ -72,9 +72,9 @@ def write(evaluation: Evaluation, run: RunDirectory, page: str) -> None:
     """Writes metrics.json, errors.json and report.html, and of a run its detections.json.
 
     Args:
-        evaluation: what was found out.
+        evaluation: what to write.
         run: the directory, which must exist.
-        page: of `report`.
+        page: from `report`.
     """
     if evaluation.step is not None:
         write_text(run.detections, json.dumps(evaluation.detections))
@@ -95,10 +95,10 @@ def report(
     """The page `report.html`.
 
     Args:
-        evaluation: what was found out.
-        config: of the run. With detections of a file only its data settings are certain to apply,
+        evaluation: what to show.
+        config: of the run. For detections from a file only its data settings are certain to apply,
             and only these are shown.
-        dataset: that was evaluated on.
+        dataset: that was evaluated.
         truth: COCO instances.
         run: the run; None: detections of a file.
         stats: see `ghm_jax.analysis.gradient_stats`; None: no network.

@@ -1,4 +1,4 @@
-"""The first images of a data set with their boxes and detections, to be drawn."""
+"""The first images of a data set with their boxes and detections, for drawing."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Scores of a run on its validation split while it trains."""
+"""Evaluation on the validation split during training."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Validation:
     """Scores states on the validation split; the detector is compiled once."""
 
     def __init__(self, config: Config, devices: list[Device]) -> None:
-        """Opens the data set; raises ConfigError if that cannot work."""
+        """Opens the data set; raises ConfigError if that fails."""
         self._config = config
         self._dataset = open_dataset(config.data, config.data.validation_split)
         self._truth = load_ground_truth(config, self._dataset)

@@ -1,7 +1,7 @@
-"""What the paper compares with, in the shape of the GHM losses: (loss, state, stats).
+"""The paper's baselines, with the interface of the GHM losses: (loss, state, stats).
 
-The state is handed through untouched. As for GHM, the loss is this replica's share: `psum` it and
-its gradients when `axis_name` is given.
+The state is returned unchanged. As for GHM, the loss is this replica's share: `psum` it and its
+gradients when `axis_name` is given.
 """
 
 import jax
@@ -39,9 +39,9 @@ def focal_loss(
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Focal loss, summed and divided by the number of positive targets (at least 1).
 
-    `alpha` weighs positives, 1 - alpha the others; None: neither. Other arguments as for
-    `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection",
-    ICCV 2017, equation 5, and its section 4 for the division.
+    `alpha` is the weight of positives, 1 - alpha that of the others; None: both 1. Other arguments
+    as for `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
+    equation 5, and its section 4 for the division.
     """
     logits, dense, used = _class_inputs(logits, targets, mask)
     used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
@@ -62,7 +62,7 @@ def ohem_loss(
     """Cross-entropy over the positives and the hardest negatives, their mean (OHEM, 1:3).
 
     Keeps `negatives` times as many negative (position, class) pairs as there are positive ones, at
-    least one, those with the largest cross-entropy in the whole batch; equal ones all stay.
+    least one, those with the largest cross-entropy in the whole batch; all ties are kept.
     Arguments as for `ghm_c_loss`; a soft target above 0 is positive. Source: Shrivastava et al.,
     CVPR 2016, in the form that Lin et al., ICCV 2017, table 1, compares with ("OHEM 1:3").
     """
@@ -71,10 +71,10 @@ def ohem_loss(
     used, stats = _plain_stats(terms, used, axis_name)
     positive = used & (dense > 0)
     count = jnp.sum(positive, dtype=jnp.int32).astype(jnp.float32)
-    wanted = jnp.maximum(negatives * psum(count, axis_name), 1.0)
+    num_negatives = jnp.maximum(negatives * psum(count, axis_name), 1.0)
     difficulty = jax.lax.stop_gradient(jnp.where(jnp.isnan(terms), jnp.inf, terms))
     difficulty = jnp.where(used & ~positive, difficulty, -1.0)
-    kept = positive | (difficulty >= _kth_largest(difficulty, wanted, axis_name))
+    kept = positive | (difficulty >= _kth_largest(difficulty, num_negatives, axis_name))
     num_kept = psum(jnp.sum(kept, dtype=jnp.int32).astype(jnp.float32), axis_name)
     return _masked_sum(terms, kept) / jnp.maximum(num_kept, 1.0), state, stats
 
@@ -117,8 +117,8 @@ def asl1_loss(
 def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.Array:
     """f32[]: the largest threshold that at least k of the values reach; 0 if fewer are above 0.
 
-    Bit by bit from the top, as floats that are not negative are ordered like their bits: no sort,
-    and replicas only have to add counts.
+    Found bit by bit from the top, as non-negative floats are ordered like their bits: no sort, and
+    replicas only have to add counts.
     """
 
     def refine(i: jax.Array, bits: jax.Array) -> jax.Array:
@@ -162,7 +162,7 @@ def _zero_masked(values: jax.Array, used: jax.Array | None) -> jax.Array:
 def _plain_stats(
     terms: jax.Array, used: jax.Array | None, axis_name: str | None
 ) -> tuple[jax.Array, LossStats]:
-    """The mask in full, and statistics without a histogram. NaN is not hidden: it shows."""
+    """The mask in full shape, and statistics without a histogram. NaN is not hidden."""
     terms = jax.lax.stop_gradient(terms)
     used = jnp.ones(terms.shape, bool) if used is None else used
     total = _masked_sum(terms, used)

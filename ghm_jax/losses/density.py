@@ -19,8 +19,8 @@ def gradient_density(
 ) -> jax.Array:
     """The exact gradient density GD(g) at the gradient norm of every example (equation 4).
 
-    Examples in [g - epsilon/2, g + epsilon/2), divided by the length of that part of it which lies
-    in [0, 1]. By sorting, O(N log N); on several replicas each holds the norms of all.
+    Number of examples in the window [g - epsilon/2, g + epsilon/2), divided by the length of the
+    window inside [0, 1]. Computed by sorting, O(N log N); every replica holds the norms of all.
 
     Args:
         gradient_norm: float[...] in [0, 1]; compared in float32.
@@ -54,18 +54,18 @@ def gradient_density(
 
 
 def _as_integers(norm: jax.Array) -> jax.Array:
-    """Floats that are not negative, as integers of the same order; XLA sorts these much faster."""
-    return jax.lax.bitcast_convert_type(norm + 0.0, jnp.int32)  # + 0.0: there are two zeros
+    """Non-negative floats as integers in the same order, which XLA sorts much faster."""
+    return jax.lax.bitcast_convert_type(norm + 0.0, jnp.int32)  # + 0.0 turns -0.0 into 0.0
 
 
 def bin_index(gradient_norm: jax.Array, mask: jax.Array | None, bins: int) -> jax.Array:
-    """The bin of every example (equation 9), in a narrow type: it is kept for the weights.
+    """The bin of every example (equation 9), in a narrow type because it is kept for the weights.
 
     Args:
         gradient_norm: f32[...], 0 to 1. Bin j holds [j / bins, (j + 1) / bins), edges
             rounded to float32; the last one holds 1 as well.
         mask: bool[...] of the same shape, or None.
-        bins: their number.
+        bins: number of bins.
 
     Returns:
         u8[...] (i32 for many bins): 0 to bins - 1; `bins` where masked; `bins` + 1
@@ -73,7 +73,7 @@ def bin_index(gradient_norm: jax.Array, mask: jax.Array | None, bins: int) -> ja
     """
     finite = jnp.isfinite(gradient_norm)
     index = jnp.where(finite, gradient_norm, 0.0) * _scale(bins)
-    # Clipped, because JAX drops an out-of-range scatter without a word.
+    # Clipped, because JAX silently drops an out-of-range scatter.
     index = jnp.clip(index.astype(jnp.int32), 0, bins - 1)
     index = jnp.where(finite, index, bins + 1)
     if mask is not None:
@@ -87,28 +87,28 @@ def _scale(bins: int) -> np.float32:
     scale = np.float32(bins)
     if (np.floor(edges * scale) == np.arange(bins)).all():
         return scale
-    return np.nextafter(scale, np.float32(np.inf))  # enough for every number up to 2,000
+    return np.nextafter(scale, np.float32(np.inf))  # enough for every number of bins up to 2,000
 
 
 def count_bins(index: jax.Array, slots: int) -> jax.Array:
     """i32[slots]: how many elements of `index` (integers in [0, slots)) have each value.
 
     Integers, because float32 stops counting at 2**24 and one 800x1344 image has 1.6e7 examples.
-    Scattering is the fastest on a CPU; where thousands of threads would queue for a few counters,
+    Scattering is fastest on CPUs; elsewhere thousands of threads would queue for a few counters, so
     every element is compared with every slot instead.
     """
-    count = functools.partial(_count_by_comparing, slots=slots)
-    on_cpu = functools.partial(_count_by_scattering, slots=slots)
+    count = functools.partial(count_by_comparing, slots=slots)
+    on_cpu = functools.partial(count_by_scattering, slots=slots)
     return jax.lax.platform_dependent(index.ravel(), cpu=on_cpu, default=count)
 
 
-def _count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:
+def count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:
     # Three elements at a time, as one index into slots**3 counters: one core adds them one after
     # another, and most of them to the same few counters.
     together = 3 if slots <= 40 else 1
     size = index.size // together
-    parts = [index[i * size : (i + 1) * size].astype(jnp.int32) for i in range(together)]
-    joint = functools.reduce(lambda joint, part: joint * slots + part, parts)
+    slices = [index[i * size : (i + 1) * size].astype(jnp.int32) for i in range(together)]
+    joint = functools.reduce(lambda joint, values: joint * slots + values, slices)
     counts = _scatter_ones(joint, slots**together).reshape((slots,) * together)
     axes = set(range(together))
     marginals = [counts.sum(axis=tuple(axes - {axis})) for axis in axes]
@@ -120,7 +120,7 @@ def _scatter_ones(index: jax.Array, slots: int) -> jax.Array:
     return jnp.zeros(slots, jnp.int32).at[index].add(ones, mode="promise_in_bounds")
 
 
-def _count_by_comparing(index: jax.Array, *, slots: int) -> jax.Array:
+def count_by_comparing(index: jax.Array, *, slots: int) -> jax.Array:
     equal = index[:, None] == jnp.arange(slots, dtype=index.dtype)[None, :]
     return jnp.sum(equal, axis=0, dtype=jnp.int32)
 

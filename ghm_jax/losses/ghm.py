@@ -4,9 +4,9 @@ Each returns (loss, state, stats). The loss is this replica's sum of weighted te
 of examples of ALL replicas when `axis_name` is given: `jax.lax.psum` the loss and its gradients
 over that axis. Weights are constants of the gradient; nothing flows through the histogram.
 
-The keywords from `bins` to `density` are the fields of `Harmonizing`, which tells what they mean:
-`**settings` gives them all, `**REFERENCE` the published code's behaviour. `state`, `batch_counts`
-and `axis_name` are those of `harmonize`.
+The keywords from `bins` to `density` are the fields of `Harmonizing`, which documents them:
+`**settings` passes all of them, `**REFERENCE` selects the published code's behaviour. `state`,
+`batch_counts` and `axis_name` are those of `harmonize`.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, psum, 
 BACKGROUND = -1
 """Class index of a position that has no class."""
 IGNORE = -2
-"""Class index of a position that is left out."""
+"""Class index of a position that is ignored."""
 
 
 def ghm_c_loss(
@@ -46,7 +46,7 @@ def ghm_c_loss(
         targets: float[..., K] in [0, 1], or int[...] class indices, BACKGROUND (-1) or IGNORE (-2).
         mask: bool or 0/1, shape of the logits or 1 in place of an axis; None: all valid.
         state: moving histogram (`init_ghm_state`); None: this batch alone.
-        batch_counts: histogram of the whole batch, where this is a part of it.
+        batch_counts: histogram of the whole batch, if these are the examples of a microbatch.
         axis_name: replica axis to count over.
 
     Returns:
@@ -58,7 +58,7 @@ def ghm_c_loss(
     Source: equations 1-13. The gradient is w (p - p*) / N.
 
     Examples:
-        Class 1, background, and a position that is left out, for two classes.
+        Class 1, background, and a position that is ignored, for two classes.
 
         >>> loss, _, stats = ghm_c_loss(jnp.zeros((3, 2)), jnp.array([1, -1, -2]))
         >>> f"{loss:.4f} of {stats.num_valid:.0f} examples"
@@ -102,7 +102,7 @@ def ghm_r_loss(
         state: moving histogram; None: this batch alone.
         mu: ASL1 is quadratic below and linear above this error (equation 17).
         bins: the published code has 10 here.
-        batch_counts: histogram of the whole batch, where this is a part of it.
+        batch_counts: histogram of the whole batch, if these are the examples of a microbatch.
         axis_name: replica axis to count over.
 
     Returns:
@@ -114,7 +114,7 @@ def ghm_r_loss(
     Source: equations 17-19.
     """
     check_same_shape("predictions", predictions, targets)
-    if not mu > 0:  # so that NaN is refused as well
+    if not mu > 0:  # rejects NaN as well
         raise ValueError(f"mu must be positive, got {mu}")
     error, finite = _finite(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
     used = None if mask is None else broadcast_mask(mask, error.shape)
@@ -153,14 +153,14 @@ def ghm_softmax_loss(
         labels: int[...] class indices in [0, K); a negative label is ignored.
         mask: bool or 0/1 [...], shape of the labels or 1 in place of an axis; None: all valid.
         state: moving histogram; None: this batch alone.
-        batch_counts: histogram of the whole batch, where this is a part of it.
+        batch_counts: histogram of the whole batch, if these are the examples of a microbatch.
         axis_name: replica axis to count over.
 
     Returns:
         loss f32[] (nats per example), new state, statistics.
 
     Raises:
-        ValueError: shapes that do not belong together, or a setting out of range.
+        ValueError: shapes that do not fit together, or a setting out of range.
     """
     if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -191,7 +191,7 @@ def _weighted_mean(
     axis_name: str | None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """sum(weights * terms) / N, and statistics with the plain mean of the terms."""
-    norm = jnp.where(finite, norm, jnp.nan)  # so that it is left out and reported
+    norm = jnp.where(finite, norm, jnp.nan)  # so that it is excluded and reported
     weights, state, stats = weigh(norm, used, state, settings, batch_counts, axis_name)
     count = jnp.maximum(stats.num_valid, 1.0)
     valid = weights > 0
@@ -227,7 +227,7 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def sigmoid_error(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """p - t elementwise, the gradient of the cross-entropy (equation 2), exact in both tails.
 
-    As (1 - t) p - t (1 - p): p itself rounds to 1 from a logit of 17 on. 0 in place of NaN.
+    Computed as (1 - t) p - t (1 - p), since p rounds to 1 for logits of 17 or more. NaN becomes 0.
     """
     tail = jnp.exp(-jnp.abs(logits))
     larger = 1.0 / (1.0 + tail)

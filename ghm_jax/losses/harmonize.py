@@ -1,4 +1,4 @@
-"""Gradient harmonizing: weigh examples by the inverse density of their gradient norm.
+"""Gradient harmonizing: weights examples by the inverse density of their gradient norm.
 
 Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, equations 4-13.
 """
@@ -23,9 +23,9 @@ class GHMState(NamedTuple):
     """i32[]. Updates so far, for the bias correction."""
 
     def average(self, settings: Harmonizing) -> jax.Array:
-        """f32[bins]: the counts that weights are made of, S_j of equation 12.
+        """f32[bins]: the counts that weights are computed from, S_j of equation 12.
 
-        Corrected for the start at zero if the settings say so; NaN before the first step then.
+        With `bias_correction`, corrected for the start at zero, and NaN before the first step.
         """
         if not settings.bias_correction:
             return self.counts
@@ -39,13 +39,13 @@ class LossStats(NamedTuple):
     """f32[]. Mean loss per example without any weights. Watch this one: the harmonized value
     itself stays near a constant (about 1 for GHM-C) however good the model is."""
     num_valid: jax.Array
-    """f32[]. Examples that counted."""
+    """f32[]. Examples that were counted."""
     num_nonfinite: jax.Array
-    """f32[]. Examples left out because their gradient norm was NaN or infinite."""
+    """f32[]. Examples excluded because their gradient norm was NaN or infinite."""
     counts: jax.Array | None = None
     """f32[bins]. Examples of this call per bin of gradient norm; None without a histogram."""
     weights: jax.Array | None = None
-    """f32[bins]. Weight of an example of each bin (with exact density, their mean there)."""
+    """f32[bins]. Weight of an example in each bin (with exact density, the mean weight)."""
 
 
 def init_ghm_state(bins: int) -> GHMState:
@@ -68,20 +68,20 @@ def harmonize(
     batch_counts: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
-    """Weights that make every part of the gradient-norm axis contribute alike.
+    """Weights that make all bins of the gradient norm contribute equally.
 
-    `Harmonizing` has the formula and tells what the keywords from `bins` to `density` mean.
+    `Harmonizing` documents the formula and the keywords from `bins` to `density`.
 
     Args:
         gradient_norm: [...] float, |d loss / d prediction| scaled into [0, 1]. Bins are decided in
             float32; a value on an edge belongs to the bin above it, 1 to the last bin.
         mask: [...] bool or 0/1, same rank, axes of size 1 are broadcast; False: the example
-            neither counts nor weighs. None: all count.
+            is not counted and has weight 0. None: all are counted.
         state: average so far; its length overrides `bins`. None: this batch alone.
-        batch_counts: f32[bins], the histogram of the whole batch, when this call sees a part of
-            it (gradient accumulation): the sum of `counts` over all parts, from a first pass.
-            Give every part the same state: each returns the same new one.
-        axis_name: replica axis over which the histogram is summed; None: each replica for itself.
+        batch_counts: f32[bins], the histogram of the whole batch, when this call sees one
+            microbatch (gradient accumulation): the sum of `counts` over all of them, from a first
+            pass. Pass the same state for every microbatch: each call returns the same new one.
+        axis_name: replica axis over which the histogram is summed; None: one histogram per replica.
 
     Returns:
         weights f32[...] (0 where masked), the new state (None if none was given), and statistics
@@ -92,7 +92,7 @@ def harmonize(
             or `batch_counts`, which are histograms.
 
     Examples:
-        Six settled examples and two that are wrong; each group weighs half.
+        Six easy examples and two hard ones; each group gets half of the total weight.
 
         >>> norm = jnp.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
         >>> weights, _, stats = harmonize(norm, bins=2, min_count=0)
@@ -116,7 +116,7 @@ def weigh(
     batch_counts: jax.Array | None,
     axis_name: str | None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
-    """`harmonize` by settings as a whole."""
+    """`harmonize` with its settings as one object."""
     if state is not None:
         settings = dataclasses.replace(settings, bins=state.counts.shape[0])
     for name, problem in problems(settings):
@@ -128,31 +128,32 @@ def weigh(
     used = None if mask is None else broadcast_mask(mask, norm.shape)
     index = bin_index(norm, used, bins)
     valid = index < bins
-    # Counts become float32 before they meet those of the other replicas: a pod's overflow int32.
+    # Cast to float32 before the sum over the replicas: the counts of a pod overflow int32.
     seen = psum(count_bins(index, bins + 2).astype(jnp.float32), axis_name)
     seen, num_nonfinite = seen[:bins], seen[bins + 1]
-    whole = seen if batch_counts is None else batch_counts
-    num_valid = whole.sum()
+    if batch_counts is None:
+        batch_counts = seen
+    num_valid = batch_counts.sum()
 
     if exact:
         weights = _exact_weights(norm, valid, num_valid, settings, axis_name)
         table = jnp.zeros(bins + 2).at[index.ravel()].add(weights.ravel())[:bins]
         table = psum(table, axis_name) / jnp.maximum(seen, 1.0)
     else:
-        table, state = _histogram_weights(whole, state, settings)
+        table, state = _histogram_weights(batch_counts, state, settings)
         weights = jnp.append(table, jnp.zeros(2))[index]
     total_norm = psum(jnp.sum(jnp.where(valid, norm, 0.0)), axis_name)
     mean_norm = total_norm / jnp.maximum(num_valid, 1.0)
     return weights, state, LossStats(mean_norm, num_valid, num_nonfinite, seen, table)
 
 
-_TINY = 1e-12  # an average of fewer examples is an empty bin, whose inverse would overflow
+_TINY = 1e-12  # a bin with a smaller average counts as empty: its inverse would overflow
 
 
 def _histogram_weights(
     seen: jax.Array, state: GHMState | None, settings: Harmonizing
 ) -> tuple[jax.Array, GHMState | None]:
-    """Weights f32[bins] by the histogram of a batch and those before it, and the next state."""
+    """Weights f32[bins] from the histograms of a batch and those before it, and the next state."""
     num_valid = seen.sum()
     state = None if state is None else _update(state, seen, settings)
     counts = seen if state is None else state.average(settings)
@@ -171,7 +172,7 @@ def _exact_weights(
     settings: Harmonizing,
     axis_name: str | None,
 ) -> jax.Array:
-    """Weights f32[...] by the density at the gradient norm of every example; 0 where not valid."""
+    """Weights f32[...] from the density at each example's gradient norm; 0 where not valid."""
     epsilon = 1 / settings.bins
     density = gradient_density(norm, valid, epsilon=epsilon, axis_name=axis_name)
     weights = jnp.where(valid, _inverse(density / settings.bins, settings), 0.0)
@@ -187,7 +188,7 @@ def _update(state: GHMState, seen: jax.Array, settings: Harmonizing) -> GHMState
 
 
 def _inverse(counts: jax.Array, settings: Harmonizing) -> jax.Array:
-    """D**-tau with D = max(counts, min_count); 1 where both are 0, as no example is there."""
+    """D**-tau with D = max(counts, min_count); 1 where both are 0, where there is no example."""
     density = jnp.maximum(counts, settings.min_count)
     density = jnp.where(density > _TINY, density, 1.0)
     return 1.0 / density if settings.strength == 1.0 else density**-settings.strength
@@ -200,7 +201,7 @@ def _scale(
     num_valid: jax.Array,
     settings: Harmonizing,
 ) -> jax.Array:
-    """Weights D**-tau so that their mean over the `total` examples is 1, or as in the paper."""
+    """Scales weights D**-tau to a mean of 1 over the `total` examples, or as in the paper."""
     if settings.normalizer == "bins":
         return weights * (num_valid / settings.bins) ** settings.strength
     return weights * (total / jnp.maximum(total_weight, _TINY))

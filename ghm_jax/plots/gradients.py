@@ -179,7 +179,7 @@ def gradient_totals(loss: Loss, logits: jax.Array, targets: jax.Array, bins: int
 
 
 def reformulated_gradient(loss: Loss, values: np.ndarray, target: float) -> np.ndarray:
-    """f32[n]: |d loss / d value|, where each of the values [n] is an example of its own.
+    """f32[n]: |d loss / d value|, where each of the values [n] is a separate example.
 
     Multiplied by the number of examples that the loss divides by, which is not 1 if the loss uses
     the histogram of a batch.

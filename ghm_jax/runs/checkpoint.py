@@ -71,7 +71,7 @@ class Checkpoints:
             ap: its AP, if it was evaluated.
 
         Raises:
-            CheckpointFailed: this save could not start, or the one before did not finish.
+            CheckpointFailed: this save could not start, or the previous one did not finish.
         """
         if self.latest != step:
             metrics = {"AP": _UNKNOWN if ap is None else ap}
@@ -79,7 +79,7 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.StandardSave(_plain(state)), metrics=metrics)
 
     def check(self) -> None:
-        """Returns at once.
+        """Checks on pending saves without waiting.
 
         Raises:
             CheckpointFailed: a save in the background did not finish.
@@ -102,7 +102,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # OSError, ValueError of tensorstore, ...: the disk is full
-            if jax.process_count() == 1:  # otherwise the others wait: all must start again
+            if jax.process_count() == 1:  # otherwise the others wait: all must be restarted
                 with contextlib.suppress(Exception):
                     self._manager.close()
                 self.remove_fragments()
@@ -111,7 +111,7 @@ class Checkpoints:
             raise CheckpointFailed(f"{type(error).__name__}: {reason}"[:200]) from error
 
     def remove_fragments(self) -> None:
-        """Removes what interrupted saves left behind. Not while another process saves."""
+        """Removes what interrupted saves left behind. Do not call it while a process saves."""
         if is_first():
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -135,7 +135,7 @@ class Checkpoints:
                 return self._restore(step, like)
             except ConfigError as error:
                 problem, why = error, str(error)
-            except Exception as error:  # whatever a parser finds in half a file
+            except Exception as error:  # whatever a parser raises for half a file
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 problem = ConfigError(
                     str(path), f"cannot be read ({why[:100]})", "train the run from scratch"
@@ -146,13 +146,13 @@ class Checkpoints:
     def _restore(self, step: int, like: State) -> State:
         _read_through(self._directory / str(step) / "default")
         # Compared first: Orbax itself fails in the middle of reading, with pages of details.
-        saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(_plain(like))
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
+        saved, expected = _shapes(self._manager.item_metadata(step)), _shapes(_plain(like))
+        for name in sorted(saved.keys() | expected.keys()):
+            if saved.get(name) != expected.get(name):
                 raise ConfigError(
                     str(self._directory / str(step)),
                     f"does not fit the run's model: {name} is {saved.get(name)}, "
-                    f"not {wanted.get(name)}",
+                    f"not {expected.get(name)}",
                     "train the run from scratch",
                 )
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
@@ -165,7 +165,7 @@ class Checkpoints:
         new, number = path.with_name(f"{step}.damaged"), 2
         while new.exists():
             new, number = path.with_name(f"{step}.damaged{number}"), number + 1
-        with raise_together():  # the others must not look before it is gone
+        with raise_together():  # the other processes must not look before it is gone
             if is_first():
                 path.rename(new)
         self._manager.reload()
@@ -180,8 +180,8 @@ def _average_precision(metrics: Any) -> float:
 
 
 class _Best(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the `count` checkpoints of highest AP. Orbax's BestN would take checkpoints without an
-    AP for the best, or complain about each."""
+    """Keeps the `count` checkpoints of highest AP. Orbax's BestN would rank checkpoints without an
+    AP first, or warn about each."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -195,7 +195,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def _read_through(path: Path) -> None:
-    """Reads everything in a checkpoint, and raises what is wrong with it.
+    """Reads everything in a checkpoint; raises whatever the storage does if it is damaged.
 
     Orbax finds the same faults, but reads everything at once and logs every other failure.
     """

@@ -1,4 +1,4 @@
-"""A run's directory: which file is where, and whether a run may use it.
+"""A run's directory: which file is where, and whether a run may use the directory.
 
 runs/NAME/
     config.json      the resolved config
@@ -10,7 +10,7 @@ runs/NAME/
     metrics.json     COCO figures of the last evaluation
     detections.json  its detections in COCO results form
     errors.json      analysis of its errors
-    report.html      all of it to look at
+    report.html      all of it as one page
 """
 
 import json
@@ -95,7 +95,7 @@ def load_run(path: str | Path) -> tuple[RunDirectory, Config]:
 
 
 def claim_run(path: str | Path, config: Config) -> RunDirectory:
-    """The directory for a run of `config`: a new one, or one to resume.
+    """The directory for a run of `config`: a new one, or one whose run is resumed.
 
     Args:
         path: of the run.

@@ -1,4 +1,4 @@
-"""Measurements with what is needed to read them: command, date, machine and versions."""
+"""Measurements with what is needed to interpret them: command, date, machine and versions."""
 
 import contextlib
 import json
@@ -28,8 +28,8 @@ def write_record(
     Args:
         path: file to write.
         command: what produces the measurements.
-        contents: the measurements, under keys of their own.
-        packages: whose versions matter; those that are not installed are left out.
+        contents: the measurements by name.
+        packages: whose versions matter; those that are not installed are omitted.
         device: what was measured on; None: JAX's first device.
     """
     record = {

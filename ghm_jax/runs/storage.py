@@ -1,4 +1,4 @@
-"""Files and directories: written whole, moved aside, never written over."""
+"""Files and directories: written atomically, moved aside, never overwritten by accident."""
 
 import os
 import time
@@ -29,7 +29,7 @@ def set_aside(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one: a crash never leaves half of it."""
+    """Replaces a file atomically: a crash never leaves half of it."""
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)

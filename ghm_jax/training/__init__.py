@@ -1,1 +1,1 @@
-"""The training step, what it is built of, and what a training run writes."""
+"""The training step, what it consists of, and what a training run writes."""

@@ -1,4 +1,4 @@
-"""From a config to what trains: the network, the optimizer, the state and the step."""
+"""Builds what a config describes: the network, the optimizer, the state and the step."""
 
 import functools
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ class Trainer:
         """The state before the first step; see `ghm_jax.training.state.init_state`. To be jitted.
 
         Args:
-            pretrained: `params` and `batch_stats` of those parts of the network, such as
-                `backbone`, that do not start at random.
+            pretrained: `params` and `batch_stats` of the modules, such as `backbone`, that do not
+                start from random values.
         """
         return init_state(self.config, self.model, self.optimizer, pretrained)
 
@@ -53,7 +53,7 @@ class Trainer:
 
 
 def build(config: Config, num_classes: int, axis_name: str | None = None) -> Trainer:
-    """Puts together what a config describes: the one place where that happens.
+    """Builds what a config describes; the only place that does.
 
     Args:
         config: network, loss and optimizer.

@@ -27,7 +27,7 @@ class StopRequest(threading.Event):
 
 @contextlib.contextmanager
 def stop_on_signal(progress: Progress) -> Iterator[StopRequest]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once.
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts immediately.
 
     In the middle of a step the memory of the old state is already reused, so a run can only stop
     between steps. Outside the main thread nothing is caught.

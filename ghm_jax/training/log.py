@@ -1,4 +1,4 @@
-"""The training log: metrics.jsonl, metric writers, the progress line, and NaN or Inf."""
+"""The training log: metrics.jsonl, metric writers, the progress line, warnings of NaN or Inf."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +25,15 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 (it is what happened)
 class TrainingLog:
     """Writes metrics to `metrics.jsonl` and the metric writers, and warns about NaN and Inf.
 
-    Of several processes the first one writes. Metrics of a step are fetched from the devices one
-    step later, so that the devices never wait.
+    With several processes, only the first one writes. Metrics of a step are fetched from the
+    devices one step later, so that the devices never wait.
 
     Args:
         run: the run to write to.
         config: resolved.
         start: steps done; records of later steps are removed.
         progress: receives progress updates.
-        ideal_seconds: per image at the peak of the devices, by (height, width), for the MFU; see
+        ideal_seconds: seconds per image at the devices' peak, by (height, width), for the MFU; see
             `ghm_jax.analysis.cost.ideal_seconds`.
     """
 
@@ -61,7 +61,7 @@ class TrainingLog:
         if self._writes and config.run.wandb:
             self._writers.append(WeightsAndBiases(run, config))
         self._warned = False
-        # Skipped updates that a warning was given for.
+        # Skipped updates that were already reported.
         self._skipped = history[-1].get("skipped", 0) if history else 0
         self._seconds = history[-1]["seconds"] if history else 0.0
         self._pending: tuple[int, Any, float] | None = None
@@ -94,7 +94,7 @@ class TrainingLog:
             self._ideal = 0.0
 
     def flush(self) -> None:
-        """Writes what is pending; for a skipped step there is a warning instead.
+        """Writes what is pending; a skipped step gives a warning instead.
 
         Raises:
             TrainingDiverged: `run.max_skipped` consecutive updates, or more, were skipped.
@@ -116,7 +116,7 @@ class TrainingLog:
         self._progress.update("train", done, steps, progress_fields(record))
 
     def _make_record(self, done: int, values: dict[str, Any], ideal: float) -> dict[str, Any]:
-        """A line of metrics.jsonl; the clock starts again for the next one."""
+        """A line of metrics.jsonl; restarts the clock for the next one."""
         now = time.perf_counter()
         elapsed = now - self._since
         self._seconds += elapsed
@@ -205,7 +205,7 @@ def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def what_is_wrong(values: Mapping[str, Any], images: Sequence[int]) -> str:
-    """Which part of a step was NaN or Inf, in which bin and images.
+    """Where a step had NaN or Inf: in which loss, bin and images.
 
     Args:
         values: metrics of `train_step`, as numbers and lists.

@@ -32,7 +32,7 @@ class MetricWriter(Protocol):
     def add(
         self, group: str, record: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
     ) -> None:
-        """Takes a record of a step.
+        """Writes a record of a step.
 
         Args:
             group: `train` or `validation`.
@@ -77,7 +77,7 @@ class TensorBoard:
     a thread, which dies when the disk is full, and the training would then wait for it forever."""
 
     def __init__(self, directory: Path, start: int) -> None:
-        """`start`: steps done; TensorBoard drops what was written about later ones."""
+        """`start`: steps done; TensorBoard discards records of later ones."""
         self._directory, self._start = directory, start
         self._writer: EventsWriter | None = None
 
@@ -99,8 +99,8 @@ class TensorBoard:
         ]
         new += [_histogram(name, counts) for name, counts in histograms(record).items()]
         new += [_picture(f"{group}/{name}", picture) for name, picture in pictures.items()]
-        for one in new:
-            self._write(_EVENTS.Event(step=step, summary=one))
+        for value in new:
+            self._write(_EVENTS.Event(step=step, summary=value))
         self._writer.flush()
 
     def _write(self, event: Any) -> None:
@@ -190,7 +190,7 @@ class WeightsAndBiases:
             raise OSError(errno.EIO, _first_line(error), "Weights & Biases") from error
 
     def close(self) -> None:
-        """Ends the run there, once everything has been sent."""
+        """Ends the run at W&B, once everything has been sent."""
         with contextlib.suppress(Exception):
             self._run.finish()
 

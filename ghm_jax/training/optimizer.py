@@ -28,8 +28,8 @@ def learning_rate(settings: Optimizer) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by global norm, then SGD with L2 penalty or AdamW (decay on kernels only).
 
-    Frozen stages of the backbone (`model.frozen_stages`) get updates of zero, no decay either, and
-    take no room in the optimizer's state.
+    Frozen stages of the backbone (`model.frozen_stages`) get zero updates, without decay, and take
+    no space in the optimizer state.
     """
     settings = config.optimizer
     rate = learning_rate(settings)
@@ -48,7 +48,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def frozen_parameters(params: optax.Params, frozen_stages: int) -> optax.Params:
-    """The tree of RetinaNet's parameters with a bool for each: it is in a frozen stage."""
+    """For each of RetinaNet's parameters, whether it is in a frozen stage: a tree of bool."""
 
     def frozen(path: tuple[Any, ...], _: Any) -> bool:
         return path[0].key == "backbone" and is_frozen(path[1].key, frozen_stages)

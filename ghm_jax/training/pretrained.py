@@ -67,7 +67,7 @@ def _keep(entry: Path, variables: dict[str, Any]) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".making-"))
     except OSError:
-        return  # without a cache it takes longer, that is all
+        return  # the cache only saves time
     try:
         save_tree(scratch / entry.name, variables)
         (scratch / entry.name).rename(entry)

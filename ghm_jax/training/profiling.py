@@ -10,14 +10,14 @@ import jax
 class Profiler:
     """Profiles the steps `first` to `last`, both included.
 
-    The profile begins and ends when the devices are idle, so that it holds exactly these steps;
-    that costs two waits. A run that resumes between them profiles the rest.
+    The profile begins and ends when the devices are idle, so that it holds exactly these steps; the
+    loop waits for them twice. A run that resumes between these steps profiles the rest.
     """
 
     def __init__(
         self, directory: Path, steps: tuple[int, int] | None, say: Callable[[str], None]
     ) -> None:
-        """`directory` gets `plugins/profile/`, as TensorBoard wants it; no `steps`: no profile."""
+        """`directory` gets `plugins/profile/`, as TensorBoard expects; no `steps`: no profile."""
         self._directory, self._steps, self._say = directory, steps, say
         self._running = False
         self._latest: Any = ()
@@ -45,7 +45,7 @@ class Profiler:
                 self.close()
 
     def close(self) -> None:
-        """Writes the profile, of fewer steps if the run ended before the last."""
+        """Writes the profile, of fewer steps if the run ended before the last one."""
         if not self._running:
             return
         self._running = False

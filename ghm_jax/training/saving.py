@@ -1,4 +1,4 @@
-"""When a run saves its state, and what happens when the disk does not take it."""
+"""When a run saves its state, and what happens when saving fails."""
 
 import time
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from ghm_jax.training.state import TrainState
 
 
 class Saver:
-    """Saves at the steps that a run asks for. A checkpoint that fails does not end the training.
+    """Saves at the steps that the config sets. A checkpoint that fails does not end the training.
 
-    Of several processes none knows whether another one failed, and they cannot ask while the
-    devices run: there a failure ends the job, which resumes from the checkpoint before.
+    With several processes none knows whether another one failed, and they cannot ask while the
+    devices run: then a failure ends the job, which resumes from the previous checkpoint.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class Saver:
             every: steps between two checkpoints.
             retry_after: steps from a failed one to the next try.
             alone: this is the only process of the job.
-            place: called for each state that is saved. pmap gives every process of a job a state
-                of its own, all the same, and Orbax wants one.
+            place: called for each state that is saved. Under pmap every process of a job holds its
+                own copy of the state, and Orbax expects a single one.
         """
         self._checkpoints, self._progress = checkpoints, progress
         self._alone, self._place = alone, place
@@ -43,13 +43,13 @@ class Saver:
     def save_if_due(
         self, done: int, state: TrainState, *, ap: float | None, before: Callable[[], None]
     ) -> None:
-        """Starts to save in the background if it is time.
+        """Starts to save in the background if a checkpoint is due.
 
         Args:
             done: steps.
             state: after them.
             ap: its AP if it was just evaluated; such a state is always saved.
-            before: called before a state is saved, so that what must come first does.
+            before: called before a state is saved.
 
         Raises:
             CheckpointFailed: in a job of several processes.
@@ -69,8 +69,8 @@ class Saver:
             )
 
     def save_last(self, done: int, state: TrainState, pause: float = 10.0) -> None:
-        """Saves and waits until it is on disk; a single process retries twice, `pause` seconds
-        apart, as a disk may be full for a while.
+        """Saves and waits until the state is on disk; a single process retries twice, `pause`
+        seconds apart, as a disk may be full temporarily.
 
         Raises:
             CheckpointFailed: the last try failed.
@@ -86,7 +86,7 @@ class Saver:
                     raise CheckpointFailed(
                         f"step {done} could not be saved ({failed}); the newest checkpoint is that "
                         f"of step {self._checkpoints.latest}: free some space and run the same "
-                        "command to resume there"
+                        "command to resume from it"
                     ) from failed
                 self._progress.say(
                     f"step {done} could not be saved ({failed}), trying again in {pause:.0f} s"

@@ -1,4 +1,4 @@
-"""All that training changes, as one pytree."""
+"""The train state: everything that training changes, as one pytree."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from ghm_jax.models import RetinaNet
 
 
 class Skipped(NamedTuple):
-    """Updates that were left out because the loss or the gradient was not finite."""
+    """Updates that were skipped because the loss or the gradient was not finite."""
 
     total: jax.Array
     """i32[]. Since the first step."""
     in_a_row: jax.Array
-    """i32[]. Up to this step; 0 when it was finite."""
+    """i32[]. Consecutive ones up to this step; 0 if it was finite."""
 
 
 class TrainState(NamedTuple):
-    """All that training changes; one pytree, and what a checkpoint holds."""
+    """Everything that training changes; one pytree, and what a checkpoint holds."""
 
     step: jax.Array
     """i32[], steps done."""
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What to predict with, and what is evaluated and exported."""
+        """What is evaluated, exported and used to predict."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, "batch_stats": self.batch_stats}
 
@@ -50,15 +50,15 @@ def init_state(
     """The state before the first step. To be jitted: the network runs.
 
     Args:
-        config: fixes what is random by its `seed`.
-        model, optimizer: what to do, not traced.
-        pretrained: `params` and `batch_stats` of those parts of the network, such as `backbone`,
-            that do not start at random.
+        config: its `seed` determines the random values.
+        model, optimizer: static, not traced.
+        pretrained: `params` and `batch_stats` of the modules, such as `backbone`, that do not start
+            from random values.
     """
     images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
     variables = {"batch_stats": {}, **model.init(jax.random.key(config.seed), images)}
-    for kind, parts in (pretrained or {}).items():
-        variables[kind] = {**variables[kind], **parts}
+    for kind, modules in (pretrained or {}).items():
+        variables[kind] = {**variables[kind], **modules}
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -66,7 +66,7 @@ def init_state(
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(params),
         ghm=init_ghm_states(config),
-        # A copy: a buffer that is in the state twice cannot be given away twice.
+        # A copy: a buffer that is in the state twice cannot be donated.
         ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
         skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )

@@ -22,7 +22,7 @@ Outputs = tuple[jax.Array, jax.Array]
 
 
 class _Gradients(NamedTuple):
-    """What a step learns from its batch, over all replicas."""
+    """What a step computes from its batch, over all replicas."""
 
     params: Any
     """Gradient of the loss, like the parameters."""
@@ -68,8 +68,8 @@ def train_step(
 
     Args:
         state: the same on all replicas.
-        batch: this replica's part.
-        config, model, optimizer: what to do, not traced.
+        batch: this replica's share.
+        config, model, optimizer: static, not traced.
         axis_name: replica axis; None: a single device.
 
     Returns:
@@ -88,7 +88,7 @@ def train_step(
 def _compute_gradients(
     state: TrainState, batch: Batch, config: Config, model: RetinaNet, axis_name: str | None
 ) -> _Gradients:
-    """Matching, the network forward, the losses, and the network backward."""
+    """Matching, the forward pass, the losses, and the backward pass."""
     targets, inputs = make_targets(batch, config), batch.model_inputs()
 
     def total_loss(outputs: Outputs) -> tuple[jax.Array, Any]:
@@ -132,7 +132,7 @@ def _apply_update(
     ema_params = state.ema_params
     if ema_params is not None:
         done = state.step.astype(jnp.float32)
-        decay = jnp.minimum(ema, (1 + done) / (10 + done))  # so that the start fades fast
+        decay = jnp.minimum(ema, (1 + done) / (10 + done))  # the initial values fade quickly
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     return state._replace(
         params=params,
@@ -183,7 +183,7 @@ def microbatched_vjp(
 ) -> tuple[Outputs, Any, Callable[[Outputs], Any]]:
     """The network on a batch, for training, and its gradient.
 
-    In several microbatches, one after the other, only the activations of one are held at a time.
+    With several microbatches, one after the other, only the activations of one are held at a time.
     The loss then sees the outputs of the whole batch, so that its histograms, counts and sorting
     are exactly those of one batch; for the gradients the network runs a second time.
 
@@ -197,8 +197,8 @@ def microbatched_vjp(
         the outputs to that with respect to the parameters.
     """
 
-    def network(params: Any, batch_stats: Any, part: ModelInputs) -> tuple[Outputs, Any]:
-        return apply_network(model, params, batch_stats, part, train=True)
+    def network(params: Any, batch_stats: Any, images: ModelInputs) -> tuple[Outputs, Any]:
+        return apply_network(model, params, batch_stats, images, train=True)
 
     if microbatches == 1:
         outputs, vjp, batch_stats = jax.vjp(
@@ -209,15 +209,16 @@ def microbatched_vjp(
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
 
-    def forward(batch_stats: Any, part: ModelInputs) -> tuple[Any, Outputs]:
-        outputs, batch_stats = network(state.params, batch_stats, part)
+    def forward(batch_stats: Any, images: ModelInputs) -> tuple[Any, Outputs]:
+        outputs, batch_stats = network(state.params, batch_stats, images)
         return batch_stats, outputs
 
-    def backward(total: Any, part: tuple[ModelInputs, Outputs]) -> tuple[Any, None]:
+    def backward(total: Any, microbatch: tuple[ModelInputs, Outputs]) -> tuple[Any, None]:
+        images, of_outputs = microbatch
         of_network = jax.vjp(
-            lambda params: network(params, state.batch_stats, part[0]), state.params, has_aux=True
+            lambda params: network(params, state.batch_stats, images), state.params, has_aux=True
         )[1]
-        return jax.tree.map(jnp.add, total, of_network(part[1])[0]), None
+        return jax.tree.map(jnp.add, total, of_network(of_outputs)[0]), None
 
     each = jax.tree.map(split, inputs)
     batch_stats, outputs = jax.lax.scan(forward, state.batch_stats, each)

@@ -18,13 +18,13 @@ def description(experiment, num_classes=80, padded_size=(800, 1280)):
     return describe(load_experiment(EXPERIMENTS / f"{experiment}.py"), num_classes, padded_size)
 
 
-def test_published_r50():
+def test_r50_has_the_published_cost():
     found = description("coco_r50_ghm")
     # mmdetection's zoo: 37.74 million trained parameters, 239.32 G at 1280 x 800.
     assert round(found.total.trained / 1e6, 2) == 37.74
     assert found.total.parameters == 37_968_692
     assert found.total.multiply_adds == pytest.approx(239.32e9, rel=0.01)
-    # XLA leaves out what falls on padding and counts what is no convolution.
+    # XLA omits what falls on padding and counts other operations than convolutions.
     assert found.xla_flops / 2 == pytest.approx(found.total.multiply_adds, rel=0.015)
     assert found.anchors == 9 * (100 * 160 + 50 * 80 + 25 * 40 + 13 * 20 + 7 * 10)
     assert found.examples == 80 * found.anchors
@@ -35,8 +35,8 @@ def test_published_r50():
     ("experiment", "published"),
     [("coco_r50_torchvision", 151.54e9), ("coco_r50_torchvision_v2", 152.238e9)],
 )
-def test_published_torchvision(experiment, published):
-    """Of a square image of 800 pixels and 91 classes. P6 from C5 or P5 differ by 0.5 %."""
+def test_torchvision_models_have_the_published_cost(experiment, published):
+    """For 800 x 800 pixels and 91 classes. P6 from C5 and from P5 differ by 0.5 %."""
     found = description(experiment, num_classes=91, padded_size=(800, 800))
     assert found.total.multiply_adds == pytest.approx(published, rel=1e-4)
 
@@ -47,7 +47,7 @@ def conv(side: int, kernel: int, inputs: int, outputs: int) -> tuple[int, int]:
     return weights, side**2 * weights
 
 
-def test_a_network_small_enough_to_count_by_hand():
+def test_a_small_network_costs_what_is_counted_by_hand():
     config = tiny_config(
         model=Model(
             backbone="resnet10", width=4, stem_kernel=3, norm="group", channels=8, head_convs=1
@@ -81,10 +81,10 @@ def test_a_network_small_enough_to_count_by_hand():
 
 @pytest.mark.parametrize(
     ("frozen_stages", "without_gradient"),
-    # Convolutions to the first one that is trained: none, the stem, all of stage 1.
+    # Convolutions up to the first one that needs a gradient: none, or the stem and stage 1.
     [(0, []), (1, [conv(32, 7, 3, 4), conv(16, 3, 4, 4), conv(16, 3, 4, 4)])],
 )
-def test_training_is_the_forward_pass_and_products_for_all_gradients(
+def test_training_costs_the_forward_pass_and_the_products_of_all_gradients(
     frozen_stages, without_gradient
 ):
     config = tiny_config()
@@ -97,14 +97,14 @@ def test_training_is_the_forward_pass_and_products_for_all_gradients(
     assert training_operations(config, 3, (64, 64)) == 2 * products
 
 
-def test_seconds_at_the_peak_need_a_peak():
+def test_ideal_seconds_need_a_known_peak():
     config = tiny_config()
     sizes = [(64, 64), (64, 96)]
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     for settings, kind in ((config, "NVIDIA H100"), (half, "cpu"), (config, "cpu")):
         assert ideal_seconds(settings, 3, sizes, [kind] * 2) == {}
-    told = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_teraflops=1.5))
-    for settings, kind, peak in ((half, "NVIDIA H100", 989e12), (told, "cpu", 1.5e12)):
+    given = dataclasses.replace(config, run=dataclasses.replace(config.run, peak_teraflops=1.5))
+    for settings, kind, peak in ((half, "NVIDIA H100", 989e12), (given, "cpu", 1.5e12)):
         found = ideal_seconds(settings, 3, sizes, [kind] * 2)
         for size in sizes:
             seconds = training_operations(config, 3, size) / (2 * peak)
@@ -112,18 +112,18 @@ def test_seconds_at_the_peak_need_a_peak():
 
 
 @pytest.mark.parametrize("frozen_stages", [0, 1, 4])
-def test_frozen_stages_are_there_but_not_trained(frozen_stages):
+def test_frozen_stages_count_as_parameters_but_not_as_trained(frozen_stages):
     config = tiny_config()
     model = dataclasses.replace(config.model, frozen_stages=frozen_stages)
     found = describe(dataclasses.replace(config, model=model), 3, (64, 64))
     backbone = found.modules["backbone"]
     stem, first = 49 * 3 * 4 + 8, 2 * (9 * 4 * 4 + 8)
-    left_out = {0: 0, 1: stem + first, 4: backbone.parameters}[frozen_stages]
-    assert backbone.parameters - backbone.trained == left_out
-    assert found.total.parameters - found.total.trained == left_out
+    frozen = {0: 0, 1: stem + first, 4: backbone.parameters}[frozen_stages]
+    assert backbone.parameters - backbone.trained == frozen
+    assert found.total.parameters - found.total.trained == frozen
 
 
-def test_type_and_rematerialization_cost_nothing_here():
+def test_dtype_and_rematerialization_do_not_change_the_description():
     config = tiny_config()
     plain = describe(config, 3, (64, 64))
     model = dataclasses.replace(config.model, dtype="bfloat16", remat=True)

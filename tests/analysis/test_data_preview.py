@@ -1,4 +1,4 @@
-"""What the inspection says of a data set is what the files of the data set say."""
+"""What the inspection reports about a data set agrees with the annotations."""
 
 import json
 
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def inspected(dataset_dir, tmp_path_factory):
-    """One batch that holds the whole epoch, without flips: what is expected follows from the data
-    set itself."""
+    """One batch that holds a complete epoch, so that expected values follow from the data set."""
     config = tiny_config(dataset_dir, optimizer=Optimizer(batch_size=10))
     listener, out = Listener(), tmp_path_factory.mktemp("inspection") / "new"
     inspection, files = inspect_data(config, out, batches=1, pictures=2, progress=listener)
@@ -47,7 +46,7 @@ def iou(a, b):
     return inner / (area[0][:, None] + area[1] - inner)
 
 
-def test_figures_are_those_of_the_annotations(inspected):
+def test_statistics_are_those_of_the_annotations(inspected):
     _, inspection, _, truth, _ = inspected
     images = list(resized_boxes(truth))
     boxes = np.concatenate([b for _, b in images])
@@ -83,7 +82,7 @@ def test_positive_anchors_are_those_that_overlap(inspected):
     assert inspection.positives_per_image.sum() > 10
 
 
-def test_files_can_be_read_and_agree(inspected):
+def test_written_files_are_readable_and_consistent(inspected):
     _, inspection, files, _, listener = inspected
     assert [file.name for file in files] == ["batch_0.png", "statistics.png", "statistics.json"]
     for file in files[:2]:
@@ -98,7 +97,7 @@ def test_files_can_be_read_and_agree(inspected):
     assert listener.steps == [1]
 
 
-def test_the_table_has_every_quantity_and_the_rest_of_the_classes(inspected):
+def test_the_table_has_every_quantity_and_sums_up_the_other_classes(inspected):
     _, inspection, *_ = inspected
     text = inspection_table(inspection, classes=1)
     assert "10 images, 1 without boxes" in text
@@ -109,7 +108,7 @@ def test_the_table_has_every_quantity_and_the_rest_of_the_classes(inspected):
     assert rest.split()[:4] == ["2", "more", "classes", str(sum(counts[1:]))]
 
 
-def test_a_picture_shows_boxes_where_they_are_and_crowds(rng):
+def test_a_picture_shows_boxes_and_crowds_in_place(rng):
     images = rng.integers(100, 120, (3, 96, 96, 3)).astype(np.uint8)
     boxes = np.zeros((3, 2, 4), np.float32)
     boxes[0, 0] = [24, 36, 72, 84]

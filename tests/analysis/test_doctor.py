@@ -1,4 +1,4 @@
-"""Faults injected into a machine or a data set one by one are each named with a remedy."""
+"""Faults that are injected one by one are each named with a remedy."""
 
 import dataclasses
 import shutil
@@ -98,7 +98,7 @@ def test_each_fault_of_a_record_is_named_with_a_remedy(rng, monkeypatch, tmp_pat
     assert fault.remedy
 
 
-def test_boxes_of_corner_and_size_are_detected(rng, monkeypatch, tmp_path):
+def test_boxes_stored_as_corner_and_size_are_detected(rng, monkeypatch, tmp_path):
     records = valid(rng)
     for r in records:
         change_boxes(as_corner_and_size)(r)

@@ -1,4 +1,4 @@
-"""What `ghm-jax stats` says of a run, against NumPy in float64."""
+"""What `ghm-jax stats` reports about a run, against NumPy in float64."""
 
 import dataclasses
 import functools
@@ -123,12 +123,12 @@ def test_histogram_weights_and_gradients_are_those_of_the_next_step(run_with, de
     assert positive.sum() > 0
 
 
-def test_a_run_under_shard_map_is_read_on_several_devices(run_with):
+def test_a_shard_map_run_is_evaluated_on_several_devices(run_with):
     path = run_with(run=Run(devices=2, wrapper="shard_map", workers=0))
     assert evaluate(path).step == gradient_stats(path)["step"] == 6
 
 
-def test_a_run_of_other_losses_has_no_average_and_weights_of_mean_one(run_with):
+def test_a_run_without_ghm_has_no_average_and_weights_of_mean_one(run_with):
     path = run_with(loss=Loss(classification="focal", box="smooth_l1", ghm_c=GHM_C, ghm_r=GHM_R))
     stats = gradient_stats(path)
     for key, loss in (("classification", "focal"), ("box", "smooth_l1")):
@@ -138,10 +138,10 @@ def test_a_run_of_other_losses_has_no_average_and_weights_of_mean_one(run_with):
         assert len(part["gradient"]) == 2  # the run's loss is the baseline
         weights = np.array([w or 0.0 for w in part["weights"]])
         assert share(np.array(part["counts"])) @ weights == pytest.approx(1, rel=1e-5)
-        assert np.ptp(weights[weights > 0]) > 0.01  # yet it does re-weight
+        assert np.ptp(weights[weights > 0]) > 0.01  # it does reweight
 
 
-def test_a_batch_that_is_not_full_counts_only_when_it_is_the_only_one(run_with):
+def test_an_incomplete_batch_is_used_only_if_it_is_the_only_one(run_with):
     path = run_with()
     listener = Listener()
     assert gradient_stats(path, images=99, progress=listener)["images"] == 4  # of six

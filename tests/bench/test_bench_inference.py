@@ -1,4 +1,4 @@
-"""The inference benchmark measures what it says; how fast it was is no test."""
+"""The inference benchmark measures what it claims to; its speed is not tested."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 from ghm_jax.bench.inference import (
     InferenceCase,
     InferenceTime,
-    _last_layer,
+    last_layer,
     measure_inference,
 )
 from ghm_jax.cli import main
@@ -21,7 +21,7 @@ TINY = InferenceCase(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-def test_few_scores_pass_the_threshold_or_all_of_them():
+def test_peaked_scores_give_few_candidates_and_flat_ones_all():
     peaked, flat = measure_inference(TINY, jax.devices()[:2], repeats=2)
     assert (peaked.scores, flat.scores) == ("peaked", "flat")
     pairs = 9 * 80 * (8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1)
@@ -34,16 +34,16 @@ def test_few_scores_pass_the_threshold_or_all_of_them():
         assert row.share == pytest.approx(row.selection / (row.network + row.selection))
 
 
-def test_the_last_layer_is_set_for_so_many_scores_above_the_threshold(rng):
+def test_the_last_layer_gives_the_chosen_number_of_scores_above_the_threshold(rng):
     fresh = rng.normal(0, 1e-4, (2, 5000))
-    factor, biases = _last_layer(fresh, 0.05)
+    factor, biases = last_layer(fresh, 0.05)
     for kind, count in (("peaked", 600), ("flat", 10_000)):
         scores = 1 / (1 + np.exp(-(fresh * factor + biases[kind])))
         assert np.sum(scores > 0.05) == pytest.approx(count, abs=15)
     assert np.std(fresh * factor) == pytest.approx(1)
 
 
-def test_a_detector_that_is_timed_as_a_whole_has_no_share():
+def test_a_detector_timed_without_stages_has_no_share():
     measured = InferenceTime("torchvision", "flat", 1, 1.0, 1.0, 1.0, 1.0, None, None)
     assert measured.share is None
 

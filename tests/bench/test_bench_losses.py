@@ -1,4 +1,4 @@
-"""The benchmarks run and measure what they say; how fast it was is no test."""
+"""The benchmarks measure what they claim to; their speed is not tested."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The training benchmark runs and measures what it says; how fast it was is no test."""
+"""The training benchmark measures what it claims to; its speed is not tested."""
 
 import dataclasses
 import json
@@ -113,7 +113,7 @@ def test_ratios_and_slopes_in_the_docs_are_the_measured_result():
         ("cpu", None),
     ],
 )
-def test_peaks_are_known_by_the_names_that_jax_gives(kind, peak):
+def test_peaks_are_known_by_the_device_kinds_of_jax(kind, peak):
     assert peak_flops(kind) == peak
 
 
@@ -122,7 +122,7 @@ def test_peaks_are_known_by_the_names_that_jax_gives(kind, peak):
 def test_the_training_bench_prints_its_table_and_writes_it(tmp_path, capsys):
     out = tmp_path / "bench.json"
     settings = "--parts devices --backbones resnet10 --size 32 32 --batch-size 2 --channels 8"
-    settings += " --devices 2 3 4096"  # three cannot share two images, and so many there are not
+    settings += " --devices 2 3 4096"  # 3 cannot share 2 images, 4096 do not exist
     main(["bench", "train", *settings.split(), "--repeats", "1", "--out", str(out)])
     printed, record = capsys.readouterr().out, json.loads(out.read_text())
     assert record["command"].startswith(f"ghm-jax bench train {settings}")

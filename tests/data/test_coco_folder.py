@@ -1,4 +1,4 @@
-"""A folder of images with COCO annotations goes in; what evaluation and training see is checked
+"""Prepares a folder of images with COCO annotations, and checks what evaluation and training read
 against the annotations themselves and against pycocotools."""
 
 import contextlib
@@ -27,7 +27,7 @@ ANNOTATIONS = [  # id, image, category, bbox, area, crowd
     (1, 11, 40, [3.25, 4.5, 20.1, 30.7], 512.77, 0),
     (2, 11, 3, [0, 0, 64, 48], 3072, 1),
     (9, 2_000_000_000, 7, [10, 20, 39.99, 70], 2799.3, 0),
-    (10, 2_000_000_000, 3, [-5, 80, 20, 20], 150, 0),  # reaches over two borders
+    (10, 2_000_000_000, 3, [-5, 80, 20, 20], 150, 0),  # beyond two borders
     (11, 2_000_000_000, 3, [5, 80, 0, 5], 0, 0),  # no width
 ]
 
@@ -80,7 +80,7 @@ def test_names_labels_and_category_ids_are_those_of_the_file(folder):
     assert dataset.class_names == ("traffic light", "ox", "猫")
 
 
-def test_ground_truth_comes_back_as_it_was_annotated(folder):
+def test_ground_truth_equals_the_annotations(folder):
     prepare(folder)
     truth = coco_ground_truth(open_dataset(data(folder), "validation"))
     images = {(i["id"], i["file_name"], i["width"], i["height"]) for i in truth["images"]}
@@ -93,7 +93,7 @@ def test_ground_truth_comes_back_as_it_was_annotated(folder):
     for number, image_id, category_id, bbox, area, crowd in ANNOTATIONS:
         a = found[number]
         assert (a["image_id"], a["category_id"], a["iscrowd"]) == (image_id, category_id, crowd)
-        assert a["area"] == math.floor(area)  # TFDS areas are whole numbers
+        assert a["area"] == math.floor(area)  # TFDS areas are integers
         expected = [0, 80, 15, 10] if number == 10 else bbox  # clipped to the image
         np.testing.assert_allclose(a["bbox"], expected, atol=1e-3)
 
@@ -130,11 +130,11 @@ def evaluate(truth, detections):
 
 
 @pytest.mark.parametrize("first_id", [0, 1])
-def test_pycocotools_gives_the_ground_truth_itself_full_marks(folder, first_id):
+def test_pycocotools_scores_the_ground_truth_itself_as_one(folder, first_id):
     source = read(folder)
     source["annotations"] = source["annotations"][:3]
     for number, annotation in enumerate(source["annotations"], start=first_id):
-        annotation["id"] = number  # an object 0 counts as unmatched, if nobody takes care
+        annotation["id"] = number  # pycocotools itself takes an id of 0 for unmatched
     write(folder, source)
     prepare(folder)
     truth = coco_ground_truth(open_dataset(data(folder), "validation"))
@@ -146,7 +146,7 @@ def test_pycocotools_gives_the_ground_truth_itself_full_marks(folder, first_id):
     assert evaluate(truth, detections) == pytest.approx(1.0)
 
 
-def test_a_name_with_a_configuration_gets_a_directory_of_its_own(folder):
+def test_a_name_with_a_configuration_gets_its_own_directory(folder):
     prepare(folder, name="coco/2017")
     dataset = open_dataset(data(folder, "coco/2017"), "validation")
     assert dataset.name == "coco/2017"
@@ -165,7 +165,7 @@ def contents(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*.*")}
 
 
-def test_a_second_run_finds_all_done(folder):
+def test_a_second_preparation_changes_nothing(folder):
     before = contents(prepare(folder))
     listener = Listener()
     source = (folder / "images", folder / "instances.json")
@@ -176,7 +176,7 @@ def test_a_second_run_finds_all_done(folder):
 
 
 @pytest.mark.parametrize("change", ["annotations", "subset", "splits"])
-def test_a_data_set_made_from_something_else_is_never_overwritten(folder, change):
+def test_a_data_set_from_other_sources_is_never_overwritten(folder, change):
     before = contents(prepare(folder))
     source = (folder / "images", folder / "instances.json")
     splits, subset = {"validation": source}, 1.0
@@ -191,8 +191,8 @@ def test_a_data_set_made_from_something_else_is_never_overwritten(folder, change
     assert contents(folder / "data" / "mine" / "1.0.0") == before
 
 
-def test_a_stopped_run_resumes_with_the_next_split(folder):
-    """And gives what a run gives that was not stopped."""
+def test_a_stopped_preparation_resumes_with_the_next_split(folder):
+    """With the same result as one that was not stopped."""
     source = (folder / "images", folder / "instances.json")
     splits = {"train": source, "validation": source}
 
@@ -229,7 +229,7 @@ def test_progress_counts_every_image_and_nothing_else_is_printed(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(folder, monkeypatch):
+def test_a_full_disk_is_detected_before_anything_is_written(folder, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(
@@ -240,7 +240,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["out", "images", "annotations"])
-def test_a_bucket_is_to_be_mounted(folder, which):
+def test_for_a_cloud_path_the_remedy_is_to_mount_the_bucket(folder, which):
     paths = {"out": folder / "data", "images": folder / "images", "annotations": "instances.json"}
     paths[which] = "gs://bucket/somewhere"
     splits = {"train": (paths["images"], paths["annotations"])}
@@ -274,7 +274,7 @@ def ids(folder, name):
     return {int(record["image/id"]) for record in open_dataset(data(folder, name), "train").source}
 
 
-def test_a_subset_has_the_size_asked_for_and_lies_in_every_larger_one(tmp_path):
+def test_a_subset_has_the_requested_size_and_is_part_of_every_larger_one(tmp_path):
     many_images(tmp_path, 60)
     source = {"train": (tmp_path / "images", tmp_path / "instances.json")}
     found = []
@@ -288,7 +288,7 @@ def test_a_subset_has_the_size_asked_for_and_lies_in_every_larger_one(tmp_path):
     assert found[2] != set(range(30))  # not the first ones
 
 
-def test_images_beyond_the_subset_need_not_be_there(tmp_path):
+def test_images_outside_the_subset_need_not_exist(tmp_path):
     many_images(tmp_path, 10)
     source = {"train": (tmp_path / "images", tmp_path / "instances.json")}
     prepare_folder("a", tmp_path / "data", source, subset=0.3)
@@ -325,7 +325,7 @@ def test_a_test_split_needs_no_annotations(folder):
         ),
     ],
 )
-def test_what_is_not_there_is_named_with_the_remedy(folder, name, split, message):
+def test_a_missing_data_set_or_split_is_named_with_the_remedy(folder, name, split, message):
     prepare(folder)
     with pytest.raises(ConfigError, match=message) as error:
         open_dataset(data(folder, name), split)
@@ -423,7 +423,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, breakage):
         ("mine", "Train-1", "splits: Train-1 cannot be the name of a split; use lower-case"),
     ],
 )
-def test_names_that_tfds_cannot_take_are_refused(folder, name, split, message):
+def test_names_that_tfds_rejects_are_refused(folder, name, split, message):
     with pytest.raises(ArgumentError, match=message):
         prepare(folder, name, split)
 
@@ -464,7 +464,7 @@ def test_a_data_set_of_another_schema_is_refused(tmp_path):
         open_dataset(Data(name="only_images", dir=str(tmp_path)), "train")
 
 
-def test_real_annotated_images_come_back_as_annotated(shared, tmp_path):
+def test_real_images_keep_their_annotations(shared, tmp_path):
     source = shared / "data" / "coco_val2017_open"
     if not source.is_dir():
         pytest.skip("needs ../shared/data/coco_val2017_open")

@@ -1,4 +1,4 @@
-"""The unpacked official files, or what looks like them, become `coco/2017`."""
+"""Files in the layout of the official ones become `coco/2017`."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from ghm_jax.exceptions import ArgumentError, UserError
 
 @pytest.fixture
 def source(tmp_path):
-    """Directories and files named as the official ones, with two images a split."""
+    """Directories and files named as the official ones, with two images per split."""
     folder = tmp_path / "official"
     (folder / "annotations").mkdir(parents=True)
     files = {
@@ -53,15 +53,15 @@ def splits_of(out):
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("requested", "expected"),
     [
         ((), {"train": 2, "validation": 2}),
         (("validation",), {"validation": 2}),
         (("train", "validation", "test"), {"train": 2, "validation": 2, "test": 2}),
     ],
 )
-def test_splits_are_those_asked_for_and_test_only_when_asked(source, tmp_path, asked, expected):
-    prepare_coco("2017", source, tmp_path / "data", splits=asked)
+def test_splits_are_those_requested_and_test_only_on_request(source, tmp_path, requested, expected):
+    prepare_coco("2017", source, tmp_path / "data", splits=requested)
     assert splits_of(tmp_path / "data") == expected
     dataset = open_dataset(Data(dir=str(tmp_path / "data")), "validation")
     assert dataset.category_ids == tuple(COCO_CATEGORIES.values())
@@ -80,7 +80,7 @@ def test_fewer_images_than_the_official_ones_are_a_warning(source, tmp_path):
     assert "has 1 images, the official files 2;" in listener.lines[0]
 
 
-def test_what_is_not_there_is_named_with_the_remedy(source, tmp_path):
+def test_missing_splits_and_directories_are_named_with_the_remedy(source, tmp_path):
     out = tmp_path / "data"
     with pytest.raises(
         ArgumentError, match=r"splits: coco/2017 has no val; choose from train, vali"
@@ -94,13 +94,13 @@ def test_what_is_not_there_is_named_with_the_remedy(source, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", ["cut", "damaged", "whole"])
+@pytest.mark.parametrize("kind", ["cut", "damaged", "intact"])
 def test_archives_beside_the_files_are_checked(source, tmp_path, monkeypatch, kind):
     archive = source / "image_info_test2017.zip"
     size = 1_144_034
     with archive.open("wb") as file:
         file.truncate(size - (kind == "cut"))
-    if kind == "whole":
+    if kind == "intact":
         published = "e52f412dd7195ac8f98d782b44c6dd30ea10241e9f42521f67610fbe055a74f8"
         monkeypatch.setattr("ghm_jax.data.prepare.coco_official.sha256", lambda path, _: published)
         listener = Listener()

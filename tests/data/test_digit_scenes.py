@@ -1,4 +1,4 @@
-"""The embedded data set: the same every time, fair between its splits, its boxes true."""
+"""The embedded data set: reproducible, without overlap of its splits, with exact boxes."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def test_two_builds_hold_the_same_bytes(few_scenes, tmp_path):
             np.testing.assert_equal(x, y)
 
 
-def test_the_structure_is_that_of_coco_2017(few_scenes, tmp_path, monkeypatch):
+def test_the_features_are_those_of_coco_2017(few_scenes, tmp_path, monkeypatch):
     # The published builder asks TensorFlow for this one name and nothing else.
     monkeypatch.setattr(coco, "tf", SimpleNamespace(int64=np.int64))
     published = coco.Coco(config="2017", data_dir=tmp_path).info.features
@@ -55,7 +55,7 @@ def test_the_structure_is_that_of_coco_2017(few_scenes, tmp_path, monkeypatch):
     assert dataset.category_ids == tuple(range(1, 11))
 
 
-def test_ids_are_unique_and_areas_those_of_the_boxes(few_scenes, tmp_path):
+def test_ids_are_unique_and_areas_are_those_of_the_boxes(few_scenes, tmp_path):
     image_ids, object_ids = [], []
     for split in ("train", "validation"):
         for record in open_dataset(Data(name="digit_scenes", dir=str(tmp_path)), split).source:
@@ -156,4 +156,4 @@ def test_build_and_read_need_no_tensorflow(few_scenes, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 False\n"  # and TFDS is kept from talking
+    assert done.stdout == "2 False\n"  # and TFDS prints nothing

@@ -53,7 +53,7 @@ KINDS = list(kinds())
 
 
 @pytest.mark.parametrize(("name", "encoded", "tolerance"), KINDS, ids=[k[0] for k in KINDS])
-def test_colours_and_places_are_those_that_were_drawn(name, encoded, tolerance):
+def test_decoded_colours_and_places_are_those_that_were_drawn(name, encoded, tolerance):
     image = decode_image(encoded)
     assert image.dtype == np.uint8
     assert image.shape == (32, 48, 3)
@@ -71,7 +71,7 @@ def test_grey_of_either_depth_gives_its_upper_eight_bits(rng, depth):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_half_an_image_is_no_image(rng, kind):
+def test_half_an_image_file_is_rejected(rng, kind):
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
     encoded = saved(noise, kind)
     assert encoded_size(encoded[: len(encoded) // 2]) == (64, 64)
@@ -154,7 +154,7 @@ def test_a_skipped_image_is_replaced_by_the_same_one_every_time_and_counted():
     assert len(set(ids[replaced].tolist())) > 1
     for start, hosts in ((9, 1), (3, 2)):
         shares = [take(5, train_batches(broken, settings, start, h, hosts)) for h in range(hosts)]
-        again = [i for parts in zip(*shares, strict=True) for p in parts for i in p.batch.image_id]
+        again = [i for step in zip(*shares, strict=True) for p in step for i in p.batch.image_id]
         assert again == ids[start * 4 : start * 4 + 20].tolist()
     lines = []
     log = ReplacementLog(lines.append)
@@ -165,7 +165,7 @@ def test_a_skipped_image_is_replaced_by_the_same_one_every_time_and_counted():
     assert input_notes(broken, settings) == ["1 images cannot be read and are skipped"]
 
 
-def test_a_data_set_of_corrupt_images_is_not_skipped_for_ever():
+def test_a_data_set_of_corrupt_images_only_is_an_error():
     with pytest.raises(DataError, match="cannot decode"):
         take(
             1,
@@ -189,7 +189,7 @@ def test_images_without_an_object_to_learn_from_are_skipped_or_kept():
         train_batches(none, config(), 0)
 
 
-def test_more_boxes_than_there_is_room_for_are_a_counted_warning():
+def test_boxes_beyond_the_maximum_are_counted_in_a_warning():
     box = [0.1, 0.1, 0.6, 0.6]
     crowded = dataset(boxes={1: [box] * 5, 2: [box] * 9, 3: [box] * 4})
     (note,) = input_notes(crowded, config(max_boxes=4))
@@ -202,7 +202,7 @@ def test_more_boxes_than_there_is_room_for_are_a_counted_warning():
     assert not input_notes(crowded, config(max_boxes=9))
 
 
-def test_crowds_need_room_when_they_are_ignored():
+def test_ignored_crowds_count_towards_the_maximum_of_boxes():
     some = dataset(boxes={1: [[0.1, 0.1, 0.6, 0.6]] * 3})
     some.source[1]["objects"]["is_crowd"][2] = True
     settings = config(max_boxes=2)

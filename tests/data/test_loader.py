@@ -59,7 +59,7 @@ def with_workers(config, workers):
     return dataclasses.replace(config, run=Run(workers=workers))
 
 
-def test_every_epoch_holds_every_image_once_and_in_another_order(config, datasets):
+def test_every_epoch_holds_every_image_once_in_a_new_order(config, datasets):
     batches = take(11, train_batches(datasets["train"], config, 0))  # 66 images: three epochs
     ids = np.concatenate([loaded.batch.image_id for loaded in batches]).reshape(3, 22)
     for epoch in ids:
@@ -76,7 +76,7 @@ def test_worker_processes_change_nothing(config, datasets):
     assert all(type(value) is np.ndarray for value in jax.tree.leaves(there[0]))
 
 
-def test_starting_in_the_middle_gives_what_would_have_come(config, datasets):
+def test_starting_at_a_later_step_gives_the_same_batches(config, datasets):
     whole = take(9, train_batches(datasets["train"], config, 0))
     for start in (1, 4, 7):
         resumed = take(9 - start, train_batches(datasets["train"], config, start))
@@ -96,18 +96,18 @@ def test_hosts_get_contiguous_shares_of_the_one_batch(config, datasets, hosts):
     ):
         whole = take(2, read())
         shares = [take(2, read(host, hosts)) for host in range(hosts)]
-        for loaded, *parts in zip(whole, *shares, strict=True):
-            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        for loaded, *of_hosts in zip(whole, *shares, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *of_hosts)
             assert_equal(loaded, together)
 
 
-def test_the_seed_decides(config, datasets):
+def test_the_seed_determines_the_order(config, datasets):
     other = dataclasses.replace(config, seed=4)
     a, b = (take(3, train_batches(datasets["train"], c, 0)) for c in (config, other))
     assert any((x.batch.image_id != y.batch.image_id).any() for x, y in zip(a, b, strict=True))
 
 
-def test_flips_are_drawn_for_each_image_and_turn_pixels_and_boxes(config, datasets):
+def test_flips_are_drawn_per_image_and_mirror_pixels_and_boxes(config, datasets):
     plain, flipped, mixed = (
         dataclasses.replace(config, data=dataclasses.replace(config.data, flip=p))
         for p in (0.0, 1.0, 0.5)
@@ -150,7 +150,7 @@ def test_validation_is_not_flipped(config, datasets):
 
 
 @pytest.mark.parametrize(("crowd", "kept"), [("drop", 0), ("ignore", 1)])
-def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, kept):
+def test_a_batch_holds_crowds_only_if_training_ignores_them(crowd, kept):
     encoded = cv2.imencode(".png", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
     objects = {
         "bbox": [np.float32([0, 0, 0.5, 0.5]), np.float32([0.5, 0.5, 1, 1])],
@@ -173,13 +173,13 @@ def test_crowds_come_with_a_batch_when_training_is_to_ignore_them(crowd, kept):
     assert (labels[is_crowd] == NO_CLASS).all()
 
 
-def test_a_batch_that_hosts_cannot_share_is_refused(config, datasets):
+def test_a_batch_that_cannot_be_split_over_the_hosts_is_refused(config, datasets):
     with pytest.raises(ValueError, match="6 images cannot be split over 4 processes"):
         train_batches(datasets["train"], config, 0, 0, 4)
 
 
 def test_reading_needs_neither_absl_app_nor_tensorflow(config, datasets, tmp_path):
-    """A plain script with workers, as a notebook or a command line is."""
+    """In a plain script with workers, like a notebook or the command line."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"

@@ -49,7 +49,7 @@ def take(count, batches):
 
 
 def test_with_one_bucket_ids_and_seeds_are_those_of_one_plain_shuffle():
-    """Figures that were measured before there were groups stay what they are."""
+    """So that results from before images were grouped by bucket can be reproduced."""
 
     def build(positions, rng):
         return positions, rng.integers(2**63, size=len(positions)).tolist()
@@ -63,7 +63,7 @@ def test_with_one_bucket_ids_and_seeds_are_those_of_one_plain_shuffle():
             assert grouped[step] == plain[step]
 
 
-def test_a_step_needs_one_of_two_buckets_and_its_images_have_one_orientation():
+def test_the_images_of_a_step_share_one_bucket_and_orientation():
     seen = collections.Counter()
     for loaded in take(200, train_batches(shapes(), config(), 0)):
         shape = loaded.batch.images.shape[1:3]
@@ -107,15 +107,15 @@ def test_validation_holds_every_image_once_bucket_by_bucket():
     assert ids.tolist() == [i for i in range(20) if i % 3] + list(range(0, 20, 3))
 
 
-def test_killed_and_resumed_at_any_step_on_other_workers_and_hosts_the_stream_is_the_same(rng):
+def test_the_stream_is_the_same_after_resuming_with_other_workers_and_hosts(rng):
     dataset = shapes()
     whole = take(24, train_batches(dataset, config(batch_size=4, seed=5), 0))
     for workers, hosts in ((0, 1), (0, 2), (2, 1), (2, 2)):
         start = int(rng.integers(1, 20))
         settings = config(batch_size=4, seed=5, workers=workers)
         shares = [take(4, train_batches(dataset, settings, start, h, hosts)) for h in range(hosts)]
-        for loaded, *parts in zip(whole[start : start + 4], *shares, strict=True):
-            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        for loaded, *of_hosts in zip(whole[start : start + 4], *shares, strict=True):
+            together = jax.tree.map(lambda *arrays: np.concatenate(arrays), *of_hosts)
             assert jax.tree.structure(together) == jax.tree.structure(loaded)
             # Ids, and pixels and boxes after augmentation.
             for (path, value), other in zip(
@@ -125,14 +125,14 @@ def test_killed_and_resumed_at_any_step_on_other_workers_and_hosts_the_stream_is
                 np.testing.assert_array_equal(other, value, err_msg=where)
 
 
-def test_an_image_that_fits_in_no_bucket_is_said_before_the_first_step():
+def test_an_image_that_fits_in_no_bucket_is_reported_before_the_first_step():
     for buckets in (((64, 96), (32, 96)), ((64, 96),)):
         for batches in (functools.partial(train_batches, start_step=0), validation_batches):
             with pytest.raises(ConfigError, match=r"data.buckets: an image needs 96x64 pixels"):
                 batches(shapes(), config(buckets))
 
 
-def test_the_index_is_read_once_and_kept(tmp_path):
+def test_the_index_is_read_once_and_cached(tmp_path):
     source = shapes(5).source
     source[2]["objects"]["bbox"][0][3] = 0.1  # no width
     source[4]["objects"]["is_crowd"][0] = True

@@ -1,4 +1,4 @@
-"""TFDS's own `coco/2017` builder, on files made here, is the referee of what we prepare.
+"""TFDS's own `coco/2017` builder, on files made here, is the reference for what we prepare.
 
 It needs TensorFlow: pip install "ghm-jax[tensorflow]".
 """
@@ -79,7 +79,7 @@ def test_records_are_byte_for_byte_those_of_the_official_builder(official, tmp_p
         lambda self, urls: dict.fromkeys(urls, str(official)),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what TensorFlow says is not ours
+        warnings.simplefilter("ignore")  # warnings of TensorFlow itself
         builder = tfds.builder("coco/2017", data_dir=tmp_path / "theirs")
         builder.download_and_prepare(
             file_format="array_record", download_dir=tmp_path / "downloads"

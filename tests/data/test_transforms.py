@@ -72,7 +72,7 @@ def test_the_size_in_the_header_is_the_decoded_size_whatever_the_orientation_tag
 
 
 @pytest.mark.parametrize("encoded", [b"", b"no image"])
-def test_bytes_that_are_no_image_raise(encoded):
+def test_bytes_that_are_not_an_image_raise(encoded):
     with pytest.raises(ValueError, match="cannot decode"):
         decode_image(encoded)
 
@@ -132,7 +132,7 @@ def test_flipping_twice_changes_nothing(rng):
 
 
 def test_marked_pixels_stay_in_their_box_whatever_the_augmentation(rng):
-    """Zoom, cut and flip: what is left of the mark is what is left of its box."""
+    """Zoom, crop and flip: the remaining box fits what remains of the mark."""
     settings = data(flip=0.5, min_short_side=32, zoom=(0.4, 2.0))
     seen = set()
     for _ in range(60):
@@ -155,7 +155,7 @@ def test_marked_pixels_stay_in_their_box_whatever_the_augmentation(rng):
             seen.add((bool(example.scale[0] < 0), bool(whole)))
         elif not len(example.boxes):
             assert not bright.any()
-    assert len(seen) == 4  # mirrored or not, cut or whole
+    assert len(seen) == 4  # mirrored or not, cropped or not
 
 
 def test_drawn_sides_and_zooms_fill_their_ranges():
@@ -188,7 +188,7 @@ def test_crowd_regions_are_kept_on_request_and_marked():
     assert example.labels.dtype == np.int32
 
 
-def test_of_too_many_boxes_crowds_go_first():
+def test_crowds_are_dropped_first_if_there_are_too_many_boxes():
     boxes = [(0, 0, s, s) for s in (5, 60, 9, 20, 7, 12)]
     crowd = [s > 15 for _, _, s, _ in boxes]
     example = make_example(
@@ -235,7 +235,7 @@ def test_collate_pads_bottom_and_right_with_zeros(rng):
     assert [array.dtype.name for array in truth] == ["float32", "int32", "bool"]
 
 
-def test_of_too_many_boxes_the_largest_stay_and_the_rest_is_counted():
+def test_the_largest_boxes_are_kept_and_the_dropped_ones_counted():
     boxes = [(0, 0, s, s) for s in (5, 30, 9, 20, 7, 12)]
     example = make_example(record(marked(64, 64, boxes[0]), boxes), data(), None)
     loaded = collate([example], (64, 96), 4)
@@ -247,7 +247,7 @@ def test_of_too_many_boxes_the_largest_stay_and_the_rest_is_counted():
     ("size", "expected"),
     [((10, 20), (64, 96)), ((64, 96), (64, 96)), ((96, 60), (96, 64)), ((65, 65), (96, 96))],
 )
-def test_the_first_bucket_that_holds_an_image_is_taken(size, expected):
+def test_an_image_goes_into_the_first_bucket_that_it_fits(size, expected):
     assert choose_bucket(size, data().buckets) == expected
 
 

@@ -71,7 +71,7 @@ def test_tiny_images_have_one_cell_on_every_level(side):
 
 
 def torchvision_anchors(height: int, width: int) -> np.ndarray:
-    """The published RetinaNet's in torchvision's way, anchor by anchor."""
+    """Anchors of the published RetinaNet by torchvision's rules, one by one."""
     found = []
     for level in range(5):
         base, stride = 32 << level, 8 << level
@@ -91,13 +91,13 @@ def torchvision_anchors(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (224, 160), (800, 1088), (608, 1344)])
-def test_anchors_of_torchvision(size):
+def test_torchvision_anchors_equal_the_loop(size):
     anchors = make_anchors(size, 4.0, 3, (0.5, 1.0, 2.0), "torchvision")
     assert anchors.dtype == np.float32
     np.testing.assert_array_equal(anchors, torchvision_anchors(*size))
 
 
-def test_anchors_of_torchvision_by_hand():
+def test_torchvision_anchors_equal_those_by_hand():
     anchors = make_anchors((800, 1088), 4.0, 3, (0.5, 1.0, 2.0), "torchvision")
     # 32, 40 and 50 pixels at P3; the height of 32 at ratio 0.5 is 22.6, so 11 to either side
     table = [[-23, -11, 23, 11], [-28, -14, 28, 14], [-35, -18, 35, 18], [-16, -16, 16, 16]]

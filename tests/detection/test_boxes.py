@@ -76,7 +76,7 @@ def test_boxes_without_extent_have_finite_deltas():
     assert np.isfinite(encode_boxes(box, jnp.array([0.0, 0, 10, 10]))).all()
 
 
-def test_wild_deltas_give_finite_boxes():
+def test_extreme_deltas_give_finite_boxes():
     anchor = jnp.array([0.0, 0, 16, 16])
     box = decode_boxes(jnp.array([0.0, 0, 1e30, 1e30]), anchor)
     np.testing.assert_allclose(box, [8 - 500, 8 - 500, 8 + 500, 8 + 500], rtol=1e-5)
@@ -85,7 +85,7 @@ def test_wild_deltas_give_finite_boxes():
     assert np.isfinite(clipped).all()
 
 
-def test_boxes_are_cut_to_height_and_width():
+def test_boxes_are_clipped_to_height_and_width():
     boxes = jnp.array([[-5.0, -5, 300, 300], [10, 20, 30, 40], [250, 150, 260, 160]])
     want = [[0, 0, 200, 100], [10, 20, 30, 40], [200, 100, 200, 100]]
     np.testing.assert_array_equal(clip_boxes(boxes, jnp.array([[100, 200]])), want)

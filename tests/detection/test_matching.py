@@ -1,7 +1,7 @@
 """Targets of anchors against the published rule, written out anchor by anchor.
 
-Corners are small whole numbers: then overlaps are exact in float32 up to one rounding, so that
-ties and thresholds are hit and fall the same way in the oracle.
+Corners are small integers: then overlaps are exact in float32 up to one rounding, so that ties and
+thresholds occur and are decided the same way as in the oracle.
 """
 
 import functools
@@ -189,7 +189,7 @@ def test_anchors_in_a_crowd_are_ignored_unless_positive(rng, crowds):
     assert not np.asarray(targets.deltas)[np.array(expected) < 0].any()
 
 
-def test_half_of_an_anchor_in_a_crowd_is_enough_and_a_crowd_not_given_is_background():
+def test_an_anchor_half_in_a_crowd_is_ignored_or_without_is_crowd_background():
     crowd = [0, 0, 10, 10]
     #          a half         just less        all of it      all of the crowd, little of the anchor
     corners = [[5, 0, 15, 10], [5.1, 0, 15.1, 10], [2, 2, 4, 4], [0, 0, 40, 40]]

@@ -64,7 +64,7 @@ HARD = {"count": SIZE, "threshold": 0.1, "iou": 0.5}
 @pytest.mark.parametrize("iou", [0.0, 0.3, 0.5, 1.0])
 def test_suppression_is_the_greedy_loop(rng, agnostic, iou):
     for _ in range(10):
-        # Whole numbers in a small field: many overlaps, ties and overlaps of exactly 0.5.
+        # Integers in a small range: many overlaps, ties and overlaps of exactly 0.5.
         low = rng.integers(0, 8, (SIZE, 2))
         boxes = np.float32(np.concatenate([low, low + rng.integers(1, 8, (SIZE, 2))], axis=1))
         scores = np.float32(rng.integers(0, 12, SIZE) / 12)  # with ties, some below
@@ -85,7 +85,7 @@ def test_soft_suppression_is_the_loop_with_lowered_scores(rng, agnostic, sigma):
 
 
 def in_a_row(boxes, **settings):
-    """Picks of boxes of one class with falling scores."""
+    """Picks of boxes of one class with descending scores."""
     boxes = np.float32(boxes)
     scores = np.linspace(0.9, 0.2, len(boxes)).astype(np.float32)
     return check(boxes, scores, np.zeros(len(boxes), np.int32), **HARD | settings)
@@ -196,7 +196,7 @@ def test_scores_below_the_threshold_give_unused_rows(rng):
     assert labels.tolist() == [-1] * 5
 
 
-def test_one_place_may_hold_several_classes_but_not_one_twice():
+def test_one_place_may_hold_several_classes_but_each_only_once():
     logits = np.full((sum(LEVELS), CLASSES), -9, np.float32)
     logits[0], logits[1, 0] = [3, 2, 1], 2.5
     anchors = np.tile(np.float32([10, 10, 50, 50]), (sum(LEVELS), 1))
@@ -213,7 +213,7 @@ def test_images_without_enough_candidates_keep_the_shape(rng):
 
 
 def test_candidates_of_every_level_count():
-    """Of one level 8 candidates at most, of the three together more than 8."""
+    """At most 8 candidates per level, but more than 8 from the three levels together."""
     logits = np.full((sum(LEVELS), CLASSES), 2, np.float32)
     anchors = np.float32([[30 * i, 10, 30 * i + 20, 50] for i in range(sum(LEVELS))])  # apart
     image = np.array([60, 30 * sum(LEVELS)], np.int32)
@@ -226,11 +226,11 @@ def test_candidates_of_every_level_count():
     assert found.labels[:19].tolist() == [0, 1, 2, 0, 1, 2, 0, 1] * 2 + [0, 1, 2]
 
 
-def test_nonfinite_scores_are_no_detections(rng):
+def test_nonfinite_scores_are_not_detections(rng):
     logits, deltas, anchors = draw(rng)
     logits[:] = np.nan
     assert not np.any(selected()(logits, deltas, anchors, IMAGE).scores)
-    logits[3, 1] = 2.0  # the others take no place from this one
+    logits[3, 1] = 2.0  # the others do not displace this one
     for candidates in (SETTINGS["candidates"], 1):
         found = selected(candidates=candidates)(logits, deltas, anchors, IMAGE)
         assert found.labels.tolist() == [1, -1, -1, -1, -1]
@@ -239,7 +239,7 @@ def test_nonfinite_scores_are_no_detections(rng):
 def test_batch_equals_image_by_image(rng):
     images = [draw(rng) for _ in range(3)]
     sizes = jnp.array([[60, 90], [40, 40], [90, 60]])
-    stacked = [np.stack(parts) for parts in zip(*images, strict=True)]
+    stacked = [np.stack(arrays) for arrays in zip(*images, strict=True)]
     got = jax.jit(jax.vmap(selected()))(*stacked, sizes)
     for i, image in enumerate(images):
         want = selected()(*image, sizes[i])

@@ -1,4 +1,4 @@
-"""From the ground truth through the pipeline and back again: nothing may get lost or move."""
+"""From the ground truth through the pipeline and back: no box may get lost or move."""
 
 import dataclasses
 import functools
@@ -29,11 +29,11 @@ BUCKETS = ((64, 96), (96, 64))
         {"flip": 0.0},
         {"flip": 1.0},
         {"flip": 0.5, "min_short_side": 40},
-        {"flip": 0.5, "zoom": (0.5, 1.0)},  # never larger than the frame, so nothing is cut off
+        {"flip": 0.5, "zoom": (0.5, 1.0)},  # never larger than the frame, so nothing is cropped
     ],
     ids=["plain", "mirrored", "multi-scale", "zoomed out"],
 )
-def test_boxes_of_training_batches_placed_back_are_the_ground_truth(
+def test_boxes_of_training_batches_map_back_to_the_ground_truth(
     dataset_dir, augmentation, quick_compilation
 ):
     data = dataclasses.replace(
@@ -79,13 +79,13 @@ def test_boxes_of_training_batches_placed_back_are_the_ground_truth(
 PLACEMENTS = [
     Placement((32, 48), (64, 96), (0, 0), (64, 96), mirrored=False),
     Placement((40, 96), (40, 48), (0, 0), (40, 48), mirrored=True),  # two scales
-    Placement((40, 60), (100, 150), (20, 40), (64, 96), mirrored=False),  # a part of the image
+    Placement((40, 60), (100, 150), (20, 40), (64, 96), mirrored=False),  # a crop of the image
     Placement((60, 40), (120, 80), (30, 10), (64, 64), mirrored=True),
 ]
 
 
 def test_detections_of_placed_images_are_in_stored_pixels(rng, quick_compilation):
-    """However an image was placed, the detector undoes all of it; not by the scale alone."""
+    """The detector inverts the whole placement of an image, not only its scale."""
     config = tiny_config(predict=Predict(score_threshold=0.0, candidates=20, max_detections=10))
     examples = []
     for placement in PLACEMENTS:

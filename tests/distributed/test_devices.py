@@ -91,18 +91,18 @@ def test_a_batch_that_cannot_be_split_is_refused(rng):
         split_batch(draw(rng)[1], 3)
 
 
-def test_devices_by_number():
+def test_devices_are_chosen_by_number():
     assert choose_devices(0) == jax.devices()
     assert choose_devices(3) == jax.devices()[:3]
 
 
-def test_cores_are_left_alone_once_jax_runs():
+def test_devices_do_not_change_once_jax_runs():
     assert jax.device_count() == 8
     use_cpu_cores((7,))
     assert jax.device_count() == 8
 
 
-def test_every_core_of_a_fresh_process_is_a_device_if_it_divides_the_batches():
+def test_a_new_process_gets_as_many_devices_as_divide_its_batches():
     code = """
 import jax, os
 os.sched_getaffinity = lambda pid: set(range(4))
@@ -122,14 +122,14 @@ print(jax.device_count())
         ("XLA_FLAGS", "--xla_force_host_platform_device_count=3"),
     ],
 )
-def test_a_count_that_the_user_set_is_left_alone(monkeypatch, variable, value):
+def test_a_number_of_devices_that_the_user_set_is_kept(monkeypatch, variable, value):
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(jax.config, "update", lambda *args: pytest.fail(f"updated {args}"))
     use_cpu_cores((8,))
 
 
-def test_programs_are_kept_where_the_package_says_unless_the_user_chose(tmp_path, monkeypatch):
+def test_programs_are_cached_unless_the_user_chose_a_directory(tmp_path, monkeypatch):
     chosen = {}
     monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
@@ -140,7 +140,7 @@ def test_programs_are_kept_where_the_package_says_unless_the_user_chose(tmp_path
     assert chosen == {"jax_compilation_cache_dir": str(tmp_path / platform.node())}
 
 
-def test_a_process_of_several_does_not_wait_for_another_that_has_no_programs(tmp_path, monkeypatch):
+def test_a_job_of_several_processes_does_not_cache_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: pytest.fail(f"updated {args}"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -22,7 +22,7 @@ BUCKETS = ((64, 96), (96, 64))
 
 
 def add_up(state, batch):
-    """A step that looks at all of its batch and costs nothing."""
+    """A cheap step that reads all of its batch."""
     return state + sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(batch))
 
 
@@ -40,8 +40,8 @@ def batches(dataset_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
 def test_a_thousand_mixed_steps_compile_one_program_for_each_bucket(batches, wrapper):
-    said = []
-    counted = ProgramCount(add_up, len(BUCKETS), said.append)
+    messages = []
+    counted = ProgramCount(add_up, len(BUCKETS), messages.append)
     step = parallelize(counted, choose_devices(2), wrapper)
     state, shapes, boxes = replicate(jnp.zeros(()), choose_devices(2)), set(), set()
     for batch in itertools.islice(batches, 1000):
@@ -51,25 +51,25 @@ def test_a_thousand_mixed_steps_compile_one_program_for_each_bucket(batches, wra
     assert len(shapes) == 2
     assert len(boxes) > 3, "batches with different numbers of boxes must be tried"
     assert counted.count == 2
-    assert said == []
+    assert messages == []
 
 
-def test_a_shape_too_many_is_said_with_the_shape(batches):
-    said = []
-    step = parallelize(ProgramCount(add_up, 1, said.append), choose_devices(2))
+def test_an_unexpected_shape_gives_a_warning_with_the_shape(batches):
+    messages = []
+    step = parallelize(ProgramCount(add_up, 1, messages.append), choose_devices(2))
     batch = next(batches)
     state = replicate(jnp.zeros(()), choose_devices(2))
     state = step(state, split_batch(batch, 2))
-    assert said == []
+    assert messages == []
     step(state, split_batch(jax.tree.map(lambda x: x[:2], batch), 2))
-    (line,) = said
+    (line,) = messages
     assert "warning: compiling program 2 of the step, expected 1" in line
     assert f"(batch: images {[1, *batch.images.shape[1:]]}, image_size [1, 2], " in line
     assert "truth.labels [1, 4]" in line
 
 
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
-def test_every_program_is_ready_before_the_first_step(batches, dataset_dir, wrapper):
+def test_every_program_is_compiled_before_the_first_step(batches, dataset_dir, wrapper):
     data = dataclasses.replace(tiny_config(dataset_dir).data, long_side=96, buckets=BUCKETS)
     listener, devices = Listener(), choose_devices(2)
     counted = ProgramCount(add_up, len(BUCKETS), listener.say)

@@ -45,20 +45,20 @@ class Job:
         ]
 
     def end(self, status=0):
-        """(stdout, stderr) of both, which end with this status; gloo's own lines left out."""
+        """(stdout, stderr) of both, which end with this status, without gloo's own lines."""
         try:
-            said = [process.communicate(timeout=600) for process in self.processes]
+            outputs = [process.communicate(timeout=600) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
-        for process, (_, err) in zip(self.processes, said, strict=True):
+        for process, (_, err) in zip(self.processes, outputs, strict=True):
             assert process.returncode == status, err[-3000:]
         return [
             tuple(
                 "\n".join(line for line in text.splitlines() if "[Gloo]" not in line)
                 for text in both
             )
-            for both in said
+            for both in outputs
         ]
 
 
@@ -84,11 +84,11 @@ def place(dataset_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(place):
-    """What both processes of a training under pmap said, of which the second one got SIGTERM."""
+    """Output of both processes of a training under pmap whose second process got SIGTERM."""
     job, history = Job(place, "train", "tiny.py", "--run-dir", "job"), place / "job/metrics.jsonl"
     while not (history.exists() and history.read_text()):  # then step 2 is evaluated
         if any(process.poll() for process in job.processes):
-            break  # `end` says why
+            break  # `end` shows why
         time.sleep(0.02)
     job.processes[1].send_signal(signal.SIGTERM)
     return job.end()
@@ -98,13 +98,13 @@ def test_a_preempted_process_stops_both_with_a_checkpoint(place, stopped):
     (out, err), second = stopped
     assert "new run of 4 steps on 8 cpu devices" in out
     assert "stopped at step 2 of 4, checkpoint written; resume with: the same commands" in err
-    assert second == ("", "")  # the first one speaks
+    assert second == ("", "")  # only the first process prints
     assert RunDirectory(place / "job").has_checkpoint
 
 
 @pytest.fixture(scope="module")
 def resumed(place, stopped):
-    """What both processes said that went on, under shard_map."""
+    """Output of both processes that resumed the training, under shard_map."""
     return Job(place, "train", "tiny.py", "--run-dir", "job", "--run.wrapper", "shard_map").end()
 
 
@@ -147,7 +147,7 @@ def test_two_processes_find_what_one_process_finds(place, resumed):
     np.testing.assert_allclose(*by_image, rtol=1e-4, atol=2e-3)
 
 
-def test_a_mistake_is_one_line_of_the_first_process(place):
+def test_a_user_error_is_one_line_from_the_first_process(place):
     job = Job(place, "train", "tiny.py", "--run-dir", "new", "--optimizer.batch-size", "12")
     (_, err), second = job.end(1)
     assert err.startswith("ghm-jax: optimizer.batch_size: 12 images cannot be split over 8 devices")

@@ -1,4 +1,4 @@
-"""Figures are those of pycocotools, whichever library computes; what is no result is refused."""
+"""Figures are those of pycocotools with either library; invalid results are refused."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ def test_detecting_nothing_scores_zero(rng, evaluator):
 
 
 @both_evaluators
-def test_without_any_object_no_figure_is_given(rng, evaluator):
+def test_without_any_object_every_figure_is_minus_one(rng, evaluator):
     truth = {**random_truth(rng), "annotations": []}
     for results in ([], [{"image_id": 1, "category_id": 10, "bbox": [0, 0, 9, 9], "score": 0.5}]):
         metrics, per_class = score(truth, results, evaluator)
@@ -141,12 +141,12 @@ def test_hotcoco_and_pycocotools_agree_on_real_ground_truth(rng, shared, name):
     np.testing.assert_allclose(
         list(metrics.values()), pycocotools_figures(truth, results), atol=1e-6
     )
-    referee = score(truth, results, "pycocotools")[1]
-    assert per_class == pytest.approx(referee, abs=1e-6)
+    reference = score(truth, results, "pycocotools")[1]
+    assert per_class == pytest.approx(reference, abs=1e-6)
     assert 0 < metrics["AP"] < 1
 
 
-def test_another_annotations_file_is_scored_against(dataset_dir, validation, tmp_path):
+def test_an_annotations_file_replaces_the_boxes_of_the_data_set(dataset_dir, validation, tmp_path):
     truth = coco_ground_truth(validation)
     path = tmp_path / "instances.json"
     path.write_text(json.dumps({**truth, "annotations": truth["annotations"][:2]}))
@@ -181,7 +181,7 @@ GOOD = {"image_id": 101, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}
         (json.dumps([{**GOOD, "category_id": 1}]), "row 0 is of category 1"),
     ],
 )
-def test_what_is_no_results_file_is_one_line_that_names_the_row(validation, tmp_path, text, words):
+def test_an_invalid_results_file_is_one_line_that_names_the_row(validation, tmp_path, text, words):
     truth, path = coco_ground_truth(validation), tmp_path / "found.json"
     path.write_text(json.dumps([GOOD]))
     assert load_results(path, truth) == [GOOD]

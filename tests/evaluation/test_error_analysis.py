@@ -1,4 +1,4 @@
-"""Kinds of errors that are put in one by one are found as what they are."""
+"""Errors that are injected one kind at a time are classified as that kind."""
 
 import json
 
@@ -20,14 +20,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_error_is_counted_as_what_it_is(rng, kind):
+def test_each_kind_of_error_is_counted_as_that_kind(rng, kind):
     truth = scene(rng)
     found = detections_of(truth)
     broken = rng.choice(len(found), 5, replace=False)
     rows = [r for i, row in enumerate(found) for r in (KINDS[kind](row) if i in broken else [row])]
     errors = error_analysis(truth, rows)
     tide = errors["tide"]
-    # Of an object that only a box wrong in both ways comes near, TIDE says that it is missed.
+    # TIDE also counts an object as missed if its only box is wrong in both ways.
     expected = {kind: 5} | ({"Miss": 5} if kind == "Both" else {})
     assert {k: n for k, n in tide["counts"].items() if n} == expected
     assert all(tide["delta_ap"][k] < 1e-9 for k in KINDS.keys() - expected.keys())
@@ -51,17 +51,17 @@ def test_scores_and_calibration_are_those_of_numpy(rng):
     scores = rng.uniform(0.05, 0.999, len(rows))
     rows = [{**row, "score": float(s)} for row, s in zip(rows, scores, strict=True)]
     errors = error_analysis(truth, rows)
-    # A box that was moved away may lie on a neighbour: only of the same class would it be right.
+    # A box that was moved may overlap a neighbour, but that has another class.
     for key, mask in (("correct", right), ("wrong", ~right)):
         expected = np.histogram(scores[mask], 20, (0, 1))[0]
         np.testing.assert_array_equal(errors["scores"][key], expected)
     expected = 0.0
-    for part in errors["calibration"]["bins"]:
-        inside = (scores >= part["score_from"]) & (scores < part["score_to"])
-        assert part["count"] == inside.sum()
-        if part["count"]:
-            assert part["score"] == pytest.approx(scores[inside].mean())
-            assert part["precision"] == pytest.approx(right[inside].mean())
+    for found in errors["calibration"]["bins"]:
+        inside = (scores >= found["score_from"]) & (scores < found["score_to"])
+        assert found["count"] == inside.sum()
+        if found["count"]:
+            assert found["score"] == pytest.approx(scores[inside].mean())
+            assert found["precision"] == pytest.approx(right[inside].mean())
             expected += inside.mean() * abs(scores[inside].mean() - right[inside].mean())
     assert errors["calibration"]["ece"] == pytest.approx(expected)
     weak = scores < CONFUSION_MIN_SCORE
@@ -76,7 +76,7 @@ def test_precision_of_a_perfect_detector_is_one_at_every_recall(rng):
         assert precision == pytest.approx([1.0] * 101)
 
 
-def test_without_detections_or_objects_there_is_nothing_to_say(rng):
+def test_without_detections_or_objects_there_is_no_analysis(rng):
     truth = scene(rng)
     crowds = [{**a, "iscrowd": 1} for a in truth["annotations"]]
     for errors in (

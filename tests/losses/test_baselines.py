@@ -145,7 +145,7 @@ def test_shapes_are_never_broadcast(name):
         LOSSES[name](zeros, zeros, jnp.ones(6))
 
 
-def test_state_is_handed_through():
+def test_the_state_is_returned_unchanged():
     def check(zeros, state):
         for loss in LOSSES.values():
             assert loss(zeros, zeros, None, state)[1] is state

@@ -11,10 +11,10 @@ import pytest
 from ghm_jax.distributed.devices import REPLICA
 from ghm_jax.losses import gradient_density, harmonize
 from ghm_jax.losses.density import (
-    _count_by_comparing,
-    _count_by_scattering,
     bin_index,
     count_bins,
+    count_by_comparing,
+    count_by_scattering,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -45,12 +45,12 @@ def test_exact_density_of_evenly_spread_norms_is_their_number():
 
 def test_replicas_share_the_exact_density(rng):
     norm, mask = draw(rng)
-    whole = gradient_density(norm, mask, epsilon=0.1)
-    parts = [x.reshape(8, 8, 20) for x in (norm, mask)]
+    expected = gradient_density(norm, mask, epsilon=0.1)
+    split = [x.reshape(8, 8, 20) for x in (norm, mask)]
     density = jax.pmap(
         functools.partial(gradient_density, epsilon=0.1, axis_name=REPLICA), axis_name=REPLICA
-    )(*parts)
-    np.testing.assert_allclose(density.reshape(SHAPE), whole, rtol=1e-6)
+    )(*split)
+    np.testing.assert_allclose(density.reshape(SHAPE), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, 1.1, np.nan])
@@ -90,7 +90,7 @@ def test_the_histogram_approximates_the_exact_density(rng):
     assert ratio.std() < 0.1
 
 
-def test_exact_density_keeps_no_histogram():
+def test_exact_density_refuses_a_histogram():
     with pytest.raises(ValueError, match="exact"):
         harmonize(jnp.zeros(3), density="exact", batch_counts=jnp.ones(30))
 
@@ -103,15 +103,15 @@ def test_a_norm_on_an_edge_is_in_the_bin_above():
         assert bin_index(jnp.ones(1), None, bins)[0] == bins - 1
 
 
-def test_bins_tell_masked_and_nonfinite_apart():
+def test_masked_and_nonfinite_norms_have_different_indices():
     norm = jnp.array([0.0, 0.5, jnp.nan, jnp.inf, jnp.nan])
     mask = jnp.array([True, False, True, True, False])
     np.testing.assert_array_equal(bin_index(norm, mask, 10), [0, 10, 11, 11, 10])
 
 
-@pytest.mark.parametrize("count", [_count_by_scattering, _count_by_comparing, count_bins])
+@pytest.mark.parametrize("count", [count_by_scattering, count_by_comparing, count_bins])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
-def test_every_way_of_counting_counts(rng, count, dtype):
+def test_every_way_of_counting_equals_bincount(rng, count, dtype):
     index = rng.integers(0, 7, 1000).astype(dtype)
     counts = count(index, slots=8)
     np.testing.assert_array_equal(counts, np.bincount(index, minlength=8))

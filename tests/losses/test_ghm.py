@@ -1,4 +1,4 @@
-"""GHM-C, GHM-R and the softmax form: values, gradients and how they take odd input."""
+"""GHM-C, GHM-R and the softmax form: values, gradients and unusual input."""
 
 import functools
 from pathlib import Path
@@ -175,7 +175,7 @@ def test_gradient_is_that_of_the_weighted_loss_with_weights_held_fixed(rng):
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-8)
 
 
-def test_masked_is_filtered_whatever_is_under_the_mask(rng):
+def test_masking_equals_filtering_whatever_is_under_the_mask(rng):
     for kind, (values, targets, mask) in (("c", draw_c(rng, hard=False)), ("r", draw_r(rng))):
         state = init_ghm_state(BINS[kind])
         (want, want_state, _), slope = differentiated(kind)(values, targets, mask, state)
@@ -232,7 +232,7 @@ def test_extreme_box_errors_stay_finite():
     np.testing.assert_array_equal(np.sign(gradient[0, :5]), [1, 1, -1, 1, -1])
 
 
-def test_nonfinite_values_are_counted_and_left_out(rng):
+def test_nonfinite_values_are_counted_and_excluded(rng):
     for kind, (values, targets, mask) in (("c", draw_c(rng)), ("r", draw_r(rng))):
         mask[:4, 0] = True
         values[:3, 0] = np.nan, np.inf, -np.inf
@@ -248,7 +248,7 @@ def test_nonfinite_values_are_counted_and_left_out(rng):
         np.testing.assert_array_equal(gradient, slope)
 
 
-def test_nonfinite_softmax_rows_are_counted_and_left_out(rng):
+def test_nonfinite_softmax_rows_are_counted_and_excluded(rng):
     logits, labels = np.float32(rng.normal(size=SHAPE)), rng.integers(0, 20, 64)
     mask, state = np.ones(64, bool), init_ghm_state(30)
     logits[0, 0], logits[1, 19] = np.nan, np.inf

@@ -1,4 +1,4 @@
-"""Weights of a histogram of gradient norms; see `oracles` for the formulas in float64."""
+"""Weights from a histogram of gradient norms; see `oracles` for the formulas in float64."""
 
 import functools
 import importlib
@@ -75,7 +75,7 @@ def test_weights_follow_the_formula_over_several_steps(rng, bins, settings):
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_reference_follows_the_published_code(rng, momentum):
     norms, masks = draw(rng, 4)
-    norms[2] *= np.float32(0.5)  # the upper bins stay as they were
+    # No example in the upper bins, whose averages then stay unchanged.
     norms[2] = oracles.draw_off_edges(lambda: 0.5 * rng.uniform(size=SHAPE) ** 6, np.asarray, 30)
     for step in (1, 3, 4):
         weights, state, _ = run(norms[:step], masks[:step], 30, momentum=momentum, **REFERENCE)
@@ -148,11 +148,13 @@ def test_floor_makes_the_weights_continuous_where_a_bin_empties():
         return float(jitted(min_count=min_count)(norm, mask, state)[0][0, 0])
 
     assert weight(1e-3, 10.0) == pytest.approx(weight(0.0, 10.0), rel=1e-3)
-    assert weight(1e-3, 0.0) == pytest.approx(0.5 * weight(0.0, 0.0), rel=1e-3)  # why there is one
+    assert weight(1e-3, 0.0) == pytest.approx(
+        0.5 * weight(0.0, 0.0), rel=1e-3
+    )  # why there is a floor
 
 
 @pytest.mark.parametrize("remainder", [1e-45, 1e-39, 1e-30, 1e-13])
-def test_a_bin_long_empty_leaves_the_others_their_weights(rng, remainder):
+def test_a_bin_that_has_long_been_empty_does_not_change_other_weights(rng, remainder):
     (norm,), (mask,) = draw(rng)
     mask &= norm < 0.5
     state = GHMState(jnp.zeros(30).at[20].set(remainder), jnp.array(400))
@@ -162,7 +164,7 @@ def test_a_bin_long_empty_leaves_the_others_their_weights(rng, remainder):
     assert np.isfinite(stats.weights).all()
 
 
-def test_first_steps_do_not_blow_up_unless_as_published(rng):
+def test_the_first_weights_are_unbiased_unless_as_published(rng):
     norms, masks = draw(rng, 2)
     alone = oracles.weights_after(norms[:1], masks[:1], bins=30, momentum=0.0, min_count=0.0)
     first = run(norms[:1], masks[:1], 30, momentum=0.99, min_count=0.0)[0]
@@ -173,7 +175,7 @@ def test_first_steps_do_not_blow_up_unless_as_published(rng):
     assert np.max(second) <= 2 * masks[1].sum()  # one example of two steps' in a bin, at most
 
 
-def test_masked_is_filtered(rng):
+def test_masking_equals_filtering(rng):
     (norm,), (mask,) = draw(rng)
     hidden = np.where(mask, norm, rng.choice([np.nan, np.inf, 0.5, -7], SHAPE)).astype(np.float32)
     weights, _, stats = jitted()(hidden, mask)
@@ -192,7 +194,7 @@ def test_mask_may_be_numbers_and_have_axes_of_one(rng):
     np.testing.assert_array_equal(jitted()(norm, np.float32(rows))[0], want)
 
 
-def test_empty_batch_changes_nothing_that_matters(rng):
+def test_an_empty_batch_does_not_change_later_weights(rng):
     norms, masks = draw(rng, 3)
     masks[0][:] = masks[1][:] = False
     for settings in ({"momentum": 0.75}, {"momentum": 0.75, **REFERENCE}):
@@ -207,7 +209,7 @@ def test_empty_batch_changes_nothing_that_matters(rng):
     np.testing.assert_allclose(weights, alone, rtol=1e-5)
 
 
-def test_nonfinite_norms_are_reported_and_left_out(rng):
+def test_nonfinite_norms_are_reported_and_excluded(rng):
     (norm,), (mask,) = draw(rng)
     mask[:3, 0] = True
     broken, rest = norm.copy(), mask.copy()
@@ -233,7 +235,7 @@ def test_no_gradient_flows_through_the_weights(rng):
 
 def test_replicas_share_one_histogram_only_with_an_axis_name(rng):
     (norm,), (mask,) = draw(rng)
-    norm.sort(axis=0)  # so that replicas see different parts of the axis
+    norm.sort(axis=0)  # so that replicas see different bins
     norm[oracles.near_edge(norm, 30)] = 0.05
     state = GHMState(jnp.arange(30.0), jnp.array(3))
     want_weights, want_state, want_stats = jitted()(norm, mask, state)
@@ -267,7 +269,7 @@ def test_counts_of_a_pod_pass_2_to_the_31(monkeypatch):
 
 
 @pytest.mark.parametrize("density", ["histogram", "exact"])
-def test_any_transformation_of_jax_may_wrap_it(rng, density):
+def test_transformations_of_jax_may_wrap_it(rng, density):
     norms, masks = draw(rng, 3)
     norms, masks = np.stack(norms), np.stack(masks)
     settings = {"density": density, "bins": 30}

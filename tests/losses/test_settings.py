@@ -1,4 +1,4 @@
-"""The settings type, the keywords of the functions that take it, and their defaults: one set."""
+"""The settings type, the keywords of the functions that take it, and their defaults agree."""
 
 import dataclasses
 import inspect
@@ -34,8 +34,8 @@ def test_every_setting_is_a_keyword_with_the_same_type_and_default(function):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     defaults = {name: parameter.default for name, parameter in keywords.items()}
-    wanted = dict(Harmonizing()) | OWN_DEFAULTS.get(function, {})
-    assert {name: defaults[name] for name in FIELDS} == wanted
+    expected = dict(Harmonizing()) | OWN_DEFAULTS.get(function, {})
+    assert {name: defaults[name] for name in FIELDS} == expected
     assert set(keywords) - set(FIELDS) - {"mu"} == {"batch_counts", "axis_name"}
     hints = typing.get_type_hints(function)
     fields = typing.get_type_hints(Harmonizing)
@@ -56,8 +56,8 @@ def test_settings_unpack_into_all_their_fields():
         settings["keys"]
 
 
-def test_settings_given_whole_are_those_given_one_by_one(rng):
-    """With a value for each that is not the default, so that none can be lost on the way."""
+def test_unpacked_settings_all_reach_harmonize(rng):
+    """All but `density` have a value that is not the default, so that none can get lost."""
     settings = Harmonizing(
         bins=7,
         momentum=0.5,
@@ -110,7 +110,7 @@ def test_every_setting_of_the_average_reaches_the_loss(rng, loss, change):
 
 
 def test_reference_holds_settings_that_fit_any_momentum_and_number_of_bins():
-    assert isinstance(REFERENCE, types.MappingProxyType)  # nobody changes it for everybody
+    assert isinstance(REFERENCE, types.MappingProxyType)  # nobody can change it globally
     published = Harmonizing(bins=10, momentum=0.7, **REFERENCE)
     assert set(FIELDS) - set(REFERENCE) == {"bins", "momentum", "density"}
     assert (published.min_count, published.bias_correction) == (0.0, False)

@@ -63,7 +63,7 @@ def convolutions(function, *args):
 @pytest.mark.parametrize(
     ("name", "published", "classifier"),
     [
-        # Parameters of torchvision's image classifiers, and of their last layer that we leave out.
+        # Parameters of torchvision's image classifiers, and of their last layer, which we omit.
         ("resnet18", 11_689_512, 512 * 1000 + 1000),
         ("resnet34", 21_797_672, 512 * 1000 + 1000),
         ("resnet50", 25_557_032, 2048 * 1000 + 1000),
@@ -101,8 +101,8 @@ def test_retinanet_has_as_many_parameters_as_published():
     assert count(variables["params"]) == total
 
     # mmdetection's has 37.74 million that are trained: it fixes the stem and the first stage.
-    stands = frozen_parameters(variables["params"], 1)
-    fixed = jax.tree.map(lambda p, frozen: p if frozen else (), variables["params"], stands)
+    is_fixed = frozen_parameters(variables["params"], 1)
+    fixed = jax.tree.map(lambda p, frozen: p if frozen else (), variables["params"], is_fixed)
     assert round((total - count(fixed)) / 1e6, 2) == 37.74
 
 
@@ -136,9 +136,9 @@ def test_grouped_convolutions_mix_channels_of_one_group_only():
         np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2)
     )
     for group in range(4):
-        part = slice(4 * group, 4 * group + 4)
-        expected = np.einsum("bhwcij,ijco->bhwo", windows[:, :, :, part], kernel[..., part])
-        np.testing.assert_allclose(y[..., part], expected, atol=1e-5)
+        channels = slice(4 * group, 4 * group + 4)
+        expected = np.einsum("bhwcij,ijco->bhwo", windows[:, :, :, channels], kernel[..., channels])
+        np.testing.assert_allclose(y[..., channels], expected, atol=1e-5)
 
 
 def test_halving_is_done_by_the_3x3_convolution_of_a_block():
@@ -180,7 +180,7 @@ def test_a_head_orders_its_outputs_by_row_column_anchor_and_class():
     np.testing.assert_array_equal(changed, np.repeat(expected[..., None], 3, axis=2))
 
 
-def test_what_happens_in_the_image_happens_at_the_anchors_there():
+def test_a_change_in_the_image_changes_the_outputs_of_anchors_there():
     size, per_cell = (256, 384), 2
     model = RetinaNet(2, per_cell, backbone_name="resnet10", width=8, channels=8, head_convs=1)
     anchors = make_anchors(size, 4.0, per_cell, (1.0,))
@@ -200,7 +200,7 @@ def test_what_happens_in_the_image_happens_at_the_anchors_there():
                 start += length
 
 
-def test_a_fresh_detector_gives_every_pair_the_prior_probability():
+def test_a_new_detector_gives_every_pair_the_prior_probability():
     model = RetinaNet(3, 2, backbone_name="resnet10", width=8, channels=16, head_convs=1)
     images = jax.random.normal(KEY, (2, 64, 64, 3))
     variables = jax.jit(model.init)(KEY, images)
@@ -211,7 +211,7 @@ def test_a_fresh_detector_gives_every_pair_the_prior_probability():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_convolutions_are_in_the_type_asked_for_and_the_rest_in_float32(dtype):
+def test_convolutions_have_the_chosen_dtype_and_the_rest_is_float32(dtype):
     model = RetinaNet(
         3,
         1,
@@ -230,7 +230,7 @@ def test_convolutions_are_in_the_type_asked_for_and_the_rest_in_float32(dtype):
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("side", [15, 16])
-def test_convolutions_are_padded_alike_on_both_sides(kernel, side):
+def test_convolutions_are_padded_equally_on_both_sides(kernel, side):
     """As PyTorch does; XLA's "SAME" pads strided convolutions of even images on one side only."""
     conv = Conv(4, kernel, stride=2)
     x = jax.random.normal(KEY, (1, side, side + 2, 3))
@@ -266,7 +266,7 @@ def test_the_pyramid_adds_the_coarse_level_to_the_fine_one():
 
 @pytest.mark.parametrize("p6_from", ["c5", "p5"])
 @pytest.mark.parametrize("relu_before_p7", [False, True])
-def test_p6_and_p7_are_made_as_asked_for(p6_from, relu_before_p7):
+def test_p6_and_p7_follow_their_settings(p6_from, relu_before_p7):
     """C5 and P5 are one cell, so that a convolution is the middle of its kernel."""
     keys = jax.random.split(KEY, 3)
     features = [jax.random.normal(k, (1, 4 >> i, 4 >> i, 6)) for i, k in enumerate(keys)]

@@ -1,4 +1,4 @@
-"""Names and shapes are the published ones; a tensor comes to its place, or the error names it."""
+"""Names and shapes are the published ones; every tensor goes to its place, or an error names it."""
 
 import math
 from pathlib import Path
@@ -180,7 +180,7 @@ def test_the_published_ghm_detectors_fit_their_experiments(
 
 
 @each_detector
-def test_every_tensor_comes_to_its_place(rng, naming):
+def test_every_tensor_goes_to_its_place(rng, naming):
     like = tiny_shapes()
     tensors = random_tensors(rng, naming, like)
     extra = {"backbone.body.bn1.num_batches_tracked": np.array(7)}
@@ -199,7 +199,7 @@ def test_every_tensor_comes_to_its_place(rng, naming):
         assert math.isclose(leaf.sum(), tensors[name].sum(), abs_tol=1e-4)
 
 
-def test_a_backbone_is_taken_without_its_classifier(rng):
+def test_a_backbone_is_imported_without_its_classifier(rng):
     like = tiny_shapes()
     backbone = {kind: {"backbone": tree["backbone"]} for kind, tree in like.items()}
     tensors = random_tensors(rng, BACKBONE, backbone)
@@ -220,7 +220,7 @@ def test_a_backbone_is_taken_without_its_classifier(rng):
 
 
 @pytest.mark.parametrize("head_norm", ["none", "group"])
-def test_what_is_exported_comes_back_bit_for_bit(rng, head_norm):
+def test_exported_weights_are_imported_bit_for_bit(rng, head_norm):
     like = tiny_shapes(head_norm=head_norm)
     variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), like)
     tensors = export_detector(variables)
@@ -231,7 +231,7 @@ def test_what_is_exported_comes_back_bit_for_bit(rng, head_norm):
 
 
 def test_heads_outputs_run_over_anchors_then_classes(rng):
-    """torchvision's 91 classes are COCO's category ids; the ids that no class has are left out."""
+    """torchvision's 91 classes are COCO's category ids; ids without a class are dropped."""
     names, anchors = tuple(COCO_CATEGORIES), 9
     file = tiny_shapes(num_classes=91, anchors_per_cell=anchors)
     like = tiny_shapes(num_classes=80, anchors_per_cell=anchors)
@@ -311,7 +311,7 @@ LATERAL = "neck.lateral_convs.1.conv.weight"
         (lambda t: {"conv1.weight": np.zeros(3)}, ["holds an ImageNet classifier", "mmdetection"]),
     ],
 )
-def test_what_does_not_fit_is_named_in_one_line(rng, change, words):
+def test_tensors_that_do_not_fit_are_named_in_one_line(rng, change, words):
     like = tiny_shapes()
     tensors = change(random_tensors(rng, MMDETECTION, like))
     with pytest.raises(ValueError, match=r"\w") as refused:

@@ -43,7 +43,7 @@ def harmonized(norm, counts, min_count):
     return curve / curve.max()
 
 
-def test_the_distribution_is_of_shares_and_an_empty_bin_is_a_gap():
+def test_the_distribution_shows_shares_and_a_gap_for_an_empty_bin():
     for log, expected in ((True, [0.9, np.nan, 0.1]), (False, [0.9, 0, 0.1])):
         figure = gradient_norm_distribution([900, 0, 100], "title", "g", log=log)
         (drawn,) = stairs(figure).values()
@@ -147,8 +147,8 @@ def test_all_figures_are_drawn_from_a_run(finished_run, quick_compilation, exper
     assert len({path.name for path in tmp_path.glob("figure[1-5]_*.png")}) == 5
 
 
-def test_only_the_images_asked_for_are_seen(finished_run, quick_compilation, experiment):
-    """Fillers of the last batch do not count, nor images beyond the limit."""
+def test_only_the_requested_images_are_measured(finished_run, quick_compilation, experiment):
+    """Neither fillers of the last batch nor images beyond the limit count."""
     run, config = load_run(finished_run[0].path)
     variables = restore_state(run, config, jax.devices()[0]).variables
 
@@ -160,6 +160,6 @@ def test_only_the_images_asked_for_are_seen(finished_run, quick_compilation, exp
         assert total["images"] == seen == expected
 
 
-def test_a_directory_that_is_no_run_is_refused_in_one_line(experiment, tmp_path):
+def test_a_directory_that_is_not_a_run_is_refused_in_one_line(experiment, tmp_path):
     with pytest.raises(SystemExit, match="not a run"):
         experiment.main(str(tmp_path))

@@ -1,3 +1,5 @@
+"""Drawn boxes, figures, the HTML report, and the history that they show."""
+
 import base64
 import json
 import re
@@ -89,7 +91,7 @@ def test_a_box_is_drawn_on_its_edge_pixels_and_nowhere_inside():
     assert not canvas[36:60, :6].any()
 
 
-def test_a_box_that_leaves_the_image_is_cut_off_at_its_border():
+def test_a_box_that_leaves_the_image_is_clipped_at_its_border():
     image = np.zeros((60, 60, 3), np.uint8)
     canvas = draw_boxes(image, np.array([[-9, 40, 30, 99]]), np.array([0]), NAMES)
     assert (canvas[59, :30] == class_color(0)).all()
@@ -108,12 +110,12 @@ def test_a_box_that_leaves_the_image_is_cut_off_at_its_border():
         (0, 0, np.inf, 9),
     ],
 )
-def test_a_box_without_area_in_the_image_is_left_out(box):
+def test_a_box_without_area_in_the_image_is_not_drawn(box):
     image = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
     np.testing.assert_array_equal(draw_boxes(image, np.array([box]), np.array([0]), NAMES), image)
 
 
-def test_no_boxes_leave_the_image_as_it_is_and_the_input_is_never_written_to():
+def test_without_boxes_the_image_is_unchanged_and_the_input_is_never_modified():
     image = np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)
     before = image.copy()
     none = draw_boxes(image, np.zeros((0, 4)), np.zeros(0, int), NAMES, np.zeros(0))
@@ -131,7 +133,8 @@ def test_the_highest_score_is_drawn_on_top():
 
 
 def test_a_label_without_a_name_is_drawn():
-    draw_boxes(np.zeros((60, 60, 3), np.uint8), np.array([[9, 30, 30, 50]]), np.array([99]), NAMES)
+    image = np.zeros((60, 60, 3), np.uint8)
+    assert draw_boxes(image, np.array([[9, 30, 30, 50]]), np.array([99]), NAMES).any()
 
 
 def test_class_colors_differ_and_are_light_enough_for_black_text():
@@ -287,7 +290,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_well_formed_and_asks_nobody_for_anything():
+def test_the_page_is_well_formed_and_loads_nothing():
     text = make_report()
     page = Page(text)
     assert page.open == []
@@ -318,7 +321,7 @@ def test_the_page_names_every_figure_and_every_card():
     assert "loss.ghm_c.min_count" in words
 
 
-def test_the_published_losses_are_not_said_to_have_a_floor():
+def test_the_page_shows_no_floor_for_the_published_losses():
     text = make_report(config={"loss.ghm_c.density": "histogram", "loss.ghm_c.min_count": 0.0})
     assert "floor" not in text
 
@@ -370,7 +373,7 @@ def test_the_page_is_the_same_each_time():
 # History
 
 
-def test_a_torn_line_is_tolerated(tmp_path):
+def test_a_truncated_line_is_tolerated(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = make_history(3)
     lines = [json.dumps(record) for record in records]

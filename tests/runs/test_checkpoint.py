@@ -53,7 +53,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_state_comes_back_bit_for_bit(rng, tmp_path, name):
+def test_a_state_is_restored_bit_for_bit(rng, tmp_path, name):
     state = make_state(rng, optimizer=make_optimizer(Config(optimizer=Optimizer(name=name))))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest is None
@@ -63,7 +63,7 @@ def test_a_state_comes_back_bit_for_bit(rng, tmp_path, name):
         assert_same(checkpoints.restore(blank(state)), state)
 
 
-def test_shapes_and_a_place_are_enough_to_restore(rng, tmp_path):
+def test_shapes_and_a_device_are_enough_to_restore(rng, tmp_path):
     state, device = make_state(rng), jax.devices()[3]
     place = jax.sharding.SingleDeviceSharding(device)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
@@ -122,7 +122,7 @@ def test_without_a_checkpoint_the_remedy_is_named(rng, tmp_path):
         checkpoints.restore(make_state(rng))
 
 
-def test_a_save_cut_off_in_the_middle_is_not_taken_for_a_checkpoint(rng, tmp_path):
+def test_an_interrupted_save_is_not_taken_for_a_checkpoint(rng, tmp_path):
     state = make_state(rng)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state)
@@ -144,7 +144,7 @@ def test_the_best_ones_are_kept_beside_the_newest(rng, tmp_path):
         checkpoints.wait()
         assert checkpoints.steps == [1, 3, 4]
         assert checkpoints.latest == 4
-    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:  # it is remembered
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:  # AP is stored as well
         checkpoints.save(5, states[0], 0.35)
         checkpoints.wait()
         assert checkpoints.steps == [1, 5]
@@ -164,7 +164,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "gone", "flipped"])
-def test_a_damaged_checkpoint_is_skipped_and_can_be_put_aside(rng, tmp_path, how):
+def test_a_damaged_checkpoint_is_skipped_and_can_be_set_aside(rng, tmp_path, how):
     old, new = make_state(rng), make_state(rng)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(7, old)
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_skipped_and_can_be_put_aside(rng, tmp_path, how
         assert_same(checkpoints.restore(blank(new)), new)
 
 
-def test_nothing_but_damage_is_one_line(rng, tmp_path):
+def test_only_damaged_checkpoints_are_one_line(rng, tmp_path):
     state = make_state(rng)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state)
@@ -212,7 +212,7 @@ def full_disk(size=2000):
 # Orbax's threads end with the error as well, which pytest would report.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_costs_one_save_and_nothing_that_lies_there(rng, tmp_path):
+def test_a_full_disk_costs_one_save_and_no_older_checkpoint(rng, tmp_path):
     first, second = make_state(rng, width=2000), make_state(rng, width=2000)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(7, first)

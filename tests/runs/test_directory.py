@@ -1,4 +1,4 @@
-"""A run's directory is never taken from anybody."""
+"""A run's directory never overwrites anything."""
 
 import dataclasses
 
@@ -31,11 +31,11 @@ def test_an_empty_directory_may_be_used(tmp_path):
     assert claim_run(tmp_path, Config()).config.is_file()
 
 
-def test_the_same_config_goes_on_and_harmless_settings_may_change(tmp_path):
+def test_the_same_config_resumes_and_harmless_settings_may_change(tmp_path):
     claim_run(tmp_path, Config())
     later = Config(run=Run(workers=0, wrapper="shard_map"), predict=Predict(nms_iou=0.6))
     claim_run(tmp_path, later)
-    assert load_run(tmp_path)[1] == later  # the newest settings are what holds
+    assert load_run(tmp_path)[1] == later  # the newest settings apply
 
 
 def test_another_config_is_refused_and_everything_that_differs_is_named(tmp_path):
@@ -49,7 +49,7 @@ def test_another_config_is_refused_and_everything_that_differs_is_named(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "below a file"])
-def test_what_is_no_run_is_left_alone(tmp_path, kind):
+def test_a_path_that_is_not_a_run_is_left_alone(tmp_path, kind):
     precious = tmp_path / "mine"
     if kind == "directory":
         precious.mkdir()
@@ -93,7 +93,7 @@ def test_moving_aside_twice_in_a_second_loses_nothing(tmp_path):
         ("[1]", "config.json"),
     ],
 )
-def test_what_is_no_run_cannot_be_loaded(tmp_path, content, words):
+def test_a_directory_that_is_not_a_run_cannot_be_loaded(tmp_path, content, words):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     line = refusal(load_run, tmp_path)
@@ -101,7 +101,7 @@ def test_what_is_no_run_cannot_be_loaded(tmp_path, content, words):
     assert str(tmp_path) in line
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.json"
     write_text(path, "old 猫")
     assert path.read_bytes() == "old 猫".encode()

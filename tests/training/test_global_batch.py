@@ -17,7 +17,7 @@ BINS = {"c": 30, "r": 10}
 
 
 def draw(rng, kind: str) -> dict[str, jax.Array]:
-    """Parts of very different difficulty, and one that is masked whole."""
+    """Eight shares of very different difficulty, one of them fully masked."""
     hardness = np.linspace(0.1, 4, 8).reshape(8, 1, 1)
     values = rng.normal(0, 1, (8, 30, 4)) * hardness * (1 if kind == "c" else 0.05)
     targets = rng.uniform(size=(8, 30, 4)) < 0.1 if kind == "c" else np.zeros((8, 30, 4))
@@ -35,7 +35,7 @@ def gradient_step(kind: str, dtype, axis_name: str | None):
 
     def step(state, batch):
         def total(shift):
-            # The shift is shared, as weights are: its gradient needs all parts of the batch.
+            # The shift is shared, as weights are: its gradient needs all shares of the batch.
             values = (batch["values"] + shift[None, None]).astype(dtype)
             loss, new, stats = LOSSES[kind](
                 values, batch["targets"], batch["mask"], state, axis_name=axis_name
@@ -72,7 +72,7 @@ def test_loss_gradient_and_state_are_the_same_on_any_number_of_devices(rng, kind
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_accumulated_parts_make_the_step_of_the_whole_batch(rng, kind):
+def test_accumulated_microbatches_equal_the_whole_batch(rng, kind):
     batch, state = draw(rng, kind), init_ghm_state(BINS[kind])
     loss = LOSSES[kind]
     want, slope = jax.value_and_grad(lambda x: loss(x, *list(batch.values())[1:], state)[0])(
@@ -80,12 +80,14 @@ def test_accumulated_parts_make_the_step_of_the_whole_batch(rng, kind):
     )
     _, want_state, want_stats = loss(*batch.values(), state)
 
-    # First pass: the histogram of the whole batch, part by part. Second pass: losses to add.
-    parts = [[array[i] for array in batch.values()] for i in range(8)]
-    counts = jnp.asarray(sum(loss(*part, state)[2].counts for part in parts))
-    whole = functools.partial(loss, state=state, batch_counts=counts)
-    results = [whole(*part) for part in parts]
-    gradients = [jax.grad(lambda x, part=part: whole(x, *part[1:])[0])(part[0]) for part in parts]
+    # First pass: the histogram of the whole batch. Second pass: losses to add.
+    microbatches = [[array[i] for array in batch.values()] for i in range(8)]
+    counts = jnp.asarray(sum(loss(*each, state)[2].counts for each in microbatches))
+    of_batch = functools.partial(loss, state=state, batch_counts=counts)
+    results = [of_batch(*each) for each in microbatches]
+    gradients = [
+        jax.grad(lambda x, rest=rest: of_batch(x, *rest)[0])(x) for x, *rest in microbatches
+    ]
 
     np.testing.assert_allclose(sum(result[0] for result in results), want, rtol=1e-5)
     np.testing.assert_allclose(gradients, slope, rtol=1e-5, atol=1e-9)

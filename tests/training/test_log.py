@@ -1,4 +1,4 @@
-"""What training writes down, on a log that is fed by hand."""
+"""What the training log writes, given metrics by hand."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ METRICS = {
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that is set by hand."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -77,7 +77,7 @@ def test_only_idle_devices_wait_for_data(run, monkeypatch, ready, waits):
     assert [record["images_per_second"] for record in records(run)] == [1, pytest.approx(4 / 6)]
 
 
-def test_an_evaluation_is_no_training_time(run, monkeypatch):
+def test_evaluation_does_not_count_as_training_time(run, monkeypatch):
     clock = Clock(monkeypatch)
     log = TrainingLog(run, tiny_config(), 0, Listener())
     batches = clock.batches([1.0, 1.0])
@@ -92,7 +92,7 @@ def test_an_evaluation_is_no_training_time(run, monkeypatch):
     assert [record["data_wait"] for record in records(run)] == [1.0, 1.0]
 
 
-def test_the_share_of_the_peak_counts_the_images_of_every_size(run, monkeypatch):
+def test_the_mfu_counts_the_images_of_every_size(run, monkeypatch):
     clock = Clock(monkeypatch)
     listener = Listener()
     # Four images take 0.8 seconds at the peak, those of the other size 2.
@@ -107,7 +107,7 @@ def test_the_share_of_the_peak_counts_the_images_of_every_size(run, monkeypatch)
     assert [record["mfu"] for record in records(run)] == pytest.approx([0.8, 2 / 1.5, 0.8])
 
 
-def test_the_line_says_what_the_record_holds(run):
+def test_the_progress_line_shows_the_fields_of_the_record(run):
     fields = []
 
     class Progress(Listener):
@@ -128,9 +128,9 @@ def test_the_line_says_what_the_record_holds(run):
     assert record["seconds"] <= time.perf_counter() - start + 1
 
 
-def test_what_was_skipped_before_the_run_was_stopped_is_not_said_again(run):
+def test_updates_skipped_before_a_restart_are_not_reported_again(run):
     listener = Listener()
-    for done in (1, 2):  # each by a command of its own
+    for done in (1, 2):  # each by a new command
         log = TrainingLog(run, tiny_config(), done - 1, listener)
         log.record(done, METRICS | {"skipped": 1})
         log.flush()

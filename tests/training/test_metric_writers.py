@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases get of a run, read back or taken by a stand-in."""
+"""What TensorBoard and Weights & Biases receive: event files read back, and a fake service."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ def values(directory):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands in for the package: keeps what it is told."""
+    """A fake package that records its calls."""
     fake = types.ModuleType("wandb")
     fake.__spec__ = importlib.util.spec_from_loader("wandb", None)
     fake.asked, fake.logged, fake.finished, fake.broken = [], [], 0, False
@@ -81,10 +81,10 @@ def with_wandb(config):
 
 
 def test_tensorboard_gets_numbers_histograms_and_pictures(tmp_path):
-    board = TensorBoard(tmp_path, 6)
-    board.add("train", RECORD, {})
-    board.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
-    board.close()
+    writer = TensorBoard(tmp_path, 6)
+    writer.add("train", RECORD, {})
+    writer.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
+    writer.close()
     found = values(tmp_path)
     assert found.keys() == {
         (7, tag)
@@ -106,20 +106,20 @@ def test_tensorboard_gets_numbers_histograms_and_pictures(tmp_path):
     np.testing.assert_allclose(pixels[20, 5], (10, 120, 250), atol=8)  # OpenCV: blue first
 
 
-def test_what_is_trained_anew_replaces_what_tensorboard_has(tmp_path):
-    board = TensorBoard(tmp_path, 6)
-    board.add("train", RECORD, {})
+def test_a_resumed_run_makes_tensorboard_discard_later_steps(tmp_path):
+    writer = TensorBoard(tmp_path, 6)
+    writer.add("train", RECORD, {})
     (start,) = [event for event in events(tmp_path) if event.session_log.status]
     assert start.step == 7
-    board.close()
+    writer.close()
 
 
 def test_weights_and_biases_gets_the_same_under_the_same_names(wandb, tmp_path):
     run, config = RunDirectory(tmp_path), tiny_config()
-    board = WeightsAndBiases(run, config)
-    board.add("train", RECORD, {})
-    board.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
-    board.close()
+    writer = WeightsAndBiases(run, config)
+    writer.add("train", RECORD, {})
+    writer.add("validation", {"step": 7, "AP": 0.25}, {"image_3": PICTURE})
+    writer.close()
     (asked,) = wandb.asked
     assert (asked["project"], asked["name"], asked["dir"]) == (
         *("ghm-jax", tmp_path.name),
@@ -143,7 +143,7 @@ def test_weights_and_biases_gets_the_same_under_the_same_names(wandb, tmp_path):
     assert {tag for _, tag in values(tmp_path / "board")} == trained.keys() - {"step"}
 
 
-def test_a_run_that_goes_on_is_one_run_in_weights_and_biases(wandb, tmp_path, monkeypatch):
+def test_a_resumed_run_is_one_run_in_weights_and_biases(wandb, tmp_path, monkeypatch):
     for name in ("a", "a", "b"):
         (tmp_path / name).mkdir(exist_ok=True)
         WeightsAndBiases(RunDirectory(tmp_path / name), tiny_config())
@@ -155,27 +155,27 @@ def test_a_run_that_goes_on_is_one_run_in_weights_and_biases(wandb, tmp_path, mo
     assert wandb.asked[-1]["project"] == "mine"
 
 
-def test_without_the_package_a_run_says_so_before_it_begins(dataset_dir, tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_before_the_run_begins(dataset_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     config = with_wandb(tiny_config(dataset_dir))
-    with pytest.raises(ConfigError, match=r'^run.wandb: .*pip install "ghm-jax\[wandb\]"') as told:
+    with pytest.raises(ConfigError, match=r'^run.wandb: .*pip install "ghm-jax\[wandb\]"') as error:
         train(config, tmp_path / "run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
-    check_writers(tiny_config())  # nobody else needs it
+    check_writers(tiny_config())  # not needed otherwise
 
 
-def test_a_login_that_is_missing_is_one_line_with_the_remedy(wandb, tmp_path):
+def test_a_missing_login_is_one_line_with_the_remedy(wandb, tmp_path):
     def init(**settings):
         raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login()")
 
     wandb.init = init
-    with pytest.raises(ConfigError, match=r"^run.wandb: api_key not.*WANDB_MODE=offline") as told:
+    with pytest.raises(ConfigError, match=r"^run.wandb: api_key not.*WANDB_MODE=offline") as error:
         WeightsAndBiases(RunDirectory(tmp_path), tiny_config())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_service_that_breaks_down_does_not_end_the_training(wandb, tmp_path):
+def test_a_service_that_fails_does_not_end_the_training(wandb, tmp_path):
     listener = Listener()
     log = TrainingLog(RunDirectory(tmp_path), with_wandb(tiny_config()), 0, listener)
     log.evaluated(1, {"AP": 0.25}, {})
@@ -192,7 +192,7 @@ def test_a_service_that_breaks_down_does_not_end_the_training(wandb, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_an_evaluation_while_training_shows_images_with_their_boxes(wandb, dataset_dir, tmp_path):
+def test_an_evaluation_during_training_shows_images_with_their_boxes(wandb, dataset_dir, tmp_path):
     config = with_wandb(tiny_config(dataset_dir))
     settings = dataclasses.replace(config.run, eval_every=3)
     train(dataclasses.replace(config, run=settings), tmp_path / "run")

@@ -16,7 +16,7 @@ from ghm_jax.training.profiling import Profiler
 
 
 def profiled_steps(directory):
-    """The steps that a profile in TensorBoard's place is of; none without a profile."""
+    """The steps in the profiles of a TensorBoard directory; empty without a profile."""
     steps = set()
     for path in directory.glob("plugins/profile/*/*.trace.json.gz"):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -35,18 +35,18 @@ def run(profiler, steps):
 
 
 @pytest.mark.parametrize(
-    ("asked", "taken", "found"),
+    ("requested", "taken", "found"),
     [
         ((2, 3), range(1, 6), {2, 3}),
         ((4, 9), range(1, 6), {4, 5}),  # the run ends before
-        ((2, 3), range(3, 6), {3}),  # it resumes between
+        ((2, 3), range(3, 6), {3}),  # it resumes in between
         ((2, 3), range(4, 6), set()),  # or after
         (None, range(1, 4), set()),
     ],
 )
-def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, asked, taken, found):
+def test_a_profile_holds_the_requested_steps(tmp_path, requested, taken, found):
     lines = []
-    profiler = Profiler(tmp_path, asked, lines.append)
+    profiler = Profiler(tmp_path, requested, lines.append)
     run(profiler, taken)
     profiler.close()
     assert profiled_steps(tmp_path) == found
@@ -54,7 +54,7 @@ def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, asked, taken, f
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb")) or not found
 
 
-def test_a_profile_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch):
+def test_a_profile_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
     def full():
         stop()
         raise OSError("No space left on device")
@@ -68,7 +68,7 @@ def test_a_profile_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_training_profiles_its_steps_into_the_place_of_tensorboard(dataset_dir, tmp_path):
+def test_training_writes_its_profile_where_tensorboard_looks_for_it(dataset_dir, tmp_path):
     listener = Listener()
     train(tiny_config(dataset_dir), tmp_path / "run", profile=(3, 4), progress=listener)
     assert profiled_steps(tmp_path / "run" / "tensorboard") == {3, 4}
@@ -76,7 +76,7 @@ def test_training_profiles_its_steps_into_the_place_of_tensorboard(dataset_dir, 
 
 
 @pytest.mark.parametrize("text", ["5", "5-7", "5:", ":7", "a:b", "-1:3", "1:2:3"])
-def test_what_is_no_pair_of_steps_is_told(text):
+def test_text_that_is_not_a_pair_of_steps_is_refused(text):
     with pytest.raises(ArgumentError, match=r"^profile: .* is not N:M; .*10:12$"):
         steps_to_profile(text)
 

@@ -44,7 +44,7 @@ SCALARS = {
 
 
 class Table:
-    """In place of a network: its parameters are its outputs, the same for all images but for a
+    """Replaces the network: its parameters are its outputs, the same for all images except for a
     shift by the brightness of the image."""
 
     anchors_per_cell = 1
@@ -58,7 +58,7 @@ class Table:
 
 
 def table_outputs(params, batch):
-    """What `Table` answers, in NumPy."""
+    """The outputs of `Table`, in NumPy."""
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     images = (batch.images.astype(np.float64) - mean) / std
     shift = 0.1 * images.mean(axis=(1, 2, 3))[:, None, None]
@@ -200,7 +200,7 @@ def network(norm, axis_name):
     return state, functools.partial(train_step, **settings)
 
 
-def test_the_published_scope_is_a_call_for_each_level():
+def test_the_published_scope_is_one_call_per_level():
     loss = Loss(**PUBLISHED, ghm_scope="level")
     config = dataclasses.replace(CONFIG, loss=loss)
     state, step = table_state(), table_step(config)
@@ -247,7 +247,7 @@ def test_losses_without_a_histogram_have_one_mean_over_all_levels_in_the_publish
 
 
 @pytest.mark.parametrize("how", [REFERENCE, {"min_count": 3.0, "strength": 0.5}])
-def test_exact_density_weighs_by_the_batch_alone(how):
+def test_exact_density_uses_the_batch_alone(how):
     loss = Loss(ghm_c=replace(GHM_C, density="exact", **how), ghm_r=GHM_R)
     config = dataclasses.replace(CONFIG, loss=loss)
     state, step = table_state(), table_step(config)
@@ -288,7 +288,7 @@ def assert_close(found, expected):
 
 
 def on_replicas(step, replicas, wrapper="pmap"):
-    """A step of whole batches, that one device could do as well."""
+    """A step that takes whole batches, like that of one device."""
     step = parallelize(step, jax.devices()[:replicas], wrapper)
     return lambda state, batch: step(state, split_batch(batch, replicas))
 
@@ -326,11 +326,11 @@ def test_replicas_of_a_network_make_the_same_step(one_device, norm, replicas):
     state, metrics = run(state, on_replicas(step, replicas))
     assert_close((state, metrics), tuple(expected))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), start.params, state.params)
-    assert all(jax.tree.leaves(moved))  # nothing stands still, so all of it was compared
+    assert all(jax.tree.leaves(moved))  # every parameter changed, so all were compared
     assert bool(jax.tree.leaves(state.batch_stats)) == (norm == "batch")
 
 
-def test_a_few_images_are_learned_by_heart(one_device):
+def test_a_few_images_are_overfitted(one_device):
     state, step, *_ = one_device("batch")
     batch = batches(1)[0]
     values = []
@@ -382,7 +382,7 @@ def test_a_crowd_region_is_background_or_ignored(crowd):
     assert set(classes[0]) == ({-1} if crowd == "drop" else {-1, -2})
 
 
-def test_anchors_of_a_step_are_of_the_convention_asked_for():
+def test_anchors_of_a_step_follow_the_chosen_convention():
     config = dataclasses.replace(
         CONFIG, anchors=Anchors(scale=4.1, octaves=1, ratios=(1.0,), convention="torchvision")
     )
@@ -398,7 +398,7 @@ def test_anchors_of_a_step_are_of_the_convention_asked_for():
 def test_anchors_in_the_padding_are_ignored():
     config = CONFIG
     batch = batches(1, size=2)[0]
-    sizes = np.array([[33, 64], [64, 20]], np.int32)  # reach to 64 x 64 and 64 x 32
+    sizes = np.array([[33, 64], [64, 20]], np.int32)  # which extend to 64 x 64 and 64 x 32
     batch = batch._replace(image_size=sizes)
     batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
     batch.truth.boxes[1, 0], batch.truth.labels[1, 0] = (2, 2, 18, 18), 1
@@ -422,7 +422,7 @@ def test_anchors_in_the_padding_are_ignored():
 
 
 @pytest.mark.parametrize("classification", ["ghm_c", "focal"])
-def test_a_batch_without_any_box_is_background_to_learn_from(classification):
+def test_a_batch_without_any_box_is_learned_as_background(classification):
     config = dataclasses.replace(CONFIG, loss=Loss(classification=classification, ghm_c=GHM_C))
     batch = batches(1)[0]
     batch.truth.boxes[:], batch.truth.labels[:] = 0, NO_CLASS
@@ -475,7 +475,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(classification
     assert (state.params["logits"] != before.params["logits"]).any()
 
 
-def test_the_image_at_fault_is_named_on_any_number_of_replicas():
+def test_an_image_with_nan_is_named_whatever_its_replica():
     batch = batches(1)[0]
     step = functools.partial(
         train_step, config=CONFIG, model=Fragile(), optimizer=optax.sgd(0.1), axis_name=REPLICA
@@ -506,14 +506,14 @@ class Fragile(Table):
     ],
     ids=["levels", "exact", "ohem"],
 )
-def test_parts_of_a_batch_make_the_step_of_the_whole(loss):
-    """For every loss, as it sees the whole batch; the parts differ in their numbers of boxes."""
+def test_microbatches_make_the_same_step_as_the_whole_batch(loss):
+    """For losses that depend on the whole batch; microbatches differ in their numbers of boxes."""
     config, optimizer = dataclasses.replace(CONFIG, loss=loss), optax.sgd(10.0, momentum=0.9)
     expected = run(table_state(0, optimizer), table_step(config, optimizer))
-    parts = dataclasses.replace(
+    microbatched = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, accumulate=4)
     )
-    found = run(table_state(0, optimizer), table_step(parts, optimizer))
+    found = run(table_state(0, optimizer), table_step(microbatched, optimizer))
     assert_close(found, expected)
     step = functools.partial(
         train_step,
@@ -527,7 +527,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(loss):
     assert_close(run(table_state(0, optimizer), on_replicas(step, 2)), expected)
 
 
-def test_parts_of_a_batch_make_the_step_of_a_whole_network(one_device):
+def test_microbatches_of_a_network_make_the_same_step_as_the_whole_batch(one_device):
     start, _, *expected = one_device("group")
     config = dataclasses.replace(
         CONFIG,
@@ -543,7 +543,7 @@ def test_parts_of_a_batch_make_the_step_of_a_whole_network(one_device):
     assert_close(run(start, jax.jit(step)), tuple(expected))
 
 
-def test_the_moving_average_of_the_parameters_is_what_is_predicted_with():
+def test_the_moving_average_of_the_parameters_is_used_to_predict():
     config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema=0.4))
     optimizer = optax.sgd(10.0)
     state = table_state(0, optimizer)
@@ -559,7 +559,7 @@ def test_the_moving_average_of_the_parameters_is_what_is_predicted_with():
     assert np.abs(average - state.params["logits"]).max() > 0.01
 
 
-def test_the_old_state_is_given_away():
+def test_the_old_state_is_donated():
     state = jax.tree.map(jnp.asarray, table_state())
     step = functools.partial(
         train_step, config=CONFIG, model=Table(), optimizer=optax.sgd(0.0), axis_name=REPLICA

@@ -86,7 +86,7 @@ def _write_splits(
     sources: Mapping[str, Any],
     progress: Progress,
 ) -> list[Path]:
-    """Writes every split as a data set of its own; those that are there already are kept."""
+    """Writes every split as a separate data set; those that are there already are kept."""
     parts = []
     for split, of_split in images.items():
         directory = unfinished / split
@@ -139,7 +139,7 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ):
         self._categories, self._images = categories, images
         self._sources, self._progress = dict(sources or {}), progress or Silent()
-        # In TFDS a class has one name; here each folder is a data set of its own.
+        # In TFDS a class has one name; here each folder is a separate data set.
         self.name, _, config = name.partition("/")  # pyright: ignore[reportAttributeAccessIssue]
         # TFDS warns about configurations that it does not know, which includes all of these.
         verbosity = logging.get_verbosity()
