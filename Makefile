@@ -1,6 +1,6 @@
 # Needs only make and Python 3.11, 3.12 or 3.13. `make` lists what it can do.
 
-.PHONY: help setup quickstart test fast lint types floor docs check lock clean
+.PHONY: help setup quickstart test fast lint types floor docs tables check lock clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -40,9 +40,12 @@ docs: setup  ## the documentation's site, into site/
 	@$(BIN)/python -m zensical build --clean --strict
 	@$(BIN)/python .ci/formulas.py site
 
+tables: setup  ## write the tables of measured results into README.md and docs/
+	@$(BIN)/python .ci/tables.py
+
 check: lint types test floor  ## what CI runs
 
-lock:  ## write both requirements files anew from pyproject.toml (the only target that needs uv)
+lock:  ## resolve both requirements files again from pyproject.toml (the only target that needs uv)
 	uv pip compile --quiet --upgrade --universal --extra dev \
 	    --no-emit-package ghm-jax pyproject.toml -o requirements.txt
 	uv pip compile --quiet --upgrade --universal --extra test --resolution lowest-direct \
