@@ -1,6 +1,6 @@
 # Needs only make and Python 3.11, 3.12 or 3.13. `make` lists what it can do.
 
-.PHONY: help setup quickstart test fast lint types floor docs check lock clean
+.PHONY: help setup quickstart test fast lint types floor docs tables check lock clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -39,6 +39,9 @@ docs: setup  ## the documentation's site, into site/
 	@$(BIN)/python .ci/config_page.py
 	@$(BIN)/python -m zensical build --clean --strict
 	@$(BIN)/python .ci/formulas.py site
+
+tables: setup  ## write the tables of measured results into README.md and docs/
+	@$(BIN)/python .ci/tables.py
 
 check: lint types test floor  ## what CI runs
 

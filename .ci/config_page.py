@@ -1,6 +1,6 @@
 """Writes docs/config.md, every setting with its default, from the source of `ghm_jax.config`.
 
-`make docs` runs it before it builds the site; the page is not kept in git, so it cannot be stale.
+`make docs` runs it before it builds the site; the page is not in git, so it is always current.
 """
 
 import ast
@@ -17,8 +17,8 @@ from ghm_jax import config
 HEAD = """# Every setting
 
 An experiment file defines `config = Config(...)`; any setting below can be overridden on the
-command line by its name, such as `--loss.ghm-c.momentum 0.9`. `config.check()` refuses what cannot
-work, before any device is touched.
+command line by its name, such as `--loss.ghm-c.momentum 0.9`. `config.check()` rejects settings
+that cannot work, before any compute.
 The defaults are the published RetinaNet-R50 recipe on COCO with this package's GHM settings.
 """
 

@@ -1,6 +1,6 @@
-"""Makes MathML of the formulas in the built site: browsers draw it without a script or a network.
+"""Converts the formulas of the built site to MathML, which needs no script and no network.
 
-`make docs` runs it after the site is built, in which arithmatex has marked every formula.
+`make docs` runs it on the built site, in which arithmatex has marked every formula.
 """
 
 import html

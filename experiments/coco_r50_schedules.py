@@ -1,17 +1,18 @@
-"""The recipe of coco_r50_ghm.py for longer, for more images a step, and in float32.
+"""The recipe of coco_r50_ghm.py with longer schedules, more images per step, and float32.
 
     ghm-jax train experiments/coco_r50_schedules.py:2x --data.dir data
 
-1x, 2x and 3x are 12, 24 and 36 epochs in activations of bfloat16, which is the default.
-`large_batch` is 1x with 256 images a step for a pod or many GPUs: the rate grows as the batch does
-(Goyal et al., 2017), and so does the share of the run that warms up, here an epoch. `one_device` is
-1x on a device that holds two images at a time, with losses and histograms of all 16. `ema` is 1x
-that evaluates a moving average of the weights.
+1x, 2x and 3x are 12, 24 and 36 epochs with activations in bfloat16, the default. `large_batch` is
+1x with 256 images per step for a pod or many GPUs: the learning rate grows in proportion to the
+batch (Goyal et al., 2017), and so does the share of the run that is warm-up, here an epoch.
+`one_device` is 1x on a device that holds two images at a time, with losses and histograms of all
+16. `ema` is 1x that evaluates a moving average of the weights.
 
 `published` is mmdetection's AP of RetinaNet-R50 with focal loss on val2017 for the same schedule,
-the 3x with several image scales, which are not here: for GHM there are no published figures beyond
-1x. Not measured here. Estimated, not run: 6 (1x) to 18 hours (3x) on one A100 at an MFU of 30 %,
-12 in float32.
+the 3x with multi-scale training, which this file does not use: no results of GHM beyond 1x are
+published. Not measured here.
+
+Estimated, not run: 6 (1x) to 18 hours (3x) on one A100 at an MFU of 30 %, 12 in float32.
 """
 
 from dataclasses import replace
@@ -20,7 +21,7 @@ from pathlib import Path
 from ghm_jax.config import Config
 from ghm_jax.runs.experiments import load_experiment
 
-IMAGES = 117_280  # of an epoch in whole steps of 16
+IMAGES = 117_280  # per epoch, in whole steps of 16
 base = load_experiment(Path(__file__).with_name("coco_r50_ghm.py"))
 
 

@@ -7,8 +7,8 @@ P6 comes from P5, a ReLU stands before P7, anchors and matching are torchvision'
 (torchvision): 36.4 AP on val2017, with focal and L1 losses over 26 epochs. Not measured here.
 Estimated, not run: 26 hours on one A100 at an MFU of 30 %.
 
-Anchors of P6 and P7 lie where torchvision has them if the batch is padded as torchvision pads; see
-`ghm_jax.detection.anchors`.
+Anchors of P6 and P7 are at torchvision's positions if the batch is padded as torchvision pads it;
+see `ghm_jax.detection.anchors`.
 """
 
 from ghm_jax.config import Anchors, Config, Loss, Model, Optimizer
@@ -24,7 +24,7 @@ config = Config(
         dtype="float32",
     ),
     anchors=Anchors(convention="torchvision"),
-    # torchvision adds the four coordinates of a box, the package takes their mean: hence the 4.
+    # torchvision sums over the four coordinates of a box, this package averages: hence the 4.
     loss=Loss(classification="focal", box="smooth_l1", box_weight=4.0),
     optimizer=Optimizer(steps=190_580, drops=(117_280, 161_260)),  # drops at epochs 16 and 22
 )

@@ -8,8 +8,8 @@ GroupNorm in the heads, P6 from C5, a ReLU before P7, torchvision's anchors and 
 (torchvision): 41.5 AP on val2017, trained for 26 epochs with a GIoU loss and stronger augmentation,
 neither of which is here: this file is for imported weights. Not measured here.
 
-Anchors of P6 and P7 lie where torchvision has them if the batch is padded as torchvision pads; see
-`ghm_jax.detection.anchors`.
+Anchors of P6 and P7 are at torchvision's positions if the batch is padded as torchvision pads it;
+see `ghm_jax.detection.anchors`.
 """
 
 from ghm_jax.config import Anchors, Config, Loss, Model
@@ -23,6 +23,6 @@ config = Config(
         dtype="float32",
     ),
     anchors=Anchors(convention="torchvision"),
-    # torchvision adds the four coordinates of a box, the package takes their mean: hence the 4.
+    # torchvision sums over the four coordinates of a box, this package averages: hence the 4.
     loss=Loss(classification="focal", box="smooth_l1", box_weight=4.0),
 )

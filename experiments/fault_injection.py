@@ -129,7 +129,7 @@ class FaultInjector:
             self.train(name).wait()
             same = self.is_same(name)
             # A checkpoint that looks complete but is not is skipped when the run resumes.
-            rows["in a save"].data_lost += self.output(name).count("is skipped")
+            rows["in a save"].data_lost += self.output(name).count("skipped the checkpoint")
             for row in killed:
                 row.survived += same
             total += len(killed)
@@ -192,11 +192,11 @@ class FaultInjector:
                 while True:
                     ballast.write(bytes(4096))
             process.send_signal(signal.SIGCONT)
-            wait_until(lambda: "a checkpoint was not written" in self.output(name), process)
+            wait_until(lambda: "a checkpoint could not be written" in self.output(name), process)
             row.data_lost += not whole(self.folder / name) & before
             (disk / "ballast").unlink()
             code = process.wait()
-            row.survived += code == 0 and "a checkpoint was not written" in self.output(name)
+            row.survived += code == 0 and "a checkpoint could not be written" in self.output(name)
             row.survived *= outcome(self.folder / name)["state"] == self.expected["state"]
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -219,12 +219,12 @@ class FaultInjector:
         row = FaultResult("a NaN in one batch", 1)
         code = f"""
 import jax.numpy as jnp
-import ghm_jax.train
-step = ghm_jax.train.train_step
+import ghm_jax.training.build
+step = ghm_jax.training.build.train_step
 def poisoned(state, batch, **how):
     images = jnp.where(state.step == {NAN_STEP}, jnp.nan, batch.images.astype("float32"))
     return step(state, batch._replace(images=images), **how)
-ghm_jax.train.train_step = poisoned
+ghm_jax.training.build.train_step = poisoned
 """
         if self.train("poisoned", code=code).wait() == 0:
             state = outcome(self.folder / "poisoned")["state"]

@@ -4,7 +4,8 @@
     ghm-jax train experiments/folder.py --data.dir data
 
 A starting point for a few hundred to a few thousand images: set the number of steps to about
-20 times the number of images divided by the batch size, and the sides to what your objects need.
+20 times the number of images divided by the batch size, and the image sizes to what your objects
+need.
 """
 
 from ghm_jax.config import Config, Data, Harmonizing, Loss, Model, Optimizer

@@ -2,7 +2,7 @@
 
     ghm-jax train experiments/quickstart.py && ghm-jax evaluate runs/quickstart
 
-The same code path as COCO; only sizes differ. Expected time and result: see README.md.
+The same code path as COCO; only sizes differ. Expected time and result: docs/results.md.
 """
 
 from ghm_jax.config import Anchors, Config, Data, Harmonizing, Loss, Model, Optimizer, Predict, Run
@@ -14,7 +14,7 @@ config = Config(
         long_side=160,
         buckets=((160, 160),),
         max_boxes=20,
-        flip=0.0,  # a mirrored digit is no digit
+        flip=0.0,  # a mirrored digit is not a digit
     ),
     model=Model(
         backbone="resnet10",
@@ -26,14 +26,15 @@ config = Config(
         head_norm="group",
         dtype="float32",
     ),
-    # Digits are taller than wide, 16 to 72 pixels high: five sizes from 14 to 56 hold them all.
+    # Digits are taller than wide, 16 to 72 pixels high: sizes from 14 to 56 cover them.
     anchors=Anchors(scale=1.75, octaves=2, ratios=(1.0, 1.5, 2.2)),
     loss=Loss(
         # One histogram for all levels gives a smaller loss than the published sum over levels.
         weight=3.0,
         # The published loss (min_count=0) fails on data this small: bins that hold a handful of
-        # examples, other ones at each step, get as much of the gradient as those with thousands.
-        # The floor treats a bin with fewer than 100 of the 130,000 examples as if it had 100.
+        # examples, a different handful every step, get as much of the gradient as bins with
+        # thousands. The floor treats a bin with fewer than 100 of the 130,000 examples as if it
+        # had 100.
         ghm_c=Harmonizing(min_count=100),
     ),
     optimizer=Optimizer(

@@ -8,7 +8,7 @@
 focal: focal loss (0.25, 2). published: GHM-C without the floor, the published weighting with one
 histogram for all levels. floored: the quickstart itself. Nine runs of a few minutes on two cores;
 finished runs are skipped, and the result in experiments/results/quickstart_losses.json has all
-finished runs. It goes into the README.
+finished runs. `make tables` shows it in docs/results.md.
 
 The other names are the alternatives to the defaults of the losses: published_levels is the
 published code, with one call per pyramid level; printed divides by the number of all bins, as in
@@ -124,7 +124,7 @@ def calibration(run_dir: Path) -> dict[str, Any]:
 
 
 def write_result(runs: Path, result: Path, steps: int) -> None:
-    """Collects the figures of all finished runs."""
+    """Collects the metrics of all finished runs."""
     rows = []
     for path in sorted(runs.glob("*/metrics.json")):
         name, seed = path.parent.name.rsplit("-", 1)

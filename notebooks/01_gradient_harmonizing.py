@@ -18,10 +18,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
 #
-# The idea of *Gradient Harmonized Single-stage Detector* (Li, Liu, Wang, AAAI 2019) in pictures:
+# The idea of *Gradient Harmonized Single-stage Detector* (Li, Liu, Wang, AAAI 2019) in figures:
 # what a gradient norm is, how its density becomes a weight, how GHM-C differs from cross-entropy
 # and focal loss, what the histogram and its moving average do, and what the density floor of this
-# package is for. A minute on a CPU.
+# package is for. Takes a minute on a CPU.
 #
 # (The badge opens Colab's GitHub tab: paste the address of this repository there.)
 
@@ -49,13 +49,13 @@ if not all(importlib.util.find_spec(name) for name in ("ghm_jax", "hotcoco")):
 # %% [markdown]
 # ## What is imbalanced
 #
-# A dense detector scores every anchor for every class: a few positives, a flood of background.
+# A dense detector scores every anchor for every class: few positives, an overwhelming background.
 # For a probability $p = \sigma(x)$ and a target $p^* \in \{0, 1\}$ the cross-entropy has the
-# gradient $\partial L / \partial x = p - p^*$, so that the **gradient norm** $g = |p - p^*|$ says
-# how wrong an example is: 0 is settled, 1 is entirely wrong.
+# gradient $\partial L / \partial x = p - p^*$, so the **gradient norm** $g = |p - p^*|$ says how
+# wrong an example is: 0 is correct and certain, 1 is entirely wrong.
 #
-# Here are logits such as a half-trained detector gives: 200,000 easy background examples, 4,000
-# that are undecided, 1,000 positives, and 300 whose label the network will never agree with.
+# Here are logits like those of a half-trained detector: 200,000 easy background examples, 4,000
+# undecided ones, 1,000 positives, and 300 whose label the network will never agree with.
 
 # %%
 import functools
@@ -101,13 +101,13 @@ show(gradient_norm_distribution(stats.counts, "Gradient norms", "gradient norm g
 
 # %% [markdown]
 # The axis is logarithmic: the first bin holds nearly everything. Note the rise at the right end,
-# the hopeless ones. Each of them pulls hundreds of times as hard as an easy example.
+# the hopeless examples. The gradient of each is hundreds of times that of an easy example.
 #
 # ## Density becomes weight
 #
 # GHM counts how many examples have about the same norm, the **gradient density** $GD(g)$, and
-# gives each example the weight $\beta = N / GD(g)$. Every range of norms then weighs the same:
-# what there is plenty of, easy *or* hopeless, counts less. The loss is
+# gives each example the weight $\beta = N / GD(g)$. Every range of norms then has the same total
+# weight: examples that are abundant, easy *or* hopeless, count less. The loss is
 #
 # $$L_{GHM\text{-}C} = \frac{1}{N} \sum_i \beta_i \, L_{CE}(p_i, p_i^*)$$
 #
@@ -121,9 +121,9 @@ show(harmonizing_panel(stats.counts, stats.weights, "GHM-C, 30 bins", "gradient 
 # ## Cross-entropy, focal loss, GHM-C
 #
 # Where does the gradient of a batch come from? Each line is the sum of the gradients of the
-# examples in a bin as a share of the total, taken by `jax.grad` from the loss itself. Under
-# cross-entropy the easy background decides together with the hopeless examples. Focal loss turns
-# the easy ones down and leaves the hopeless ones with the largest part. GHM-C turns both down.
+# examples in a bin as a share of the total, computed by `jax.grad` from the loss itself. Under
+# cross-entropy the easy background and the hopeless examples dominate. Focal loss reduces the easy
+# ones and leaves the hopeless ones with the largest share. GHM-C reduces both.
 
 # %%
 compared = {
@@ -140,10 +140,10 @@ for name, total in totals.items():
 # %% [markdown]
 # ## Real logits
 #
-# The same with a network that learns: windows over scans of handwritten digits. One in fifty
-# shows a digit in its middle and shall be found; the others hold nothing or a digit that is cut
-# off. 2 % of the labels are wrong on purpose. A small network is trained by cross-entropy; the
-# figure is its gradient norms at the start, early and late.
+# The same with a network that learns: windows over scans of handwritten digits. One in fifty has a
+# digit at its center, which is the positive class; the others hold nothing or a digit that is cut
+# off. 2 % of the labels are wrong on purpose. A small network is trained with cross-entropy; the
+# figure shows its gradient norms at the start, early and late.
 
 # %%
 from sklearn.datasets import load_digits
@@ -208,15 +208,15 @@ ax.legend(frameon=False)
 show(figure)
 
 # %% [markdown]
-# The wrong labels end up at the right: the network has understood them to be wrong, and under
-# cross-entropy they are now most of the gradient. It is these that GHM holds back and focal loss
-# does not.
+# The wrong labels end up at the right: the network has learned that they are wrong, and under
+# cross-entropy they now make up most of the gradient. GHM reduces their weight, focal loss does
+# not.
 #
 # ## Bins, and the exact density
 #
 # The density in a window around each example costs a sort (`density="exact"`, equations 4 to 6 of
-# the paper). Counting in fixed bins is what one trains with. The lines are the weights by bins of
-# different widths; the exact ones have a window of 1/30.
+# the paper). Training uses counts in fixed bins. The lines are the weights for bins of different
+# widths; the exact density has a window of 1/30.
 
 # %%
 real = network(params, windows)
@@ -244,15 +244,16 @@ ax.legend(frameon=False, ncols=2)
 show(figure)
 
 # %% [markdown]
-# With few bins the weights are coarse; with many, single examples show. 30 is the published
-# number.
+# With few bins the weights are coarse; with many, single examples become visible. The published
+# number is 30.
 #
 # ## The moving average
 #
-# A batch is a sample: its histogram jumps from step to step. GHM keeps a moving average $S_t =
-# \alpha S_{t-1} + (1 - \alpha) R_t$, and it is *state*: it goes in and comes out. Left: the
-# weight of the last bin over steps with 500 examples each. Right: the first steps; the published
-# code starts its average at zero, which makes the first weights too large by $1 / (1 - \alpha)$.
+# A batch is a sample: its histogram varies from step to step. GHM keeps a moving average $S_t =
+# \alpha S_{t-1} + (1 - \alpha) R_t$, and it is *explicit state*: passed in and returned. Left:
+# the weight of the last bin over steps with 500 examples each. Right: the first steps; the
+# published code starts its average at zero, so that the first weights are too large by a factor of
+# $1 / (1 - \alpha)$.
 
 # %%
 steps = 60
@@ -267,8 +268,8 @@ def weights_over_steps(**how) -> list[float]:
     update = jax.jit(functools.partial(harmonize, **how))
     last = []
     for _ in range(steps):
-        part = real_norm[draw.choice(len(real_norm), 500)]
-        _, state, stats = update(part, state=state)
+        batch = real_norm[draw.choice(len(real_norm), 500)]
+        _, state, stats = update(batch, state=state)
         last.append(float(stats.weights[-1]))
     return last
 
@@ -295,9 +296,9 @@ show(figure)
 # %% [markdown]
 # ## The density floor
 #
-# Where a bin holds three examples, dividing by their density gives these three as much weight as
-# another bin gives to thousands, and in the next batch they are three others. On small data that
-# ruins the training. `min_count` treats a bin with fewer examples as if it had that many: a bound
+# If a bin holds three examples, dividing by their density gives these three as much weight as
+# another bin gives to thousands, and in the next batch they are a different three. On small data
+# this ruins training. `min_count` treats a bin with fewer examples as if it had that many: a bound
 # on every weight. `min_count=0` is the published loss.
 #
 # A batch of 2,000 of the examples above, with three floors:
@@ -320,10 +321,10 @@ show(figure)
 # %% [markdown]
 # Move the sliders: how many bins, how high the floor, and how strongly to harmonize (`strength`, 0
 # is cross-entropy). They need a running notebook with `ipywidgets`, which Colab has; a stored
-# notebook, or one without `ipywidgets`, shows the picture of one setting.
+# notebook, or one without `ipywidgets`, shows the figure for one setting.
 
 # %%
-late = {"continuous_update": False}  # draws when a slider is let go
+late = {"continuous_update": False}  # draws when a slider is released
 
 
 def draw(bins: int = 30, min_count: float = 10.0, strength: float = 1.0) -> None:
@@ -347,9 +348,9 @@ else:
 # %% [markdown]
 # ## The loss value stays near 1
 #
-# The first thing that people report: "the loss does not fall". It cannot. Cross-entropy is
-# $-\ln(1 - g)$; if every bin weighs the same, its mean over the bins is about $\int_0^1 -\ln(1 -
-# g)\,dg = 1$, however good the network is. Watch `stats.plain_loss`.
+# The most frequent report: "the loss does not fall". It cannot. Cross-entropy is $-\ln(1 - g)$; if
+# every bin has the same weight, its mean over the bins is about $\int_0^1 -\ln(1 - g)\,dg = 1$,
+# however good the network is. Watch `stats.plain_loss`.
 
 # %%
 for i, (value, _, stats) in seen.items():
@@ -358,9 +359,10 @@ for i, (value, _, stats) in seen.items():
 # %% [markdown]
 # ## Boxes: GHM-R
 #
-# Smooth L1 has the gradient $\pm 1$ for every error above 1/9: outliers cannot be told apart.
-# ASL1, $\sqrt{d^2 + \mu^2} - \mu$, is as flat but has a gradient norm $|d| / \sqrt{d^2 + \mu^2}$
-# that is below 1 and keeps their order, so its density can be counted. GHM-R is ASL1, harmonized.
+# Smooth L1 has the gradient $\pm 1$ for every error above 1/9: outliers cannot be distinguished.
+# ASL1, $\sqrt{d^2 + \mu^2} - \mu$, has the same shape but a gradient norm
+# $|d| / \sqrt{d^2 + \mu^2}$ that is below 1 and preserves their order, so its density can be
+# counted. GHM-R is ASL1, harmonized.
 
 # %%
 error = jnp.asarray(np.concatenate([rng.normal(0, 0.03, 4_000), rng.normal(0, 0.6, 400)]))
@@ -372,5 +374,5 @@ show(harmonizing_panel(stats.counts, stats.weights, "GHM-R, 10 bins", "gradient 
 # ## Where to go next
 #
 # * `02_train_a_detector`: the losses in a detector.
-# * `03_your_own_data_and_loop`: your images, and the losses in a loop of your own.
+# * `03_your_own_data_and_loop`: your images, and the losses in your own loop.
 # * `docs/losses.md`: all formulas and settings.

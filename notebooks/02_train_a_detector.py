@@ -18,13 +18,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
 #
-# A small RetinaNet learns to find handwritten digits, with the two gradient-harmonized losses:
+# A small RetinaNet learns to detect handwritten digits, with the two gradient-harmonized losses:
 # GHM-C for the classes and GHM-R for the boxes. You see the data, the imbalance that these losses
-# are about, the training, what harmonizing did to the gradients, the COCO figures, and detections
-# on images that the network has never seen.
+# address, the training, what harmonizing did to the gradients, the COCO metrics, and detections on
+# images that the network has never seen.
 #
-# It is `make quickstart` in cells: the same functions with the same settings. On two CPU cores the
-# whole takes some minutes; a GPU or TPU is used where there is one.
+# It is `make quickstart` in cells: the same functions with the same settings. It takes a few
+# minutes on two CPU cores; a GPU or TPU is used if there is one.
 #
 # (The badge opens Colab's GitHub tab: paste the address of this repository there.)
 
@@ -52,9 +52,9 @@ if not all(importlib.util.find_spec(name) for name in ("ghm_jax", "hotcoco")):
 # %% [markdown]
 # ## Settings
 #
-# Everything that decides a run is one `config`, and an experiment file is a Python file that
-# defines it. The quickstart's differs from the defaults, which are those for COCO, in these fields.
-# To try something else, use `dataclasses.replace`.
+# Everything that decides a run's result is in one `config`, and an experiment file is a Python file
+# that defines it. The quickstart differs from the defaults, which are those for COCO, in these
+# fields. To try something else, use `dataclasses.replace`.
 
 # %%
 import os
@@ -91,8 +91,8 @@ for key, (for_coco, value) in differences(Config(), config).items():
 # ## Data
 #
 # `digit_scenes` places real scans of handwritten digits, at very different sizes, on textured
-# backgrounds. It is built on first use, in a moment, and has the structure of TFDS `coco/2017`.
-# Training and validation scenes draw from different scans.
+# backgrounds. It is built in seconds on first use and has the structure of TFDS `coco/2017`.
+# Training and validation scenes use different scans.
 
 # %%
 import io
@@ -139,12 +139,12 @@ gap = ((0, 0), (0, 16), (0, 0))
 show(np.hstack([np.pad(draw_scene(i), gap, constant_values=255) for i in range(3)]))
 
 # %% [markdown]
-# ## Anchors, and who is positive
+# ## Anchors, and which are positive
 #
 # RetinaNet lays a fixed grid of anchor boxes over the image and scores every anchor for every
 # class. An anchor that overlaps a digit well is positive, and so is the best one for each digit: it
-# shall name the digit, and its box is corrected to fit. The next best are ignored, and all the rest
-# is background.
+# learns the digit's class and box. Anchors that overlap a little less are ignored, and all others
+# are background.
 
 # %%
 from matplotlib.patches import Rectangle
@@ -181,30 +181,30 @@ print(f"of these positive                     {positives:>9,}   one in {examples
 #
 # Each of these pairs is an example for the classification loss. Nearly all of them are plain
 # background that the network soon gets right: each has a tiny gradient, but there are so many of
-# them that together they drown the few that matter. At the other end are examples that it gets
-# entirely wrong and may never get right, such as an anchor between two digits; each of them pulls
-# as hard as it can.
+# them that together they outweigh the few that matter. At the other end are examples that it gets
+# entirely wrong and may never get right, such as an anchor between two digits; each of them has the
+# largest gradient possible.
 #
-# GHM looks at the gradient norm of an example, $g = |p - p^*|$: how far the probability is from the
+# GHM uses the gradient norm of an example, $g = |p - p^*|$: how far the probability is from the
 # target. It counts how many examples have about the same norm and **divides the weight of an
-# example by that density**. What there is plenty of, very easy or very hard, counts less, and every
-# range of norms gets its share of the gradient. GHM-C does so for class scores, GHM-R for the four
-# box coordinates of positive anchors.
+# example by that density**. Examples that are abundant, very easy or very hard, count less, and
+# every bin of norms gets its share of the gradient. GHM-C does so for class scores, GHM-R for the
+# four box coordinates of positive anchors.
 #
-# **The density floor.** Dividing by a density goes wrong where there is next to nothing to count. A
-# range that happens to hold three examples would give these three as much weight as another gives
-# to its thousands, and at the next step it would be three others: single examples would steer the
-# network. On a small data set with small batches that happens all the time. So
-# `loss.ghm_c.min_count = 100` treats a range of fewer than 100 examples as if it held 100. That
-# bounds every weight and leaves well filled ranges to the published rule; `min_count = 0` is the
-# published loss.
+# **The density floor.** Dividing by a density fails where there is hardly anything to count. A bin
+# that happens to hold three examples would give these three as much weight as another gives to its
+# thousands, and a different three at the next step: single examples would steer the network. On a
+# small data set with small batches this happens all the time. So `loss.ghm_c.min_count = 100`
+# treats a bin of fewer than 100 examples as if it held 100. This bounds every weight and leaves
+# well-filled bins to the published rule; `min_count = 0` is the published loss.
 
 # %% [markdown]
 # ## Train
 #
 # Every step runs on all devices at once, and the histograms of gradient norms are summed over them:
-# GHM sees the whole batch. Interrupting the cell leaves a checkpoint; running it again goes on from
-# there, and a finished run is left as it is. `restart=True` moves an old run aside and starts anew.
+# GHM sees the whole batch. Interrupting the cell writes a checkpoint; running it again resumes from
+# there, and a finished run is left as it is. `restart=True` moves an old run aside and trains from
+# scratch.
 
 # %%
 from ghm_jax.progress import Bar
@@ -217,9 +217,9 @@ state = train(config, run.path, progress=Bar())
 # %% [markdown]
 # ## What harmonizing did
 #
-# Grey is the share of examples in each range of gradient norm, as the network produces them; the
+# Grey is the share of examples in each bin of gradient norm, as the network produces them; the
 # scale is logarithmic. Blue is the share of the total weight after harmonizing, and orange the
-# weight of an example that makes the difference. The blue line is level where a range holds more
+# weight of an example, which is the ratio of the two. The blue line is level where a bin holds more
 # examples than the floor, and falls off where it holds fewer.
 
 # %%
@@ -236,10 +236,10 @@ for key, title, norm in (
     show(harmonizing_panel(counts, weights, title, norm))
 
 # %% [markdown]
-# A harmonized loss hardly falls: its weights keep all ranges equally heavy, however good the
-# network gets. Learning shows in the plain cross-entropy and the plain box error, which are logged
-# beside it. The cross-entropy begins low, because a fresh network takes everything for background,
-# and rises before it falls.
+# A harmonized loss hardly falls: its weights keep all bins equal, however good the network gets.
+# Learning shows in the plain cross-entropy and the plain box error, which are logged as well. The
+# cross-entropy starts low, because a new network predicts background everywhere, and rises before
+# it falls.
 
 # %%
 show(loss_curves(history))
@@ -247,22 +247,23 @@ show(loss_curves(history))
 # %% [markdown]
 # ## Evaluate
 #
-# The twelve COCO figures on the validation scenes.
+# The twelve COCO metrics on the validation scenes.
 
 # %%
-from ghm_jax.evaluate import METRICS, evaluate
+from ghm_jax.evaluate import evaluate
+from ghm_jax.runs.metrics import METRICS
 
-figures = evaluate(run.path, progress=Bar()).metrics
+metrics = evaluate(run.path, progress=Bar()).metrics
 rows = [
-    f"| {name} | {f'{100 * figures[name]:.1f}' if figures[name] >= 0 else '-'} | {meaning} |"
+    f"| {name} | {f'{100 * metrics[name]:.1f}' if metrics[name] >= 0 else '-'} | {meaning} |"
     for name, meaning in METRICS.items()
 ]
-display(Markdown("\n".join(["| figure | percent | |", "| :-- | --: | :-- |", *rows])))
+display(Markdown("\n".join(["| metric | percent | |", "| :-- | --: | :-- |", *rows])))
 
 # %% [markdown]
-# ## Look at detections
+# ## Detections
 #
-# Left the ground truth, right what the network found.
+# Left: the ground truth. Right: the detections.
 
 # %%
 import json
@@ -283,7 +284,7 @@ show(sample_grid(samples, validation.class_names))
 #   curves: `tensorboard --logdir runs`.
 # * See what the floor does: `replace(config, loss=replace(config.loss, ghm_c=without))` with
 #   `without = replace(config.loss.ghm_c, min_count=0)` is the published loss, and
-#   `classification="focal"` the focal loss. Give each run a directory of its own.
+#   `classification="focal"` the focal loss. Give each run its own directory.
 # * The losses are plain functions for any training loop in JAX:
 #   `from ghm_jax.losses import ghm_c_loss, ghm_r_loss`.
-# * `03_your_own_data_and_loop`: images of your own, and the losses in a loop of your own.
+# * `03_your_own_data_and_loop`: your own images, and the losses in your own loop.

@@ -18,10 +18,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
 #
-# Three ways to use the package on problems of your own: a folder of images with COCO annotations
+# Three ways to use the package for your own problem: a folder of images with COCO annotations
 # becomes a trained detector; the losses in a loop of bare JAX, Flax NNX or Equinox; and GHM with
 # a softmax, compared fairly with cross-entropy and focal loss on a small imbalanced
-# classification problem. A few minutes on a CPU.
+# classification problem. Takes a few minutes on a CPU.
 #
 # (The badge opens Colab's GitHub tab: paste the address of this repository there.)
 
@@ -49,9 +49,9 @@ if not all(importlib.util.find_spec(name) for name in ("ghm_jax", "hotcoco")):
 # %% [markdown]
 # ## A folder of images
 #
-# To have something to train on, the next cell draws it: noisy pictures with bright discs and
-# squares, and the JSON file that COCO's tools read, with `bbox` as x, y, width, height. With
-# images of your own, leave it out.
+# The next cell draws something to train on: noisy images with bright discs and squares, and the
+# JSON file that COCO's tools read, with `bbox` as x, y, width, height. Skip it if you have your own
+# images.
 
 # %%
 import io
@@ -84,7 +84,7 @@ SIDE = 64 if SMOKE else 128
 
 
 def draw_split(split: str, count: int, seed: int) -> tuple[Path, Path]:
-    """Writes pictures and their annotations; returns both places."""
+    """Writes images and their annotations; returns both paths."""
     rng = np.random.default_rng(seed)
     folder = work / split
     folder.mkdir()
@@ -118,8 +118,8 @@ splits = {
 }
 
 # %% [markdown]
-# `prepare_folder` checks all of it and writes a data set in the form of TFDS `coco/2017`. It is
-# what `ghm-jax data prepare folder` calls.
+# `prepare_folder` checks everything and writes a data set with the structure of TFDS `coco/2017`.
+# `ghm-jax data prepare folder` calls it.
 
 # %%
 prepare_folder("shapes", work / "data", splits)
@@ -153,7 +153,7 @@ result = evaluate(work / "run")
 print(f"AP {result.metrics['AP']:.3f}   AP50 {result.metrics['AP50']:.3f}")
 
 # %% [markdown]
-# What it finds on a validation picture (left the truth, right the detections):
+# Its detections on validation images (left: the ground truth, right: the detections):
 
 # %%
 from ghm_jax.data import coco_ground_truth
@@ -180,10 +180,10 @@ samples = make_samples(validation, coco_ground_truth(validation), detections, 2)
 show(sample_grid(samples, validation.class_names))
 
 # %% [markdown]
-# ## The losses in a loop of your own
+# ## The losses in your own loop
 #
 # A loss takes its `GHMState` and returns the new one; keep it beside the weights. The problem
-# here is a rare class: is a scan of a handwritten digit an 8? One in ten is.
+# here has a rare class: is a scan of a handwritten digit an 8? One in ten is.
 #
 # **Bare JAX:**
 
@@ -235,7 +235,7 @@ for _ in range(100):
 print(f"Flax NNX: plain cross-entropy {plain:.3f}")
 
 # %% [markdown]
-# **Equinox**, where it is installed:
+# **Equinox**, if it is installed:
 
 # %%
 if importlib.util.find_spec("equinox"):
@@ -259,14 +259,14 @@ if importlib.util.find_spec("equinox"):
 # %% [markdown]
 # ## Softmax GHM, compared fairly
 #
-# Ten digits made imbalanced: of class $k$ there are $60 \cdot 0.65^k$ scans to train on, from 60
-# zeros down to one nine. The test set is balanced. In a second problem every tenth training label
-# is wrong, which is what GHM says to be robust against.
+# Ten digits made imbalanced: class $k$ has $60 \cdot 0.65^k$ scans to train on, from 60 zeros down
+# to one nine. The test set is balanced. In a second problem every tenth training label is wrong,
+# which GHM claims to be robust against.
 #
 # Fair means here: the same network (one hidden layer), initial weights, batches and number of
-# steps; the learning rate chosen for each loss by itself from the same list, on a validation set;
-# figures from a test set that decided nothing; the mean over seeds with its range. Each seed
-# draws other scans.
+# steps; the learning rate chosen for each loss separately from the same list, on a validation set;
+# results from a test set that decided nothing; the mean over seeds with its range. Each seed uses
+# different scans.
 
 # %%
 SEEDS, STEPS = (2, 5) if SMOKE else (10, 600)
@@ -275,7 +275,7 @@ per_class = [max(1, round(60 * 0.65**k)) for k in range(10)]
 
 
 def make_problem(seed: int, wrong: float) -> dict[str, np.ndarray]:
-    """Training, validation and test set of a seed; validation and test have 50 scans a class."""
+    """Training, validation and test set of a seed; validation and test have 50 scans per class."""
     rng = np.random.default_rng(seed)
     parts = {"train": [], "validation": [], "test": []}
     for k in range(10):
@@ -324,7 +324,7 @@ def network(params, images):
 
 
 def recall(params, images, labels):
-    """Mean over the classes of the share that is found."""
+    """Mean recall over the classes."""
     return jnp.mean(network(params, images).argmax(-1) == labels)  # the sets are balanced
 
 
@@ -387,14 +387,14 @@ show(figure)
 display(Markdown("\n".join(rows)))
 
 # %% [markdown]
-# **What it says** (the stored outputs, ten seeds): no loss beats plain cross-entropy here. It is
-# ahead by about a hundredth in mean recall, also with wrong labels, and the floor brings GHM a
-# little nearer to it than the published weights; all of these differences are smaller than the
-# range over the seeds. That is a result worth knowing: harmonizing is made for a flood of easy
-# examples, one positive in a thousand and more, and a few dozen scans a class are no flood. Use the
-# loss where `stats.counts` shows such a flood, and compare before you keep it.
+# **Result** (the stored outputs, ten seeds): no loss beats plain cross-entropy here. It is ahead by
+# about a hundredth in mean recall, also with wrong labels, and GHM with the floor is slightly
+# closer to it than with the published weights; all of these differences are smaller than the range
+# over the seeds. That is worth knowing: harmonizing is made for an overwhelming number of easy
+# examples, a thousand or more per positive, and a few dozen scans per class are not that. Use the
+# loss if `stats.counts` shows such an imbalance, and compare before you keep it.
 #
 # ## Where to go next
 #
-# * `docs/recipes.md`: COCO, several devices, memory, published weights.
+# * `docs/recipes.md`: COCO, multiple devices, memory, published weights.
 # * `docs/faq.md`: choosing bins, momentum and floor; small batches; other detectors.

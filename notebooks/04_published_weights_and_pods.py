@@ -19,8 +19,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
 #
 # Detectors of mmdetection and torchvision become runs of this package: described, imported,
-# evaluated, drawn. Then one training script on one, two, four and eight devices and in two
-# processes gives the same numbers, and the same command goes to a TPU pod or to SLURM. A few
+# evaluated, drawn. Then one training script gives the same numbers on one, two, four and eight
+# devices and in two processes; the same command runs on a TPU pod or with SLURM. Takes a few
 # minutes on a CPU.
 #
 # (The badge opens Colab's GitHub tab: paste the address of this repository there.)
@@ -55,7 +55,7 @@ if not all(importlib.util.find_spec(name) for name in ("ghm_jax", "hotcoco")):
 # | torchvision's `retinanet_resnet50_fpn_coco-eeacb38b.pth` | `coco_r50_torchvision.py` | 36.4 |
 # | torchvision's `retinanet_resnet50_fpn_v2_coco-5905b1c5.pth` | `…torchvision_v2.py` | 41.5 |
 #
-# An experiment file names the network, so that it can be described without any weights. This is
+# An experiment file defines the network, so that it can be described without any weights. This is
 # `ghm-jax describe experiments/coco_r50_ghm.py`; published are 37.74 M trained parameters and
 # 239.3 G multiply-adds.
 
@@ -89,7 +89,7 @@ work = Path(tempfile.mkdtemp())
 use_cpu_cores((4,))  # before JAX computes anything: a CPU is one device, unless asked for more
 
 published = load_experiment(root / "experiments/coco_r50_ghm.py")
-# The file holds the backbone as well; in float32 the figures are those of PyTorch.
+# The file holds the backbone as well; in float32 the outputs are those of PyTorch.
 model = replace(published.model, weights="", dtype="float32")
 if SMOKE:
     model = replace(model, backbone="resnet10", width=8, channels=16)
@@ -99,8 +99,8 @@ print(description_table(describe(published, num_classes=80, padded_size=(800, 12
 # %% [markdown]
 # ## Import
 #
-# With a network, get a file and put its name into `WEIGHTS`; a `.pth` needs torch, which Colab has,
-# and is read without running code that it may hold.
+# With internet access, download a file and set `WEIGHTS` to its name; a `.pth` needs torch, which
+# Colab has, and is read without running code that it may contain.
 #
 # ```
 # wget https://download.openmmlab.com/mmdetection/v2.0/ghm/retinanet_ghm_r50_fpn_1x_coco/retinanet_ghm_r50_fpn_1x_coco_20200130-a437fda3.pth
@@ -110,13 +110,13 @@ print(description_table(describe(published, num_classes=80, padded_size=(800, 12
 # `WEIGHTS` may also be `hf://OWNER/NAME/FILE.safetensors`, a file on the Hugging Face Hub (that
 # needs `pip install huggingface_hub`).
 #
-# Left empty, the next cell makes a stand-in: all names and shapes of the published GHM detector,
-# with random numbers. **The stored outputs are those of the stand-in**: it takes the whole way, but
-# knows nothing.
+# If it is empty, the next cell makes a stand-in: all names and shapes of the published GHM
+# detector, with random numbers. **The stored outputs are those of the stand-in**: every step works,
+# but it detects nothing.
 
 # %%
 WEIGHTS = ""  # a file of the network in `published`, which is coco_r50_ghm.py above
-PHOTOS = []  # image files of yours
+PHOTOS = []  # your image files
 
 
 def write_stand_in(path: Path) -> dict[str, np.ndarray]:
@@ -131,8 +131,8 @@ def write_stand_in(path: Path) -> dict[str, np.ndarray]:
         normal = name[-1] in ("scale", "var")
         value = np.ones(shape) if normal else 0.01 * rng.standard_normal(shape)
         tensors[MMDETECTION.tensor(name[1:])] = value.astype(np.float32)
-    tensors["bbox_head.retina_cls.bias"] -= 4.6  # as a fresh network: all scores about 0.01
-    tensors["bbox_head.loss_cls.acc_sum"] = np.zeros(30, np.float32)  # theirs alone: left out
+    tensors["bbox_head.retina_cls.bias"] -= 4.6  # as in a new network: all scores about 0.01
+    tensors["bbox_head.loss_cls.acc_sum"] = np.zeros(30, np.float32)  # not imported
     safetensors.numpy.save_file(tensors, path)
     return tensors
 
@@ -148,9 +148,10 @@ if not WEIGHTS:
         print(f"  {name:<36}{list(tensors[name].shape)}")
 
 # %% [markdown]
-# `import_run` is `ghm-jax import WEIGHTS EXPERIMENT`. It is strict: every tensor must find its
-# place, and every place a tensor. With the experiment of another network it says in a line what
-# does not fit, and leaves nothing behind. COCO's classes are known, COCO itself is not needed yet.
+# `import_run` is `ghm-jax import WEIGHTS EXPERIMENT`. It is strict: the tensors of the file and the
+# parameters of the network must match one to one. With the experiment of another network it reports
+# what does not match in one line, and writes nothing. COCO's classes are known; the COCO data is
+# not needed yet.
 
 # %%
 from ghm_jax.import_weights import import_run
@@ -167,15 +168,15 @@ except ConfigError as error:
 # %% [markdown]
 # ## Predict and evaluate
 #
-# `ghm-jax predict RUN IMAGES --out DIR` on photographs of yours. Without any, on a grey picture, in
-# which the stand-in finds nothing, as it should: no score comes near the threshold of 0.3.
+# `ghm-jax predict RUN IMAGES --out DIR` on your photographs. Without any, on a grey image, in which
+# the stand-in detects nothing, as it should: no score comes near the threshold of 0.3.
 
 # %%
 from ghm_jax.predict import predict
 
 
 def show(picture: Figure | Path) -> None:
-    """Displays a figure, or a picture from a file."""
+    """Displays a figure, or an image from a file."""
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", dpi=110)
@@ -196,9 +197,9 @@ if PHOTOS:
     show(work / "photos/contact_sheet.jpg")
 
 # %% [markdown]
-# The published figure is 37.0 AP on COCO's 5,000 validation images. It has not been measured with
+# The published result is 37.0 AP on COCO's 5,000 validation images. It has not been measured with
 # this package yet. With COCO on disk these commands measure it (a GPU or TPU takes minutes, a CPU
-# most of a day; `--subset 2%` gives a first idea):
+# most of a day; `--subset 2%` gives a first impression):
 #
 # ```
 # ghm-jax data prepare coco/2017 --source DIR_OF_UNPACKED_OFFICIAL_FILES --out data \
@@ -211,11 +212,11 @@ if PHOTOS:
 # Add `--data.annotations instances_val2017.json` to `import` for scores against the official file,
 # as published ones are. `ghm-jax train` with the same run directory trains such a run further.
 #
-# ## The same way with weights that know something
+# ## The same steps with trained weights
 #
 # A small detector of squares and discs, trained here in a minute. `export` writes its weights in
-# torchvision's names, and `import_run` makes a new run of that file: what torchvision's published
-# files go through.
+# torchvision's names, and `import_run` makes a new run of that file: torchvision's published files
+# are imported in the same way.
 
 # %%
 from ghm_jax.data import prepare_folder
@@ -227,7 +228,7 @@ SIDE = 64 if SMOKE else 128
 
 
 def draw_split(split: str, count: int, seed: int) -> tuple[Path, Path]:
-    """Writes pictures and their annotations in COCO's form; returns both places."""
+    """Writes images and their annotations in COCO's format; returns both paths."""
     rng = np.random.default_rng(seed)
     folder = work / split
     folder.mkdir()
@@ -265,7 +266,7 @@ data |= {"short_side": SIDE, "long_side": SIDE, "buckets": ((SIDE, SIDE),)}
 small = replace(
     small,
     data=replace(small.data, **data),
-    # torchvision's ResNets have batch normalization, so that only such a one can be exported.
+    # Only batch normalization can be exported: torchvision's ResNets have it.
     model=replace(small.model, norm="batch", **({"width": 8, "channels": 8} if SMOKE else {})),
     anchors=replace(small.anchors, scale=2.5, ratios=(1.0,)),  # as high as wide, 20 to 43 pixels
     optimizer=replace(small.optimizer, steps=4 if SMOKE else 400, warmup_steps=2 if SMOKE else 50),
@@ -291,16 +292,16 @@ print(f"{found.detections} detections on {found.images} images")
 show(work / "found/contact_sheet.jpg")
 
 # %% [markdown]
-# `found/predictions.json` holds them as COCO JSON, and each picture lies there drawn.
+# `found/predictions.json` holds them as COCO JSON, and each image is drawn in the same folder.
 #
-# ## Several devices
+# ## Multiple devices
 #
 # A step is written for one device, with explicit sums over all of them: of the gradients, and of
-# the two histograms. So the loss is that of the whole batch however it is split. That is not a
-# matter of course: in the published code every GPU counts its own images. Here is what that does
-# to one batch of the detector above (at half the contrast, so that it is not all too easy), split
-# over eight devices with an image each: grey the weights by eight histograms of their own, blue by
-# the histogram of all. Bins without an example are left out.
+# the two histograms. So the loss is that of the whole batch however it is split. This cannot be
+# taken for granted: in the published code every GPU counts its own images. Here is the effect on
+# one batch of the detector above (at half the contrast, so that it is not too easy), split over
+# eight devices with one image each: grey for the weights by eight separate histograms, blue for
+# those by the histogram of all. Empty bins are not drawn.
 
 # %%
 from ghm_jax.data import open_dataset, train_batches
@@ -323,7 +324,7 @@ logits, _, targets = loss_inputs(variables, batch, config=config, model=model)
 
 
 def drawn(stats: LossStats) -> np.ndarray:
-    """Weights by bin, of bins that hold examples."""
+    """Weights by bin; NaN for empty bins."""
     return np.where(np.asarray(stats.counts) > 0, stats.weights, np.nan)
 
 
@@ -335,8 +336,8 @@ def whole(x: jax.Array) -> tuple[jax.Array, list[LossStats]]:
 
 def apart(x: jax.Array) -> tuple[jax.Array, list[LossStats]]:
     """The same with a histogram for each image: the mean loss."""
-    parts = [ghm_c_loss(x[i], targets.classes[i], min_count=0) for i in range(8)]
-    return sum(loss for loss, _, _ in parts) / 8, [stats for _, _, stats in parts]
+    results = [ghm_c_loss(x[i], targets.classes[i], min_count=0) for i in range(8)]
+    return sum(loss for loss, _, _ in results) / 8, [stats for _, _, stats in results]
 
 
 figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -362,10 +363,9 @@ print(f"difference of the gradients: {away:.0%}")
 
 # %% [markdown]
 # Now the same training on one, two, four and eight devices, and as two processes with four each,
-# as on two hosts. They are separate processes on this machine's CPU, where JAX makes as many
-# devices as it is told to; with GPUs or TPUs at hand leave out `JAX_PLATFORMS` and
-# `JAX_NUM_CPU_DEVICES`. It is one script with one config: only `--run.devices` and what names the
-# processes of a job differ.
+# as on two hosts. They are separate processes on this machine's CPU, which JAX can present as any
+# number of devices; with GPUs or TPUs omit `JAX_PLATFORMS` and `JAX_NUM_CPU_DEVICES`. All use one
+# script with one config: only `--run.devices` and the addresses of the processes differ.
 
 # %%
 import socket
@@ -387,7 +387,7 @@ script.write_text(f"from ghm_jax.config import *\n\nconfig = {tiny!r}\n")
 
 
 def start(name: str, devices: int, *options: str) -> subprocess.Popen:
-    """`ghm-jax train shapes.py` in a process of its own with so many CPU devices."""
+    """`ghm-jax train shapes.py` in its own process with that many CPU devices."""
     command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
     command += ["train", str(script), "--run-dir", str(work / name), *options]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -415,11 +415,11 @@ for process in processes:
     finish(process)
 
 # %% [markdown]
-# Left the plain cross-entropy of all these trainings: one curve. Right by how much they differ from
-# that of one device: float32 adds up in another order. Rounding may also carry an example over the
-# edge of a bin, and if that bin holds a handful of examples, the weights jump a little: so with two
-# devices at step 8 of the stored outputs, where one of 10,700 scores fell into another bin. Such a
-# jump comes the sooner the larger the learning rate and the smaller the batch.
+# Left: the plain cross-entropy of all these runs, a single curve. Right: their difference from the
+# run on one device, because float32 sums depend on the order. Rounding may also move an example
+# across the edge of a bin, and if that bin holds a handful of examples, the weights jump a little:
+# as with two devices at step 8 of the stored outputs, where one of 10,700 scores fell into another
+# bin. Such a jump comes sooner with a larger learning rate or a smaller batch.
 
 # %%
 trainings = {f"devices{n}": f"{n} device{'s' * (n > 1)}" for n in counts}
@@ -461,10 +461,11 @@ display(Markdown("\n".join(rows)))
 #
 # A pod or a cluster runs the same command once per process, and `--distributed.detect` lets them
 # find each other. All see the same directories (a mounted bucket or a network file system), and
-# batches divide by the number of all devices. These commands follow JAX's documentation; **no pod
-# and no cluster was at hand to run them**. What was run is above: two processes on one machine.
+# batch sizes must be multiples of the number of all devices. These commands follow JAX's
+# documentation; **no pod and no cluster was available to run them**. What was run is above: two
+# processes on one machine.
 #
-# A TPU pod; on one TPU host or on Colab's TPU, `ghm-jax train` as it is takes all chips:
+# A TPU pod; on one TPU host or on Colab's TPU, plain `ghm-jax train` uses all chips:
 #
 # ```
 # gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd ghm_jax && \
@@ -479,13 +480,13 @@ display(Markdown("\n".join(rows)))
 #     ghm-jax train experiments/coco_r50_ghm.py --data.dir data --distributed.detect
 # ```
 #
-# If the machines are taken away, the same command goes on from the last checkpoint. With more
-# devices raise `optimizer.batch_size` and with it
-# `optimizer.learning_rate`; `experiments/coco_r50_schedules.py` has such recipes.
+# If the machines are preempted, the same command resumes from the last checkpoint. With more
+# devices raise `optimizer.batch_size` and with it `optimizer.learning_rate`;
+# `experiments/coco_r50_schedules.py` has such recipes.
 #
 # ## Where to go next
 #
-# * `docs/multi_host.md`: several hosts in full: addresses, SLURM, Open MPI, pods.
+# * `docs/multi_host.md`: multiple hosts in detail: addresses, SLURM, Open MPI, pods.
 # * `docs/recipes.md`: all commands from data to detections.
-# * `tests/test_parity_torchvision.py`: the proof that torchvision's models give the same numbers
+# * `tests/test_parity_torchvision.py`: the test that torchvision's models give the same numbers
 #   here, from the image to the detections.

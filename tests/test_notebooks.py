@@ -1,6 +1,7 @@
 """Notebooks run from top to bottom, agree with their pairs, and hold valid outputs."""
 
 import ast
+import importlib
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 @pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
-    # A stand-in for the checkout, so that data and runs do not go into the real one.
+    # A copy of the checkout, so that data and runs are not written into the real one.
     (tmp_path / "experiments").mkdir()
     for experiment in (ROOT / "experiments").glob("*.py"):
         shutil.copy(experiment, tmp_path / "experiments")
@@ -28,13 +29,11 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     open_dataset(Data(name="digit_scenes", dir=str(tmp_path / "data")), "train")
 
     monkeypatch.setenv("GHM_NOTEBOOK_SMOKE", "1")
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # a notebook detects the cores
-    monkeypatch.setenv(
-        "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
-    )  # nearly all of the time is compilation
-    # Where Jupyter's widgets are missing, tqdm warns and draws its bar as text.
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # a notebook uses all cores by itself
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is nearly all of the time
+    # If Jupyter's widgets are missing, tqdm warns and draws its bar as text.
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not the user's profile
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no profile of the user
     notebook = nbformat.read(path, as_version=4)
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -51,7 +50,16 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
 
 @every_notebook
-def test_a_notebook_and_its_pair_agree(path):
+def test_what_a_notebook_imports_of_the_package_exists(path):
+    for node in ast.walk(ast.parse(path.with_suffix(".py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ghm_jax"):
+            for alias in node.names:
+                if not hasattr(importlib.import_module(node.module), alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")  # a module of a package
+
+
+@every_notebook
+def test_a_notebook_is_the_same_as_its_pair(path):
     notebook = nbformat.read(path, as_version=4)
     pair = jupytext.read(path.with_suffix(".py"))
     assert notebook.metadata.jupytext.formats == "ipynb,py:percent"
@@ -73,11 +81,11 @@ def test_the_outputs_stored_in_a_notebook_are_valid_and_complete(path):
             assert output.get("name") != "stderr"
     ran = [cell.execution_count for cell in code]
     whole = [*range(1, len(code) + 1)]
-    assert ran in (whole, [None] * len(code)), "stored half run: run all cells, from the top"
+    assert ran in (whole, [None] * len(code)), "only some cells were run: run all, from the top"
 
 
 @every_notebook
-def test_every_notebook_installs_itself_in_the_same_way(path):
+def test_all_notebooks_start_with_the_same_installation(path):
     cells = [cell.source for cell in jupytext.read(path.with_suffix(".py")).cells]
     (badge,) = [source for source in cells if "colab-badge.svg" in source]
     assert badge == cells[0]

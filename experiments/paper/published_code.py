@@ -1,17 +1,17 @@
-"""What the authors' code and its successor mmdetection train, where it leaves the paper.
+"""What the authors' code and its successor mmdetection train, where they differ from the paper.
 
     ghm-jax train experiments/paper/published_code.py:ghm --data.dir data
 
-12 epochs with drops after 8 and 11, and the reference losses: a call for each pyramid level, added,
-that share one moving histogram; division by the filled bins; a share of 0.7 of the old histogram
-for GHM-R. `coco_r50_ghm.py` beside this folder has the same recipe with the package's own losses
-(one histogram, a floor).
+12 epochs with learning-rate drops after 8 and 11, and the reference losses: one call per pyramid
+level, summed, that share one moving histogram; division by the number of non-empty bins; momentum
+0.7 for GHM-R. `coco_r50_ghm.py` in the parent folder is the same recipe with this package's own
+losses (one histogram, a floor).
 
-`published` is AP on val2017: of libuyu/GHM_Detection's README for focal, ghm_c and ghm, of
-mmdetection's model zoo for the others, which give 37.0 for ghm as well. Not measured here. Theirs
-keeps a histogram for each GPU (2 images); here it is of all replicas.
+`published` is AP on val2017, from the README of libuyu/GHM_Detection for focal, ghm_c and ghm, and
+from mmdetection's model zoo for the others (it has 37.0 for ghm as well). Not measured here. Their
+code keeps a histogram per GPU (2 images); here it is over all replicas.
 
-Estimated, not run: 6 to 12 hours a row on one A100 at an MFU of 30 %.
+Estimated, not run: 6 to 12 hours per row on one A100 at an MFU of 30 %.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ loss = Loss(
     ghm_scope="level",
 )
 base = replace(base, loss=loss)
-# mmdetection adds the four coordinates of a box, the package takes their mean: hence the 4.
+# mmdetection sums over the four coordinates of a box, this package averages: hence the 4.
 smooth_l1 = replace(base.loss, box="smooth_l1", box_weight=4.0)
 
 

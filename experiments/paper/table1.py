@@ -4,7 +4,7 @@
 
 `published` is the paper's AP on minival. Not measured here.
 
-Estimated, not run: 7 hours a row on one A100 at an MFU of 30 %.
+Estimated, not run: 7 hours per row on one A100 at an MFU of 30 %.
 """
 
 from dataclasses import replace
@@ -14,12 +14,12 @@ from ghm_jax.config import Config
 from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).with_name("recipe.py"))
-# The paper adds the four coordinates of a box, the package takes their mean: hence the 4.
+# The paper sums over the four coordinates of a box, this package averages: hence the 4.
 loss = replace(base.loss, box="smooth_l1", box_weight=4.0)
 
 
 def with_bins(bins: int) -> Config:
-    """The recipe with so many bins and no moving average."""
+    """The recipe with that many bins and no moving average."""
     ghm_c = replace(loss.ghm_c, bins=bins, momentum=0.0)
     return replace(base, loss=replace(loss, ghm_c=ghm_c))
 

@@ -2,13 +2,13 @@
 
     ghm-jax train experiments/paper/table2.py:region_units --data.dir data
 
-`published` is the paper's AP on minival and its seconds for a training iteration on a GTX 1080 Ti.
+`published` is the paper's AP on minival and its seconds per training iteration on a GTX 1080 Ti.
 Not measured here; `ghm-jax bench losses` times the losses and `ghm-jax bench train` the step.
 
-A "region unit" of the paper's table is a bin. The width of the exact density's window is not
-printed: here it is that of one of the 30 bins.
+A "unit region" of the paper is a bin. The width of the exact density's window is not printed: here
+it is that of one of the 30 bins.
 
-Estimated, not run: 7 hours a row on one A100 at an MFU of 30 %, without the time of `exact`'s loss.
+Estimated, not run: 7 hours per row on one A100 at an MFU of 30 %, excluding the loss of `exact`.
 """
 
 from dataclasses import replace
@@ -17,12 +17,12 @@ from pathlib import Path
 from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).with_name("recipe.py"))
-# The paper adds the four coordinates of a box, the package takes their mean: hence the 4.
+# The paper sums over the four coordinates of a box, this package averages: hence the 4.
 loss = replace(base.loss, box="smooth_l1", box_weight=4.0)
 
 configs = {
-    # Printed is a factor of 20 that lets the loss start at about 1. A mean over all levels starts
-    # at -log(1 - 0.01), so it takes 100; five means of a level each would take the 20.
+    # The paper scales the loss by 20 so that it starts near 1. A mean over all levels starts at
+    # -log(1 - 0.01), which needs 100; the sum of one mean for each of five levels would need 20.
     "cross_entropy": replace(
         base, loss=replace(loss, classification="cross_entropy", weight=100.0)
     ),

@@ -1,15 +1,15 @@
-"""Table 3: single models on COCO test-dev, those rows that are RetinaNets.
+"""Table 3: single models on COCO test-dev, the rows that are RetinaNets.
 
     ghm-jax train experiments/paper/table3.py:ghm_x101 --data.dir data
 
-`published` is the paper's AP on test-dev, whose annotations are not public: detections go to the
-evaluation server. Not measured here. The paper's rows of Faster R-CNN, Mask R-CNN, YOLOv3 and
+`published` is the paper's AP on test-dev, whose annotations are not public: detections must be sent
+to the evaluation server. Not measured here. The rows for Faster R-CNN, Mask R-CNN, YOLOv3 and
 DSSD513 are other detectors, which this package does not have.
 
-The rows of focal loss are those of its own paper, which trained 1.5 times as long and with scale
-jitter; the jitter is not here, so its figures are not to be expected from these configs.
+The rows of focal loss are from its own paper, which trained 1.5 times as long and with scale
+jitter; these configs do not use jitter, so they are not expected to reach the published AP.
 
-Estimated, not run: 9 to 19 hours a row on one A100 at an MFU of 30 %.
+Estimated, not run: 9 to 19 hours per row on one A100 at an MFU of 30 %.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from ghm_jax.runs.experiments import load_experiment
 base = load_experiment(Path(__file__).with_name("recipe.py"))
 focal = replace(
     base,
-    # The papers add the four coordinates of a box, the package takes their mean: hence the 4.
+    # The papers sum over the four coordinates of a box, this package averages: hence the 4.
     loss=replace(base.loss, classification="focal", box="smooth_l1", box_weight=4.0),
     optimizer=replace(base.optimizer, steps=135_000, drops=(90_000, 120_000)),
 )

@@ -2,10 +2,10 @@
 
     ghm-jax train experiments/paper/table4.py:focal --data.dir data
 
-`published` is the paper's AP on minival. Not measured here. The paper's row of OHEM is of a
-ResNet-101 and quoted from elsewhere; here it has the recipe of the others.
+`published` is the paper's AP on minival. Not measured here. The paper's row for OHEM has a
+ResNet-101 and is quoted from another paper; here it has the recipe of the others.
 
-Estimated, not run: 7 to 9 hours a row on one A100 at an MFU of 30 %.
+Estimated, not run: 7 to 9 hours per row on one A100 at an MFU of 30 %.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pathlib import Path
 from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).with_name("recipe.py"))
-# The paper adds the four coordinates of a box, the package takes their mean: hence the 4.
+# The paper sums over the four coordinates of a box, this package averages: hence the 4.
 loss = replace(base.loss, box="smooth_l1", box_weight=4.0)
 r101 = replace(base.model, backbone="resnet101", weights="hf://timm/resnet101.tv_in1k")
 

@@ -4,7 +4,7 @@
 
 `published` is the paper's AP on minival. Not measured here.
 
-Estimated, not run: 7 hours a row on one A100 at an MFU of 30 %.
+Estimated, not run: 7 hours per row on one A100 at an MFU of 30 %.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ghm_jax.runs.experiments import load_experiment
 base = load_experiment(Path(__file__).with_name("recipe.py"))
 
 configs = {
-    # The paper adds the four coordinates of a box, the package takes their mean: hence the 4.
+    # The paper sums over the four coordinates of a box, this package averages: hence the 4.
     "smooth_l1": replace(base, loss=replace(base.loss, box="smooth_l1", box_weight=4.0)),
     "asl1": replace(base, loss=replace(base.loss, box="asl1", box_weight=4.0)),
     "ghm_r": base,

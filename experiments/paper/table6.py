@@ -1,10 +1,10 @@
-"""Table 6: the runs of table 5 by the IoU that a detection needs.
+"""Table 6: the runs of table 5, by IoU threshold.
 
     ghm-jax train experiments/paper/table6.py:ghm_r --data.dir data
 
 `published` is the paper's AP on minival. Not measured here.
 
-Estimated, not run: 7 hours a row on one A100 at an MFU of 30 %.
+Estimated, not run: 7 hours per row on one A100 at an MFU of 30 %.
 """
 
 import runpy

@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ghm_jax.analysis.cost import describe, peak_flops, training_operations
 from ghm_jax.bench.train import (
-    COMPARISONS,
     StepTime,
     TrainCase,
     growth,
@@ -63,37 +60,6 @@ def test_boxes_of_a_random_batch_lie_in_the_image():
     assert not is_crowd.any()
     assert ((x0 >= 0) & (x0 < x1) & (x1 <= 160) & (y0 >= 0) & (y0 < y1) & (y1 <= 64)).all()
     assert (boxes[~used] == 0).all()
-
-
-def test_the_table_in_the_docs_is_the_measured_result():
-    root = Path(__file__).parents[2]
-    text = (root / "docs/recipes.md").read_text()
-    result = json.loads((root / "experiments/results/bench_train.json").read_text())
-    assert f"(load average {result['load_average']:.0f})" in text
-    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in COMPARISONS}
-    for row, name in zip(rows["networks"], (18, 50, 101), strict=True):
-        line = f"| ResNet-{name} | {row['milliseconds']:.0f} ms | {row['split']['loss']:.0f} ms |"
-        line += f" {row['images_per_second']:.1f} | {row['memory'] / 2**20:.0f} MiB |"
-        assert line in text
-    devices = [f"{row['ratio']:.2f}" for row in rows["devices"][1:]]
-    found = re.search(r"took\s+([\d.]+), ([\d.]+) and ([\d.]+) times.* nothing up ([\d.]+)\.", text)
-    assert list(found.groups()) == devices
-
-
-def test_ratios_and_slopes_in_the_docs_are_the_measured_result():
-    root = Path(__file__).parents[2]
-    text = " ".join((root / "docs/recipes.md").read_text().split())
-    result = json.loads((root / "experiments/results/bench_train_growth.json").read_text())
-    (row,) = [row for row in result["rows"] if row["case"]["classification"] == "ghm_c"][:1]
-    low, high = row["ratio_quartiles"]
-    assert row["part"] == "losses"
-    assert f"GHM-C took {row['processor_ratio']:.3f} times the processor time" in text
-    assert (
-        f"by the clock {row['ratio']:.3f}, half of the pairs from {low:.2f} to {high:.2f}" in text
-    )
-    for part, name in (("image", "pixels to the power of"), ("batch", "images to")):
-        assert f"as the {name} {result['growth'][part]:.2f} (" in text
-    assert f"as the classes to {result['growth']['classes']:.2f} (" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,339 @@
+"""Writes the tables of measured results in README.md and docs/ from the files that hold them.
+
+`make tables` runs it. A table stands between two comments, and everything between them is replaced:
+
+    <!-- table: quickstart -->
+    <!-- end -->
+
+The name is that of a function in `TABLES`. A test checks that the committed tables are current.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments/results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_LOSSES = {
+    "focal": "focal loss (0.25, 2)",
+    "published": "GHM-C, `min_count=0` (published)",
+    "floored": "**GHM-C, `min_count=100`**",
+    "cross_entropy": "cross-entropy",
+}
+
+
+def updated(text: str) -> str:
+    """A page with its tables as the results are now.
+
+    Raises:
+        KeyError: a table that is not in `TABLES`.
+    """
+    return _MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n{m[3]}", text)
+
+
+def quickstart() -> str:
+    """Scores and duration of `make quickstart`."""
+    record = _read("quickstart")
+    metrics, seconds = record["metrics"], record["seconds"]
+    head = ("AP", "AP50", "AP75", "AR100", "images", "total time", "of which compiling")
+    row = [f"{metrics[key]:.3f}" for key in ("AP", "AP50", "AP75", "AR100")]
+    row += [f"{metrics['images']}", f"{seconds['make']} s", f"{seconds['compiling_the_step']} s"]
+    return _table(head, [row], record)
+
+
+def density_floor() -> str:
+    """The quickstart with three classification losses."""
+    record = _read("quickstart_losses")
+    rows = []
+    for loss, scores in record["summary"].items():
+        seeds = sum(run["loss"] == loss for run in record["runs"])
+        ranges = [
+            "{mean:.3f} ({min:.3f} to {max:.3f})".format(**scores[key])
+            for key in ("AP", "AP50", "AR100")
+        ]
+        rows.append((_LOSSES[loss], seeds, *ranges))
+    return _table(("classification loss", "seeds", "AP", "AP50", "AR100"), rows, record)
+
+
+def bccd() -> str:
+    """A small real data set with three classification losses."""
+    record = _read("bccd_losses")
+    classes = list(record["rows"][0]["per_class"])
+    head = ("classification loss", "option", "AP", "AP50", *(f"AP {name}" for name in classes))
+    rows = []
+    for row in record["rows"]:
+        scores = [row["AP"], row["AP50"], *(row["per_class"][name] for name in classes)]
+        option = f"`{row['options']}`" if row["options"] else "none"
+        rows.append((row["loss"], option, *(f"{score:.3f}" for score in scores)))
+    return _table(head, rows, record)
+
+
+def calibration() -> str:
+    """Calibration error of runs of two lengths."""
+    records = [_read("calibration"), _read("calibration_800_steps")]
+    head = ("steps", "classification loss", "seed", "AP", "ECE", "ECE, score >= 0.3", "detections")
+    rows = [
+        (
+            f"{record['steps']:,}",
+            _LOSSES[run["loss"]],
+            run["seed"],
+            *(f"{run[key]:.3f}" for key in ("AP", "ECE", "ECE_03")),
+            f"{run['detections']:,}",
+        )
+        for record in records
+        for run in sorted(record["runs"], key=lambda run: list(_LOSSES).index(run["loss"]))
+    ]
+    return _table(head, rows, *records)
+
+
+def calibration_bins() -> str:
+    """Precision by score in the longer runs."""
+    record = _read("calibration")
+    runs = sorted(record["runs"], key=lambda run: list(_LOSSES).index(run["loss"]))
+    head = ["score"]
+    for run in runs:
+        head += [f"{_LOSSES[run['loss']]}: precision", "detections"]
+    rows = []
+    for bins in zip(*(run["bins"] for run in runs), strict=True):
+        row = [f"{bins[0]['score_from']:.1f} to {bins[0]['score_to']:.1f}"]
+        for each in bins:
+            row += [f"{each['precision']:.3f}", f"{each['count']:,}"]
+        rows.append(row)
+    return _table(head, rows, record)
+
+
+def loss_cost() -> str:
+    """Time and memory of the losses."""
+    record = _read("bench_losses")
+    sizes = list(dict.fromkeys(tuple(row["image_size"]) for row in record["rows"]))
+    head = ["loss"]
+    for size in sizes:
+        head += [f"{_by(size)}", "relative to focal loss"]
+    of_loss: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        of_loss.setdefault(row["loss"], []).append(row)
+    rows = []
+    for loss, measured in of_loss.items():
+        cells = [loss]
+        for row in measured:
+            cells += [f"{row['milliseconds']:.0f} ms", f"{row['to_focal']:.2f}"]
+        memory = measured[-1]["extra_memory"]
+        rows.append([*cells, "-" if memory is None else f"{memory:.0f} x logits"])
+    return _table([*head, "extra memory"], rows, record)
+
+
+def data_cost() -> str:
+    """CPU time of the input pipeline by stage."""
+    record = _read("bench_data")
+    head = ("stage", "CPU-ms per image", "images per CPU-second", "share of OpenCV's speed")
+    rows = [
+        (
+            row["stage"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['images_per_second']:.0f}",
+            f"{100 * row['of_limit']:.0f} %",
+        )
+        for row in record["rows"]
+    ]
+    return _table(head, rows, record)
+
+
+def padding() -> str:
+    """Share of padding by choice of buckets."""
+    record = _read("padding_waste")
+    rows = [
+        (
+            row["choice"],
+            ", ".join(map(_by, row["buckets"])),
+            f"{100 * row['padding']:.1f} %",
+            row["programs"],
+        )
+        for row in record["rows"]
+    ]
+    return _table(("batches", "buckets", "padding", "programs"), rows, record)
+
+
+def train_step() -> str:
+    """Time and memory of a training step by network."""
+    record = _read("bench_train")
+    stages = ("forward", "loss", "backward", "optimizer")
+    head = ("network", "step", *stages, "images/s", "memory")
+    rows = [
+        (
+            row["case"]["backbone"],
+            f"{row['milliseconds']:.0f} ms",
+            *(f"{row['split'][stage]:.0f} ms" for stage in stages),
+            f"{row['images_per_second']:.1f}",
+            f"{row['memory'] / 2**20:.0f} MiB",
+        )
+        for row in record["rows"]
+        if row["part"] == "networks"
+    ]
+    return _table(head, rows, record)
+
+
+def train_devices() -> str:
+    """Time of a training step by number of virtual devices."""
+    record = _read("bench_train")
+    rows = [
+        (
+            row["case"]["devices"],
+            "yes" if row["case"]["collectives"] else "no",
+            f"{row['ratio']:.2f}",
+        )
+        for row in record["rows"]
+        if row["part"] == "devices"
+    ]
+    return _table(("devices", "sums over devices", "time relative to one device"), rows, record)
+
+
+def train_losses() -> str:
+    """Time of a training step with GHM-C relative to focal loss."""
+    record = _read("bench_train_growth")
+    rows = [
+        (
+            row["case"]["classification"],
+            f"{row['milliseconds']:.0f} ms",
+            f"{row['processor_ratio']:.3f}",
+            f"{row['ratio']:.3f}",
+            "{:.2f} to {:.2f}".format(*row["ratio_quartiles"]),
+        )
+        for row in record["rows"]
+        if row["part"] == "losses"
+    ]
+    head = ("classification loss", "step", "relative CPU time", "relative time", "quartiles")
+    return _table(head, rows, record)
+
+
+def train_growth() -> str:
+    """Exponents of the time of a training step."""
+    record = _read("bench_train_growth")
+    value_of: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "image": lambda case: _by(case["image_size"]),
+        "batch": lambda case: case["batch_size"],
+        "classes": lambda case: case["num_classes"],
+    }
+    names = {"image": "pixels per image", "batch": "images per batch", "classes": "classes"}
+    rows = []
+    for part, exponent in record["growth"].items():
+        values = [value_of[part](row["case"]) for row in record["rows"] if row["part"] == part]
+        rows.append((names[part], values[0], values[-1], f"{exponent:.2f}"))
+    return _table(("quantity", "from", "to", "exponent of the time"), rows, record)
+
+
+def inference() -> str:
+    """Time of inference, and the share of what follows the network."""
+    record = _read("bench_inference")
+    ours = {row["scores"]: row for row in record["rows"] if row["detector"] == "ghm-jax"}
+    rows = [
+        (
+            row["detector"],
+            f"{row['candidates']:,}",
+            f"{row['milliseconds'] / 1000:.1f} s",
+            f"{row['milliseconds'] / ours[row['scores']]['milliseconds']:.1f}",
+            "-" if row["share"] is None else f"{100 * row['share']:.1f} %",
+        )
+        for row in record["rows"]
+    ]
+    head = ("detector", "scores above the threshold per image", "per call", "relative time")
+    return _table((*head, "share of decoding and NMS"), rows, record)
+
+
+def faults() -> str:
+    """Faults that a run survived."""
+    record = _read("fault_injection")
+    rows = [
+        [row[key] for key in ("fault", "tried", "survived", "data_lost")] for row in record["rows"]
+    ]
+    return _table(("fault", "tried", "survived", "data lost"), rows, record)
+
+
+def gradients() -> str:
+    """Shares of examples and of the gradient by gradient norm."""
+    record = _read("quickstart_stats")
+    groups = ("easy", "middle", "hard", "outlier")
+    names = {
+        "examples": "examples",
+        "gradient of cross_entropy": "gradient: cross-entropy",
+        "gradient of focal": "gradient: focal loss",
+        "gradient of ghm_c": "gradient: GHM-C (this run)",
+    }
+    rows = [
+        (names[row["what"]], *(f"{100 * row[group]:.2f} %" for group in groups))
+        for row in record["rows"]
+        if row["part"] == "classification"
+    ]
+    head = ("class scores", "easy (below 0.1)", "middle (to 0.5)", "hard (to 0.9)", "outlier")
+    return _table(head, rows, record)
+
+
+def softmax() -> str:
+    """Recall of softmax losses: the last table among the stored outputs of notebook 03."""
+    path = ROOT / "notebooks/03_your_own_data_and_loop.ipynb"
+    outputs = [
+        output["data"]
+        for cell in json.loads(path.read_text())["cells"]
+        for output in cell.get("outputs", ())
+        if "data" in output
+    ]
+    table = "".join([data for data in outputs if "text/markdown" in data][-1]["text/markdown"])
+    recall: dict[str, dict[str, str]] = {}  # of a loss, by problem
+    for line in table.splitlines()[2:]:
+        problem, loss, mean, spread = (cell.strip() for cell in line.strip("|").split("|"))
+        recall.setdefault(loss, {})[problem] = f"{mean} ({spread})"
+    problems = list(next(iter(recall.values())))
+    return _table(("loss", *problems), [(loss, *by.values()) for loss, by in recall.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table
+    for table in (
+        *(quickstart, density_floor, bccd, calibration, calibration_bins),
+        *(loss_cost, data_cost, padding, train_step, train_devices, train_losses, train_growth),
+        *(inference, faults, gradients, softmax),
+    )
+}
+"""Name in a page's comment -> its table."""
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A file of results, which then knows where it lies."""
+    path = RESULTS / f"{name}.json"
+    return {**json.loads(path.read_text()), "path": path.relative_to(ROOT).as_posix()}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *records: dict[str, Any]) -> str:
+    """A Markdown table, and below it how each of the records was measured."""
+    lines = [head, ["---"] * len(head), *rows]
+    table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return table + "".join(f"\n{_provenance(record)}\n" for record in records)
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    facts = [record["date"], record["device"]]
+    if "load_average" in record:
+        facts.append(f"load average {record['load_average']:.0f}")
+    if "data" in record:
+        facts.insert(0, record["data"])
+    if "images" in record:
+        facts.insert(0, f"{record['images']:,} images")
+    if "note" in record:
+        facts.append(record["note"])
+    if isinstance(record.get("seconds"), int):
+        facts.append(f"{record['seconds'] / 60:.0f} minutes in total")
+    return f"`{record['path']}`: `{record['command']}`; {'; '.join(facts)}; {versions}."
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(updated(page.read_text()))
