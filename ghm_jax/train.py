@@ -3,20 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ghm_jax.analysis.cost import ideal_seconds
 from ghm_jax.config import Config
-from ghm_jax.data.batching import collate, filler_example
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import Batches, train_batches, training_groups
-from ghm_jax.data.order import Bucket, Groups
+from ghm_jax.data.order import Groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.distributed.devices import (
     REPLICA,
@@ -37,6 +34,7 @@ from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory, claim_run
 from ghm_jax.runs.storage import set_aside
 from ghm_jax.training.build import Trainer, build
+from ghm_jax.training.compilation import Step, compile_step
 from ghm_jax.training.interrupt import StopRequest, TrainingInterrupted, stop_on_signal
 from ghm_jax.training.log import TrainingDiverged, TrainingLog
 from ghm_jax.training.metric_writers import check_writers
@@ -44,9 +42,6 @@ from ghm_jax.training.pretrained import load_backbone
 from ghm_jax.training.profiling import Profiler
 from ghm_jax.training.saving import Saver
 from ghm_jax.training.state import TrainState
-
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-"""The training step on all devices, of a split batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,32 +218,6 @@ def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         for note in input_notes(job.dataset, job.config):
             job.progress.say(note)
     return state, start
-
-
-def compile_step(
-    step: Step,
-    state: TrainState,
-    config: Config,
-    buckets: tuple[Bucket, ...],
-    replicas: int,
-    progress: Progress,
-) -> None:
-    """Compiles the step for each bucket, by running it once on images that are all padding.
-
-    Training then never stops to compile, and running out of memory shows now. The step may reuse
-    the memory of the state that it is given: it gets a copy.
-    """
-    size = config.optimizer.batch_size // jax.process_count()
-    for number, bucket in enumerate(buckets, 1):
-        progress.say(
-            f"compiling the training step for images of {bucket[0]}x{bucket[1]} pixels"
-            f"{f' ({number} of {len(buckets)})' * (len(buckets) > 1)}, about half a minute"
-        )
-        start = time.perf_counter()
-        padding = collate([filler_example()] * size, bucket, config.data.max_boxes).batch
-        copy = jax.tree.map(jnp.copy, state)
-        jax.block_until_ready(step(copy, split_batch(padding, replicas)))
-        progress.say(f"... compiled in {time.perf_counter() - start:.0f} s")
 
 
 def loop(

@@ -49,7 +49,7 @@ IMPORTS = {
     "distributed": "exceptions",
     "detection": "batch config losses models",
     "runs": "config distributed exceptions",
-    "training": "batch config detection distributed exceptions losses models progress runs",
+    "training": "batch config data detection distributed exceptions losses models progress runs",
     "plots": "batch losses runs",
     "evaluation": "batch config data detection distributed exceptions plots progress runs training",
     "analysis": "batch config data detection distributed evaluation exceptions losses models plots "

@@ -16,7 +16,7 @@ from ghm_jax.distributed.devices import (
     replicate,
     split_batch,
 )
-from ghm_jax.train import compile_step
+from ghm_jax.training.compilation import compile_step
 
 BUCKETS = ((64, 96), (96, 64))
 
