@@ -15,8 +15,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 END = b"\xff\xd9"
 """The end marker."""
 
-_FRAME = {0xC0 + i for i in range(16)} - {0xC4, 0xC8, 0xCC}  # SOF: lists the components
-_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_SEQUENTIAL = {0xC0, 0xC1, 0xC3, 0xC5, 0xC7, 0xC9, 0xCB, 0xCD, 0xCF}  # these list the components
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}  # and these
 _SCAN, _END = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # except those inside of a scan
 _MID_GREY = ([128] * 3, [64] * 3, [65] * 3)
@@ -65,7 +65,7 @@ def _decode_quietly(encoded: bytes) -> np.ndarray:
 
 def _differ(one: np.ndarray, other: np.ndarray) -> bool:
     """By more than two decoders do."""
-    return one.shape != other.shape or bool((cv2.absdiff(one, other) > 16).any())
+    return one.shape != other.shape or bool(cv2.absdiff(one, other).max() > 16)
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, bytes, int]]:
@@ -85,7 +85,7 @@ def _has_one_scan(encoded: bytes) -> bool:
     """Whether all components are in the first scan; reads the header only."""
     components = -1
     for marker, content, _ in _segments(encoded):
-        if marker in _FRAME - _PROGRESSIVE:
+        if marker in _SEQUENTIAL:
             components = content[5]
         if marker == _SCAN:
             return content[0] == components
@@ -97,7 +97,7 @@ def _end(encoded: bytes) -> int:
     missing: dict[int, np.ndarray] = {}  # bool[64] of each component: coefficients not yet exact
     progressive = False
     for marker, content, place in _segments(encoded):
-        if marker in _FRAME:
+        if marker in _SEQUENTIAL | _PROGRESSIVE:
             progressive = marker in _PROGRESSIVE
             missing = {number: np.ones(64, bool) for number in content[6 : 6 + 3 * content[5] : 3]}
         elif marker == _SCAN:

@@ -33,8 +33,11 @@ _TO_STORED = {
     8: Image.Transpose.ROTATE_270,
 }
 """{orientation tag: from the image as shown to its pixels as stored}"""
-_HIGHEST = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+(?:\d+(?:\s|#[^\n]*\n)+){2}(\d+)\s")
+_PNM = re.compile(rb"P[2356](?:\s|#[^\n]*\n)+(?:\d+(?:\s|#[^\n]*\n)+){2}(\d+)\s")
 """Header of a PGM or PPM; its group is the value of white."""
+
+_JPEG2000 = re.compile(rb"\xff\x4f\xff\x51.{36}(..)", re.DOTALL)
+"""Begin of its codestream; the group is the number of components, and the bits of each follow."""
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
@@ -85,21 +88,42 @@ def resized_size(height: int, width: int, short_side: int, long_side: int) -> tu
 
 
 def _decode(encoded: bytes) -> np.ndarray:
-    """By OpenCV where it is faster (JPEG, WebP), checks more (PNG) or has more bits (PNM); for
-    what else there is Pillow has the more complete rules: of alpha, palettes and 16 bits."""
     if encoded.startswith(b"\xff\xd8"):
         image = _by_opencv(encoded)
         check_jpeg(encoded, image)
         return image
-    if encoded.startswith(b"\x89PNG") or _is_still_webp(encoded):
+    if (
+        encoded.startswith(b"\x89PNG")  # of which Pillow does not check all checksums
+        or _is_still_webp(encoded)
+        or _is_deep_pnm(encoded)
+        or _is_deep_jpeg2000(encoded)
+    ):
         return _by_opencv(encoded)
-    white = _HIGHEST.match(encoded)
-    if white and int(white[1]) > 255:
-        if int(white[1]) != 65535:
-            raise ValueError(f"its values reach to {int(white[1])}, not to 255 or 65535")
-        return _by_opencv(encoded)
+    # Pillow has the more complete rules of alpha and palettes; of 16 bits in TIFF OpenCV rounds.
     with _opened(encoded) as opened:
         return _by_pillow(opened)
+
+
+def _is_deep_pnm(encoded: bytes) -> bool:
+    """Whether it has 16 bits, of which Pillow rounds."""
+    found = _PNM.match(encoded)
+    white = int(found[1]) if found else 255
+    if white > 255 and white != 65535:
+        raise ValueError(f"its values reach to {white}, not to 255 or 65535")
+    return white == 65535
+
+
+def _is_deep_jpeg2000(encoded: bytes) -> bool:
+    """Whether it has 16 bits, of which Pillow rounds, and then takes 256 for 0."""
+    if not (encoded[4:8] == b"jP  " or encoded.startswith(b"\xff\x4f\xff\x51")):
+        return False
+    if not (found := _JPEG2000.search(encoded)):
+        return False
+    count = int.from_bytes(found[1], "big")
+    samples = set(encoded[found.end() : found.end() + 3 * count : 3])  # bits - 1; from 128: signed
+    if samples != {15} and max(samples, default=0) > 7:
+        raise ValueError("its samples are signed, or of other than up to 8 bits or 16")
+    return samples == {15}
 
 
 def _is_still_webp(encoded: bytes) -> bool:
@@ -126,9 +150,9 @@ def _by_pillow(opened: Image.Image) -> np.ndarray:
         bits, white_is_zero = _check_tiff(opened)
     if opened.format == "EPS":
         raise ValueError("EPS holds a drawing, not pixels")  # Pillow would start a program
-    wide = opened.mode.startswith("I;16")
+    wide = opened.format == "TIFF" and opened.mode.startswith("I;16")
     if not (wide or opened.mode in _EIGHT_BITS):
-        raise ValueError(f"its samples (mode {opened.mode}) are not of 8 or 16 bits")
+        raise ValueError(f"no rule for samples of its kind (Pillow's mode {opened.mode})")
     image = opened
     if turned in _TO_STORED:  # Pillow applies the tag of a TIFF when it decodes
         image.load()
@@ -151,9 +175,11 @@ def _check_tiff(opened: TiffImageFile) -> tuple[int, bool]:
     bits = max(tags.get(258, (1,)))
     if any(kind != 1 for kind in tags.get(339, (1,))):
         raise ValueError("its samples are signed or real numbers")
-    if bits == 16 and tags.get(284) == 2 and tags.get(259, 1) == 1:
-        raise ValueError("its channels of 16 bits are stored one after the other, uncompressed")
-    return bits, tags.get(262) == 0
+    white_is_zero = tags.get(262) == 0
+    apart = tags.get(284) == 2 and tags.get(259, 1) == 1
+    if apart and (bits != 8 or white_is_zero):
+        raise ValueError("its channels are stored apart, uncompressed, in another form than 8 bits")
+    return bits, white_is_zero
 
 
 def _stored_size(opened: Image.Image) -> tuple[int, int]:
