@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ghm_jax.config import Config, Data
 from ghm_jax.data.batching import Example, collate, filler_example
 from ghm_jax.data.order import Groups, group_images, reading_order
 from ghm_jax.data.placement import choose_placement
-from ghm_jax.data.transforms import decode_image, encoded_size
+from ghm_jax.data.transforms import IMAGE_SUFFIXES, decode_image, encoded_size, is_turned
 from ghm_jax.detection.nms import Detections
 from ghm_jax.distributed.devices import choose_devices, replicate
 from ghm_jax.evaluation.detector import Detector, category_ids_of_run, coco_results, restore_state
@@ -25,7 +26,6 @@ from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
 from ghm_jax.runs.storage import unused_directory
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHEET_IMAGES = 24
 """Maximum number of images on the contact sheet: the first ones."""
 _SHEET_SIDE = 480  # long side of an image there, in pixels
@@ -40,6 +40,10 @@ class Prediction(NamedTuple):
     detections: int
     unreadable: tuple[str, ...]
     """Files that cannot be read as images, with the reason."""
+    not_images: tuple[Path, ...]
+    """Files in the folders, not hidden, that do not have an ending of `IMAGE_SUFFIXES`."""
+    turned: int
+    """Images whose orientation tag is not applied."""
 
 
 class _Found(NamedTuple):
@@ -80,7 +84,8 @@ def predict(
     Writes into `out`: every image with its detections under its own name, `predictions.json` (COCO
     results with `file_name`; boxes in pixels of the stored image; `image_id` is the number that
     the file is named by, as COCO's are, or else its position from 1) and `contact_sheet.jpg` of the
-    first images. Files that are not images are skipped.
+    first images. Orientation tags are not applied: like training, detection sees the pixels as
+    stored. Files that are not images are skipped.
 
     Args:
         run_dir: of a run that has a checkpoint.
@@ -124,8 +129,13 @@ def predict(
         raise _none_readable(unreadable)
     in_order = [row for number in sorted(rows) for row in rows[number]]
     _write(out / "predictions.json", json.dumps(in_order).encode())
-    skipped = tuple(unreadable[number] for number in sorted(unreadable))
-    return Prediction(len(rows), len(in_order), skipped)
+    return Prediction(
+        images=len(rows),
+        detections=len(in_order),
+        unreadable=tuple(unreadable[number] for number in sorted(unreadable)),
+        not_images=tuple(_not_images(sources, files)),
+        turned=sum(_is_turned(files[number]) for number in rows),
+    )
 
 
 def _detect(
@@ -175,28 +185,55 @@ def _write_results(
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
-    """The files that files, folders and glob patterns name, each once.
+    """The files that files, folders and glob patterns name, each once: by its own name rather than
+    by a link to it. Of a folder those that have an ending of `IMAGE_SUFFIXES`.
 
     Raises:
         UserError: one of them names none.
     """
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}  # by what a link leads to
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            found = [p for p in _files_in(path) if p.suffix.lower() in IMAGE_SUFFIXES]
         elif path.exists():
             found = [path]
         else:
             found = [Path(p) for p in sorted(glob.glob(source, recursive=True))]
             found = [p for p in found if p.is_file()]
         if not found:
-            what = f"no image ({', '.join(SUFFIXES)})" if path.is_dir() else "no such file"
+            what = f"no image ({', '.join(IMAGE_SUFFIXES)})" if path.is_dir() else "no such file"
             raise UserError(source, what, "give image files, folders or glob patterns")
-        files |= {p.resolve(): p for p in found if p.resolve() not in files}
+        for p in found:
+            known = files.setdefault(os.path.realpath(p), p)
+            if known.is_symlink() and not p.is_symlink():
+                files[os.path.realpath(p)] = p
     if not files:
         raise UserError("images", "none given", "give image files, folders or glob patterns")
     return list(files.values())
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All but hidden ones; also links that lead nowhere, which are then said to be unreadable."""
+    try:
+        return sorted(p for p in folder.iterdir() if not (p.name.startswith(".") or p.is_dir()))
+    except OSError as error:
+        raise UserError(str(folder), f"cannot be read ({error.strerror})") from error
+
+
+def _not_images(sources: Sequence[str], files: Sequence[Path]) -> list[Path]:
+    """The files in the folders that are not among `files`, by whatever name."""
+    folders = dict.fromkeys(Path(source) for source in sources if Path(source).is_dir())
+    taken = {os.path.realpath(path) for path in files}
+    found = [path for folder in folders for path in _files_in(folder)]
+    return [path for path in found if os.path.realpath(path) not in taken]
+
+
+def _is_turned(path: Path) -> bool:
+    try:
+        return is_turned(path)
+    except ValueError:  # its pixels were read, but its tags cannot be
+        return False
 
 
 def _image_ids(files: Sequence[Path]) -> list[int]:

@@ -8,9 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import CATEGORIES, SIDE, Listener, draw_image
 
 from ghm_jax import predict as predict_module
+from ghm_jax.cli import main
 from ghm_jax.exceptions import UserError
 from ghm_jax.predict import find_images, predict
 
@@ -111,6 +113,50 @@ def test_files_of_overlapping_sources_are_listed_once(rng, tmp_path):
     for nothing in (tmp_path / "gone.jpg", tmp_path / "*.gif"):
         with pytest.raises(UserError, match="no such file"):
             find_images([str(nothing)])
+
+
+def test_in_a_folder_every_ending_of_an_image_counts_and_own_names_win_over_links(rng, tmp_path):
+    folder = write_images(tmp_path / "in", rng, ["b.jpg", "C.PNG", "d.Tiff", "e.webp"])
+    for name in ("f.gif", "g.jfif", "h.jp2", "i.DIB", "j.pgm"):
+        Image.fromarray(rng.integers(0, 256, (48, 64), np.uint8)).save(folder / name)
+    write_images(tmp_path / "elsewhere", rng, ["far.png"])
+    (folder / "a.jpg").symlink_to("b.jpg")
+    (folder / "z.png").symlink_to(tmp_path / "elsewhere" / "far.png")
+    (folder / "lost.png").symlink_to("gone.png")
+    (folder / "folder.png").mkdir()
+    for name in ("notes.txt", "phone.heic", "none", ".hidden.png"):
+        (folder / name).write_bytes(b"")
+    names = ["C.PNG", "b.jpg", "d.Tiff", "e.webp", "f.gif", "g.jfif", "h.jp2", "i.DIB", "j.pgm"]
+    assert sorted(p.name for p in find_images([str(folder)])) == [*names, "lost.png", "z.png"]
+    both = [str(folder / "a.jpg"), str(folder / "z.png"), str(tmp_path / "*" / "far.png")]
+    found = find_images([*both, str(folder / "b.jpg")])
+    assert found == [folder / "b.jpg", tmp_path / "elsewhere" / "far.png"]
+    assert find_images([str(folder / "a.jpg")]) == [folder / "a.jpg"]
+
+
+def test_the_command_names_what_it_skips_and_says_that_images_are_not_turned(
+    finished_run, rng, tmp_path, capsys
+):
+    folder = write_images(tmp_path / "in", rng, ["1.png"])
+    tags = Image.Exif()
+    tags[0x0112] = 6  # "turn by 90 degrees to show"
+    Image.fromarray(draw_image(rng, 48, 64, 2)[0]).save(folder / "2.jpg", exif=tags)
+    (folder / "4.heic").write_bytes(b"no image that is read here")
+    (folder / "5.gif").write_bytes(b"GIF89a")
+    (folder / "6.png").symlink_to("7.png")
+    command = ["predict", str(finished_run[0].path), str(folder), "--threshold", "0"]
+    main([*command, "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    lines = err.replace("\r", "\n").splitlines()
+    for name, why in (("4.heic", ".heic"), ("5.gif", ""), ("6.png", "No such file")):
+        (line,) = (line for line in lines if line.startswith(f"skipped {folder / name}: "))
+        assert why in line.split(name, 1)[1]
+    assert "on 2 images; skipped 3 files\n" in out
+    assert any(line.startswith("1 images have an orientation tag") for line in lines)
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    turned = [row["bbox"] for row in rows if row["file_name"].endswith("2.jpg")]
+    assert max(x + w for x, y, w, h in turned) > 49  # of 64 pixels as stored; 48 as shown
+    assert max(y + h for x, y, w, h in turned) < 48.01
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from ghm_jax.cli.devices import start_devices
 from ghm_jax.cli.messages import Bar
 from ghm_jax.runs.directory import load_run
 
+_TURNED = "have an orientation tag, which is not applied: boxes are in the pixels as stored"
+
 
 @dataclass
 class Predict:
@@ -42,8 +44,12 @@ def predict_command(arguments: Arguments) -> None:
 
     settings = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)[3:]}
     done = predict(a.run, a.images, a.out, progress=Bar(), **settings)
-    for line in done.unreadable[:10]:
+    others = [f"{p}: no image by its ending, {p.suffix or 'none'}" for p in done.not_images]
+    skipped = [*done.unreadable, *others]
+    for line in skipped[:10]:
         print(f"skipped {line}", file=sys.stderr)
-    skipped = f"; skipped {len(done.unreadable)} files" if done.unreadable else ""
-    print(f"{done.detections} detections on {done.images} images{skipped}")
+    if done.turned:
+        print(f"{done.turned} images {_TURNED}", file=sys.stderr)
+    said = f"; skipped {len(skipped)} files" if skipped else ""
+    print(f"{done.detections} detections on {done.images} images{said}")
     print(f"overview: {Path(a.out) / 'contact_sheet.jpg'}")

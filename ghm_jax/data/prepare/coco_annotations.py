@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from ghm_jax.data.transforms import encoded_size
 from ghm_jax.exceptions import DataError
 from ghm_jax.progress import Progress, Silent
 
@@ -195,10 +194,10 @@ def _size_of_file(split: str, path: Path) -> tuple[int, int]:
             "add it or give the directory that the file names are relative to",
         )
     try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError:
+        height, width = encoded_size(path)
+    except ValueError:
         raise DataError(split, f"{path} is not an image", "replace or remove it") from None
+    return width, height
 
 
 def _is_number(value: Any) -> bool:
