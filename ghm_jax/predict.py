@@ -23,7 +23,7 @@ from ghm_jax.exceptions import ArgumentError, DataError, UserError
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import unused_directory
+from ghm_jax.runs.storage import unused_directory, why_not_writable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHEET_IMAGES = 24
@@ -73,6 +73,7 @@ def predict(
     *,
     batch_size: int = 0,
     threshold: float = 0.3,
+    data_dir: str | None = None,
     progress: Progress | None = None,
 ) -> Prediction:
     """Detects objects on image files with the newest checkpoint of a run.
@@ -88,6 +89,7 @@ def predict(
         out: a new or empty directory, so that nothing is ever overwritten.
         batch_size: images per step; 0: the run's `predict.batch_size`. No more than there are.
         threshold: lowest score of a detection.
+        data_dir: where the run's data set is now, for its category ids; None: the run's `data.dir`.
         progress: receives progress updates.
 
     Raises:
@@ -95,13 +97,15 @@ def predict(
             written to.
     """
     progress = progress or Silent()
-    run, config = load_run(run_dir)
+    run, config = load_run(run_dir, data_dir=data_dir)
     files = find_images(sources)
     if not 0 <= threshold <= 1:
         raise ArgumentError("threshold", f"must be in [0, 1], got {threshold}")
     if batch_size < 0:
         raise ArgumentError("batch_size", f"must not be negative, got {batch_size}")
     out = unused_directory(out)
+    if why := why_not_writable(out / "predictions.json"):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another directory")
     settings = dataclasses.replace(config.predict, score_threshold=threshold)
     config = dataclasses.replace(config, predict=settings)
     devices = choose_devices(config.run.devices)
