@@ -1,7 +1,8 @@
 """ghm-jax: train, evaluate and inspect GHM detectors.
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.mu 0.05 ...]
-    ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools] [--data.dir data]
+    ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
+    ghm-jax evaluate|stats|predict|export RUN ... --data.dir DIR     (a run whose data was moved)
     ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--out DIR] [--annotations FILE.json]
     ghm-jax predict runs/quickstart IMAGE_OR_FOLDER... --out DIR [--threshold 0.3] [--batch-size N]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]

@@ -48,7 +48,7 @@ def load_experiment(path: str | Path) -> Config:
 
 @contextlib.contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
-    """Modules of a folder can be imported, for a while: two folders may have one of the same name."""
+    """A folder's modules can be imported, for a while: another may have some of the same name."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
