@@ -103,9 +103,7 @@ def predict(
         raise ArgumentError("threshold", f"must be in [0, 1], got {threshold}")
     if batch_size < 0:
         raise ArgumentError("batch_size", f"must not be negative, got {batch_size}")
-    out = unused_directory(out)
-    if why := why_not_writable(out / "predictions.json"):
-        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another directory")
+    out = _directory_for_output(out)
     settings = dataclasses.replace(config.predict, score_threshold=threshold)
     config = dataclasses.replace(config, predict=settings)
     devices = choose_devices(config.run.devices)
@@ -113,11 +111,7 @@ def predict(
     sizes, unreadable = _read_sizes(files, progress)
     if not sizes:
         raise _none_readable(unreadable)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError("out", f"{out} cannot be written ({error.strerror})") from error
-
+    out.mkdir(parents=True, exist_ok=True)
     category_ids = category_ids_of_run(config.data, progress)
     detector = Detector(config, len(config.data.classes), devices)
     task = _Task(config, files, sizes, unreadable, progress)
@@ -130,6 +124,13 @@ def predict(
     _write(out / "predictions.json", json.dumps(in_order).encode())
     skipped = tuple(unreadable[number] for number in sorted(unreadable))
     return Prediction(len(rows), len(in_order), skipped)
+
+
+def _directory_for_output(out: str | Path) -> Path:
+    out = unused_directory(out)
+    if why := why_not_writable(out / "predictions.json"):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another directory")
+    return out
 
 
 def _detect(

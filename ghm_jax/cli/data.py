@@ -111,6 +111,9 @@ def inspect_command(arguments: Arguments) -> None:
 
     from ghm_jax.analysis.data_preview import inspect_data
     from ghm_jax.cli.tables import inspection_table
+    from ghm_jax.distributed.devices import choose_devices
+
+    choose_devices(0)  # raises where there is none
 
     with Bar() as bar:
         inspection, files = inspect_data(
