@@ -24,7 +24,7 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.experiments import load_experiment
-from ghm_jax.runs.storage import unused_directory, write_text
+from ghm_jax.runs.storage import unused_directory, why_not_writable, write_text
 from ghm_jax.training.state import TrainState
 
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` uses more
@@ -63,6 +63,7 @@ def evaluate(
     *,
     split: str | None = None,
     annotations: str | None = None,
+    data_dir: str | None = None,
     evaluator: Evaluator = "hotcoco",
     progress: Progress | None = None,
 ) -> Evaluation | Submission:
@@ -77,22 +78,26 @@ def evaluate(
         run_dir: of a run that has a checkpoint.
         split: TFDS split; None: the run's validation split.
         annotations: official COCO file of that split; None: the run's `data.annotations`.
+        data_dir: where the data is now; None: the run's `data.dir`.
         evaluator: hotcoco (fast) or pycocotools (the reference); the figures are the same.
         progress: receives progress updates.
 
     Returns:
         The result, also written to the run's directory: metrics.json, detections.json, errors.json,
-        report.html. For images without annotations, the file for the server.
+        report.html; if that fails, `unwritten` says why. For images without annotations, the
+        file for the server.
 
     Raises:
-        UserError: no run, no checkpoint, no data, or annotations of another data set.
+        UserError: no run, no checkpoint, no data, annotations of another data set, or the file for
+            the server cannot be written.
     """
     progress = progress if progress and is_first() else Silent()
     with raise_together():
-        run, config = load_run(run_dir)
+        run, config = load_run(run_dir, data_dir=data_dir)
         devices = choose_devices(config.run.devices)
         config.check(len(devices))
         task = _open(config, split, annotations, run.path)
+        _check_writable(run, task, progress)
         state = restore_state(run, config, own_devices(devices)[0])
     progress.say(
         f"{run.path}: evaluating step {int(state.step)} on {len(task.dataset)} images of "
@@ -126,13 +131,32 @@ def _write(
     progress.close()
     stats = {**stats, "step": evaluation.step, "split": task.split}
     page = report(evaluation, task.config, task.dataset, task.truth, run=run, stats=stats)
-    write(evaluation, run, page)
+    try:
+        write(evaluation, run, page)
+    except OSError as error:
+        return dataclasses.replace(evaluation, unwritten=f"{error.filename}: {error.strerror}")
     return evaluation
+
+
+def _check_writable(run: RunDirectory, task: _Task, progress: Progress) -> None:
+    """Says that nothing can be written, before the work. A file for the server is all that there is
+    to gain, so without it there is an error; figures are there to be read all the same."""
+    if not is_first():
+        return
+    if "annotations" not in task.truth:
+        if why := why_not_writable(_submission_path(run, task)):
+            raise ConfigError(str(run.path), f"cannot be written ({why})")
+    elif why := why_not_writable(run.detections, run.metrics, run.errors, run.report):
+        progress.say(f"warning: {run.path}: cannot be written ({why}); only figures are shown")
+
+
+def _submission_path(run: RunDirectory, task: _Task) -> Path:
+    return run.path / submission_name(task.config.data.annotations, run.path.resolve().name)
 
 
 def _write_submission(run: RunDirectory, task: _Task, detections: list[dict[str, Any]]) -> Path:
     listed = {image["id"] for image in task.truth["images"]}
-    path = run.path / submission_name(task.config.data.annotations, run.path.resolve().name)
+    path = _submission_path(run, task)
     write_text(path, json.dumps([row for row in detections if row["image_id"] in listed]))
     return path
 
@@ -149,6 +173,7 @@ def evaluate_file(
     *,
     split: str | None = None,
     annotations: str | None = None,
+    data_dir: str | None = None,
     evaluator: Evaluator = "hotcoco",
 ) -> Evaluation:
     """Scores detections in a file, from any detector.
@@ -158,14 +183,18 @@ def evaluate_file(
         detections: JSON in COCO results form.
         out: a new or empty directory for metrics.json, errors.json and report.html, as for a run
             but without what needs the network; None: nothing is written.
-        split, annotations, evaluator: as for `evaluate`.
+        split, annotations, data_dir, evaluator: as for `evaluate`.
 
     Raises:
         UserError: no such file, run, experiment or data, detections of another data set, or `out`
-            is in use.
+            is in use or cannot be written.
     """
     config = load_run(source)[1] if Path(source).is_dir() else load_experiment(source)
+    if data_dir is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
     place = None if out is None else RunDirectory(unused_directory(out))
+    if place is not None and (why := why_not_writable(place.metrics)):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another directory")
     task = _open(config, split, annotations, source)
     if "annotations" not in task.truth:
         raise ConfigError("data.annotations", f"{task.config.data.annotations} has no annotations")

@@ -19,7 +19,7 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.models.weight_conversion import export_detector
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.runs.storage import write_text
+from ghm_jax.runs.storage import why_not_writable, write_text
 from ghm_jax.training.build import make_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -45,6 +45,7 @@ def export(
     batch_size: int | None = None,
     size: tuple[int, int] | None = None,
     platforms: Sequence[str] | None = None,
+    data_dir: str | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Writes the newest checkpoint of a run; the suffix of `out` chooses the format.
@@ -64,6 +65,8 @@ def export(
         size: .stablehlo: padded (height, width) of the images, multiples of 32 (the run's first
             bucket).
         platforms: .stablehlo: where it can run, of `PLATFORMS` (all of them).
+        data_dir: .stablehlo: where the run's data set is now, for its category ids (the run's
+            `data.dir`).
         progress: receives progress updates.
 
     Returns:
@@ -75,7 +78,7 @@ def export(
     """
     out = Path(out)
     _check(out, batch_size=batch_size, size=size, platforms=platforms)
-    run, config = load_run(run_dir)
+    run, config = load_run(run_dir, data_dir=data_dir)
     files, notes = [out], None
     if out.suffix == ".safetensors":
         data = _weights(run, config)
@@ -102,6 +105,9 @@ def _check(out: Path, **shape: Any) -> None:
         raise ArgumentError(given[0], f"{out} holds weights only", "omit it, or use .stablehlo")
     if not out.parent.is_dir():
         raise ArgumentError("out", f"no directory {out.parent}", "create it first")
+    notes = [out.with_name(out.name + ".json")] if out.suffix == ".stablehlo" else []
+    if why := why_not_writable(out, *notes):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another file")
     batch_size, size, platforms = shape["batch_size"], shape["size"], shape["platforms"]
     if batch_size is not None and batch_size < 1:
         raise ArgumentError("batch_size", f"must be positive, got {batch_size}")

@@ -8,6 +8,7 @@ import jax
 from ghm_jax.config import Config, Data
 from ghm_jax.data.dataset import data_set_names, open_dataset
 from ghm_jax.data.schema import COCO_CATEGORIES
+from ghm_jax.distributed.devices import choose_devices
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.models.weight_conversion import class_rows_of, import_detector
 from ghm_jax.models.weight_files import load_tensors, locate
@@ -32,6 +33,7 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
             is left behind then.
     """
     config.check()
+    choose_devices(1)  # raises where there is none
     config = replace(config, data=_resolved(config.data))
     if RunDirectory(Path(run_dir)).has_checkpoint:
         raise ConfigError(str(run_dir), "already holds a checkpoint", "choose another `run_dir`")
@@ -48,8 +50,10 @@ def import_run(source: str, config: Config, run_dir: str | Path) -> RunDirectory
         raise ConfigError(str(path), str(error)) from error
 
     state = jax.jit(trainer.init_state)(variables)
-    run = claim_run(run_dir, config)
-    with Checkpoints(run.checkpoints, config.run.keep) as checkpoints:
+    with (
+        claim_run(run_dir, config) as run,
+        Checkpoints(run.checkpoints, config.run.keep) as checkpoints,
+    ):
         checkpoints.save(0, state)
         checkpoints.wait()
     return run

@@ -24,7 +24,7 @@ from ghm_jax.exceptions import ArgumentError, DataError, UserError
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import unused_directory
+from ghm_jax.runs.storage import unused_directory, why_not_writable
 
 SHEET_IMAGES = 24
 """Maximum number of images on the contact sheet: the first ones."""
@@ -77,6 +77,7 @@ def predict(
     *,
     batch_size: int = 0,
     threshold: float = 0.3,
+    data_dir: str | None = None,
     progress: Progress | None = None,
 ) -> Prediction:
     """Detects objects on image files with the newest checkpoint of a run.
@@ -93,6 +94,7 @@ def predict(
         out: a new or empty directory, so that nothing is ever overwritten.
         batch_size: images per step; 0: the run's `predict.batch_size`. Lowered if there are fewer.
         threshold: lowest score of a detection.
+        data_dir: where the run's data set is now, for its category ids; None: the run's `data.dir`.
         progress: receives progress updates.
 
     Raises:
@@ -100,13 +102,13 @@ def predict(
             written to.
     """
     progress = progress or Silent()
-    run, config = load_run(run_dir)
+    run, config = load_run(run_dir, data_dir=data_dir)
     files = find_images(sources)
     if not 0 <= threshold <= 1:
         raise ArgumentError("threshold", f"must be in [0, 1], got {threshold}")
     if batch_size < 0:
         raise ArgumentError("batch_size", f"must not be negative, got {batch_size}")
-    out = unused_directory(out)
+    out = _directory_for_output(out)
     settings = dataclasses.replace(config.predict, score_threshold=threshold)
     config = dataclasses.replace(config, predict=settings)
     devices = choose_devices(config.run.devices)
@@ -114,11 +116,7 @@ def predict(
     sizes, unreadable = _read_sizes(files, progress)
     if not sizes:
         raise _none_readable(unreadable)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError("out", f"{out} cannot be written ({error.strerror})") from error
-
+    out.mkdir(parents=True, exist_ok=True)
     category_ids = category_ids_of_run(config.data, progress)
     detector = Detector(config, len(config.data.classes), devices)
     task = _Task(config, files, sizes, unreadable, progress)
@@ -136,6 +134,13 @@ def predict(
         not_images=tuple(_not_images(sources, files)),
         turned=sum(_is_turned(files[number]) for number in rows),
     )
+
+
+def _directory_for_output(out: str | Path) -> Path:
+    out = unused_directory(out)
+    if why := why_not_writable(out / "predictions.json"):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another directory")
+    return out
 
 
 def _detect(

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -39,13 +39,22 @@ class Silent:
 
 class Bar:
     """A line in a terminal or a notebook that is updated in place: units done, time left, as many
-    of the fields as fit, and a bar if there is room for one."""
+    of the fields as fit, and a bar if there is room for one.
+
+    Used as a context manager it is closed however the job ends, before an error is shown.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._job: tuple[str, int] | None = None  # name and total of what the bar shows
         # By job: the units that were done at its first update, and the time of that update.
         self._starts: dict[str, tuple[int, float]] = {}
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def say(self, line: str) -> None:
         if self._bar is not None:

@@ -15,6 +15,7 @@ from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import Batches, train_batches, training_groups
 from ghm_jax.data.order import Groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
+from ghm_jax.data.workers import check_workers
 from ghm_jax.distributed.devices import (
     REPLICA,
     Device,
@@ -31,8 +32,7 @@ from ghm_jax.evaluation.validation import Validation
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.checkpoint import Checkpoints
-from ghm_jax.runs.directory import RunDirectory, claim_run
-from ghm_jax.runs.storage import set_aside
+from ghm_jax.runs.directory import RunDirectory, claim_run, note_dataset
 from ghm_jax.training.build import Trainer, build
 from ghm_jax.training.compilation import Step, compile_step
 from ghm_jax.training.interrupt import StopRequest, TrainingInterrupted, stop_on_signal
@@ -105,6 +105,7 @@ def train(
     job = prepare(config, RunDirectory(Path(run_dir)), restart, profile, progress)
     step = compile_lazily(job)
     with (
+        claimed(job, restart),
         stop_on_signal(progress) as stopping,
         Checkpoints(job.run.checkpoints, job.config.run.keep, job.config.run.keep_best) as saved,
     ):
@@ -132,7 +133,7 @@ def prepare(
     profile: tuple[int, int] | None,
     progress: Progress,
 ) -> Job:
-    """Checks everything that a user can get wrong, before any compute, and claims the directory.
+    """Checks everything that a user can get wrong, before any compute, except the directory.
 
     Raises:
         UserError: it cannot work; nothing has been written.
@@ -142,6 +143,8 @@ def prepare(
         config.check(len(devices))
         check_writers(config)
         check_profile(profile, config.optimizer.steps)
+        batch_size = config.optimizer.batch_size // jax.process_count()
+        check_workers(config.data, batch_size, config.run.workers)
         dataset = open_dataset(config.data, config.data.train_split)
         data = dataclasses.replace(config.data, name=dataset.name, classes=dataset.class_names)
         config = dataclasses.replace(config, data=data)
@@ -151,7 +154,7 @@ def prepare(
             blank = trainer.abstract_state
             like = {"params": blank.params, "batch_stats": blank.batch_stats}
             pretrained = load_backbone(config.model, like)
-        job = Job(
+        return Job(
             run=run,
             config=config,
             progress=progress,
@@ -163,12 +166,21 @@ def prepare(
             validation=Validation(config, devices) if config.run.eval_every else None,
             pretrained=pretrained,
         )
-    with raise_together():
-        if is_first():
-            if restart and run.path.exists():
-                progress.say(f"moved the old run to {set_aside(run.path)}")
-            claim_run(run.path, config)
-    return job
+
+
+@contextlib.contextmanager
+def claimed(job: Job, restart: bool) -> Iterator[None]:
+    """The run's directory is this job's alone; of several processes the first one locks it.
+
+    Raises:
+        UserError: see `claim_run`.
+    """
+    with contextlib.ExitStack() as held:
+        with raise_together():
+            if is_first():
+                say = job.progress.say
+                held.enter_context(claim_run(job.run.path, job.config, restart=restart, say=say))
+        yield
 
 
 def check_profile(profile: tuple[int, int] | None, steps: int) -> None:
@@ -215,6 +227,10 @@ def resume(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
             f"steps on {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}, "
             f"{len(job.dataset)} images of {job.dataset.name}"
         )
+        if is_first():
+            warning = note_dataset(job.run, len(job.dataset), job.dataset.checksum)
+            if warning and not new:
+                job.progress.say(warning)
         for note in input_notes(job.dataset, job.config):
             job.progress.say(note)
     return state, start

@@ -1,8 +1,10 @@
 """The command line: success prints what to do next, a user error is one line."""
 
 import contextlib
+import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,11 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+COMMANDS = (
+    *("train", "evaluate", "predict", "import", "export", "describe", "stats", "doctor"),
+    *("data prepare folder", "data prepare coco/2017", "data inspect"),
+    *("bench losses", "bench data", "bench train", "bench inference"),
+)
 IMPORTS = "from ghm_jax.config import *\n\nconfig = "
 
 
@@ -176,17 +183,42 @@ def fails(capsys, *args):
         ("data inspect tiny.py --data.dir gone", ["data.dir", "'squares'", "data prepare"]),
         ("data inspect tiny.py --out tiny.py", ["--out: tiny.py is a file"]),
         ("data prepare folder --name mine --train taken gone.json", ["train", "gone.json"]),
+        ("train tiny.py --run-dir lr[0.1]", ["lr[0.1]", "could not be read back", "--run-dir"]),
+        ("train tiny.py --run-dir gs://b/run", ["gs:", "mount", "--run-dir"]),
+        ("evaluate run --data.dir gone", ["data.dir", "'squares' in gone", "--data.dir"]),
+        ("stats run --data.dir gone", ["data.dir", "'squares' in gone", "--data.dir"]),
+        ("evaluate tiny.py --detections d.json --data.dir gone", ["'squares' in gone"]),
+        ("evaluate run --data.name other", ["--help"]),
+        ("export run --out taken.stablehlo", ["--out", "taken.stablehlo is a directory"]),
+        ("stats run --out tiny.py/stats", ["--out", "tiny.py", "Not a directory"]),
+        ("predict run tiny.py --out tiny.py/found", ["--out", "tiny.py", "Not a directory"]),
+        ("evaluate tiny.py --detections d.json --out tiny.py/x", ["--out", "Not a directory"]),
+        ("bench losses --out no/losses.json", ["--out", "no directory no"]),
+        ("bench data --out taken", ["--out", "taken is a directory"]),
     ],
 )
 def test_a_user_error_is_one_line_and_changes_no_file(place, run_dir, capsys, command, words):
     (place / "taken").mkdir()
     (place / "taken" / "precious.txt").write_text("mine")
+    (place / "taken.stablehlo").mkdir()
     (place / "table.py").write_text("from ghm_jax.config import *\n\nconfigs = {'one': Config()}\n")
     before = files(place)
     line = fails(capsys, *command.split())
     for word in words:
         assert word in line
     assert files(place) == before
+    # Whatever option the line names, the command has it.
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", line)) - {"--help", *command.split()}
+    if named and not line.startswith("ghm-jax: usage"):
+        with contextlib.suppress(SystemExit):
+            main([*command.split()[: command_words(command)], "--help"])
+        known = re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out)
+        assert named <= {*known, *(option.partition(".")[0] for option in known)}
+
+
+def command_words(command):
+    """Words of a command's name: `data prepare folder`."""
+    return next(n for n in (3, 2, 1, 0) if " ".join(command.split()[:n]) in COMMANDS or not n)
 
 
 @pytest.mark.parametrize(
@@ -231,11 +263,12 @@ def test_an_image_that_cannot_be_decoded_is_one_line_with_its_name(place, capsys
         ("train --help", ["EXPERIMENT", "--run-dir", "--restart", "--loss.ghm-c.momentum"]),
         ("train tiny.py --help", ["--loss.ghm-r.momentum", "--optimizer.batch-size", "squares"]),
         ("describe --help", ["EXPERIMENT", "--size", "--classes", "--model.backbone"]),
-        ("evaluate --help", ["RUN", "--split", "--evaluator", "pycocotools"]),
+        ("evaluate --help", ["RUN", "--split", "--evaluator", "pycocotools", "--data.dir"]),
+        ("predict --help", ["RUN", "IMAGE", "--out", "--threshold", "--data.dir"]),
         ("doctor --help", ["RUN_OR_EXPERIMENT", "--images", "--data.dir"]),
-        ("stats --help", ["RUN", "--out", "--split", "--images"]),
+        ("stats --help", ["RUN", "--out", "--split", "--images", "--data.dir"]),
         ("import --help", ["WEIGHTS", "EXPERIMENT", "--run-dir", "--model.dtype"]),
-        ("export --help", ["RUN", "--out", ".safetensors", ".stablehlo", "--size"]),
+        ("export --help", ["RUN", "--out", ".safetensors", ".stablehlo", "--size", "--data.dir"]),
         ("data --help", ["data prepare folder"]),
         ("data inspect --help", ["EXPERIMENT", "--out", "--batches", "--data.short-side"]),
         ("data prepare --help", ["data prepare folder"]),
@@ -272,6 +305,147 @@ def test_evaluation_prints_the_twelve_figures_and_where_the_report_is(run_dir, c
     main(["evaluate", "tiny.py", "--detections", f"{run_dir}/detections.json"])
     again, _ = capsys.readouterr()
     assert again in out  # the same lines, without where the report is
+
+
+def test_a_run_and_its_data_may_be_moved(run_dir, place, dataset_dir, capsys):
+    config = json.loads((place / run_dir / "config.json").read_text())
+    config["data"]["dir"] = "gone"
+    (place / run_dir / "config.json").write_text(json.dumps(config))
+    assert "--data.dir" in fails(capsys, "evaluate", run_dir)
+    moved = ["--data.dir", str(dataset_dir)]
+    main(["evaluate", run_dir, *moved])
+    main(["stats", run_dir, "--images", "4", *moved])
+    main(["export", run_dir, "--out", "d.stablehlo", "--platforms", "cpu", *moved])
+    capsys.readouterr()
+    assert json.loads((place / "d.stablehlo.json").read_text())["category_ids"] == [2, 5, 9]
+    images = str(next(dataset_dir.parent.glob("train0.png")))
+    main(["predict", run_dir, images, "--out", "found", *moved])
+    assert "derived from class names" not in capsys.readouterr().out
+    assert json.loads((place / run_dir / "config.json").read_text()) == config
+
+
+def test_figures_are_printed_where_they_cannot_be_written(run_dir, place, capsys):
+    (place / run_dir / "detections.json.part").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", run_dir])
+    assert exit_.value.code == 1
+    out, err = capsys.readouterr()
+    before, _, after = out.partition("evaluating step 6")
+    assert "cannot be written (run/detections.json.part is a directory)" in before
+    assert "  AP50 " in after
+    assert "report" not in after
+    (line,) = [line for line in err.splitlines() if line.startswith("ghm-jax: ")]
+    assert "run/detections.json.part" in line
+
+
+def test_a_file_system_that_cannot_be_written_is_one_line(place, run_dir, monkeypatch, capsys):
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system", "found")
+
+    monkeypatch.setattr("ghm_jax.predict.predict", read_only)
+    assert "Read-only file system: 'found'" in fails(capsys, "predict", run_dir, "x", "--out", "f")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_the_terminal_lacks_are_replaced(place, encoding):
+    categories = [{"id": 1, "name": "été"}, {"id": 2, "name": "猫"}]
+    image = np.full((64, 64, 3), 90, np.uint8)
+    (place / "x.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    box = {"id": 1, "image_id": 7, "category_id": 2, "bbox": [8, 8, 20, 20], "area": 400}
+    truth = {
+        "images": [{"id": 7, "file_name": "x.png", "width": 64, "height": 64}],
+        "annotations": [{**box, "iscrowd": 0}],
+        "categories": categories,
+    }
+    (place / "x.json").write_text(json.dumps(truth))
+    prepare_folder("squares", place / "data", {"validation": (place, place / "x.json")})
+    (place / "found.json").write_text(json.dumps([{**box, "score": 0.9}]))
+    command = ["evaluate", "tiny.py", "--detections", "found.json", "--data.dir", "data"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"from ghm_jax.cli import main; main({command!r})"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[1] for line in done.stdout.splitlines()[13:15]]
+    known = "été" if encoding == "latin-1" else "?t?"
+    assert names == [known.encode(encoding), b"?"]
+
+
+def test_an_error_stands_alone_on_its_line_after_a_bar(place, capsys):
+    for name in ("a.png", "b.png"):
+        noise = np.full((64, 64, 3), 90, np.uint8)
+        (place / name).write_bytes(cv2.imencode(".png", noise)[1].tobytes())
+    truth = {
+        "images": [
+            {"id": 1, "file_name": "a.png", "width": 64, "height": 64},
+            {"id": 2, "file_name": "b.png", "width": 64, "height": 32},
+        ],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (place / "x.json").write_text(json.dumps(truth))
+    with pytest.raises(SystemExit):
+        main(["data", "prepare", "folder", "--name", "x", "--train", ".", "x.json"])
+    gc.collect()
+    lines = capsys.readouterr().err.splitlines()
+    assert "check train 1/2" in "".join(lines[:-1])
+    assert lines[-1].startswith("ghm-jax: ")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train tiny.py",
+        "evaluate run",
+        "predict run x.png --out found",
+        "stats run",
+        "export run --out d.stablehlo",
+        "import w.safetensors tiny.py",
+        "bench losses",
+        "bench train",
+        "bench inference",
+        "data inspect tiny.py",
+    ],
+)
+def test_a_platform_that_jax_lacks_is_one_line(place, run_dir, monkeypatch, capsys, command):
+    def none(*args):
+        raise AssertionError  # as JAX does for JAX_PLATFORMS=cuda where there is none
+
+    (place / "x.png").write_bytes(b"")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", none)
+    line = fails(capsys, *command.split())
+    for word in ("JAX finds none", "'cuda'", "try JAX_PLATFORMS=cpu"):
+        assert word in line
+
+
+def test_a_tilde_is_the_home_directory_wherever_a_path_is_given(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    words = ["~/tiny.py", "--run-dir=~/run", "--data.dir", "~/data", "--split=~", "a~b"]
+    arguments = Arguments.split(words)
+    assert arguments.words == [
+        f"{place}/tiny.py",
+        f"--run-dir={place}/run",
+        *("--data.dir", f"{place}/data", f"--split={place}", "a~b"),
+    ]
+    a = parse(Train, Arguments.split(words[:4]), "ghm-jax", Train("~/tiny.py"))
+    assert a.experiment == f"{place}/tiny.py"
+    assert (a.run_dir, a.config.data.dir) == (f"{place}/run", f"{place}/data")
+
+
+def test_a_command_works_without_a_home_directory(run_dir, place, monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GHM_JAX_CACHE", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    main(["train", "tiny.py", "--run-dir", run_dir])
+    assert "complete at step 6" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    assert "BAD   cache" in capsys.readouterr().out
 
 
 def test_a_description_is_a_table_of_the_network(place, capsys):

@@ -33,7 +33,7 @@ def evaluated_run(finished_run, tmp_path_factory):
     listener = Listener()
     with pytest.MonkeyPatch.context() as patch:
         # After so few steps every score is low: without a threshold there are detections.
-        patch.setattr("ghm_jax.evaluate.load_run", lambda p: with_threshold(p, 0.0))
+        patch.setattr("ghm_jax.evaluate.load_run", lambda p, **_: with_threshold(p, 0.0))
         result = evaluate(path, progress=listener)
     return RunDirectory(path), result, listener
 
@@ -145,7 +145,7 @@ def test_a_test_set_gives_the_file_that_the_server_requires(
 ):
     run = tmp_path / "squares_ghm"
     shutil.copytree(finished_run[0].path, run)
-    monkeypatch.setattr("ghm_jax.evaluate.load_run", lambda p: with_threshold(p, 0.0))
+    monkeypatch.setattr("ghm_jax.evaluate.load_run", lambda p, **_: with_threshold(p, 0.0))
     truth = coco_ground_truth(validation)
     del truth["annotations"]
     dropped = truth["images"].pop(0)["id"]  # test-dev is a subset of the test images

@@ -186,6 +186,6 @@ def test_detections_on_an_image_do_not_depend_on_other_files(finished_run, rng, 
             np.testing.assert_allclose(found, expected, atol=2e-3)
     # Without the data set its ids are not known; both files named x are kept.
     assert {row["category_id"] for row in together} <= {1, 2, 3}
-    assert [line for line in listener.lines if "category ids are by class names" in line]
+    assert [line for line in listener.lines if "category ids are derived from class names" in line]
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"x.png", "y.png", "x-2.png"}
     assert cv2.imread(str(tmp_path / "out" / "x.png")).shape == (48 * 7, 64 * 7, 3)

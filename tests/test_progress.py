@@ -1,6 +1,8 @@
 """The status of a running job: one line that fits."""
 
+import gc
 import re
+import sys
 
 import pytest
 
@@ -45,3 +47,14 @@ def test_the_time_left_is_from_the_average_pace_and_survives_another_job(monkeyp
     assert "evaluate 1/9, ? left" in shown("evaluate", 1, 9)  # the second one starts from scratch
     assert all(len(line) < 100 for line in re.split(r"[\r\n]", capsys.readouterr().err))
     bar.close()
+
+
+def test_a_bar_ends_before_an_error_is_shown(capsys):
+    with pytest.raises(ValueError, match="broken"), Bar() as bar:  # noqa: PT012 (both belong to it)
+        bar.update("check", 1, 3, {})
+        raise ValueError("broken")
+    assert capsys.readouterr().err.endswith("\n")
+    print("ghm-jax: broken", file=sys.stderr)
+    del bar
+    gc.collect()
+    assert capsys.readouterr().err == "ghm-jax: broken\n"  # alone, and nothing comes after it

@@ -1,11 +1,13 @@
 """Training end to end on a tiny data set: what it writes, how it stops and resumes."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import resource
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import pytest
 from tiny import Listener, tiny_config
 
 from ghm_jax.config import from_dict
+from ghm_jax.evaluate import evaluate
 from ghm_jax.evaluation.coco import METRICS
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
@@ -113,6 +116,43 @@ def test_a_crash_and_a_signal_do_not_change_the_result(finished_run, dataset_dir
         assert {k: v for k, v in a.items() if k not in timeless} == {
             k: v for k, v in b.items() if k not in timeless
         }
+
+
+def test_a_run_is_trained_by_one_job_at_a_time(finished_run, dataset_dir, tmp_path):
+    config, run = tiny_config(dataset_dir), RunDirectory(tmp_path / "run")
+    refused = []
+
+    def start_again():
+        for restart in (False, True):
+            with pytest.raises(ConfigError, match=r"is being trained by process \d+") as error:
+                train(config, run.path, restart=restart)
+            refused.append(str(error.value))
+        deadline = time.monotonic() + 30
+        while not run.has_checkpoint and time.monotonic() < deadline:  # saved in the background
+            time.sleep(0.01)
+        assert evaluate(run.path).step == 3  # what reads a run needs no lock
+
+    listener = Listener(4, start_again)
+    assert_same(train(config, run.path, progress=listener), finished_run[1])
+    assert len(refused) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not list(run.path.glob("*lock*"))
+
+
+def test_data_that_was_prepared_again_from_other_files_is_said(dataset_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(dataset_dir, data)
+    config = tiny_config(data)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, steps=4))
+    for lines in ("new", "again", "other"):
+        if lines == "other":  # as if another file had been annotated
+            (info,) = data.rglob("metadata.json")
+            info.write_text(info.read_text().replace('"annotations": "', '"annotations": "0'))
+        listener = Listener(1 if lines == "new" else 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with contextlib.suppress(TrainingInterrupted):
+            train(config, tmp_path / "run", progress=listener)
+        warned = [line for line in listener.lines if "prepared again" in line]
+        assert len(warned) == (lines == "other")
 
 
 def test_a_run_keeps_the_name_of_the_only_data_set(dataset_dir, tmp_path):

@@ -41,7 +41,7 @@ from ghm_jax.losses.density import bin_index, shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import write_text
+from ghm_jax.runs.storage import why_not_writable, write_text
 from ghm_jax.training.build import make_model
 from ghm_jax.training.state import TrainState
 
@@ -58,6 +58,7 @@ def write_stats(
     *,
     split: str | None = None,
     images: int = 500,
+    data_dir: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Writes the `gradient_stats` of a run as stats.json, stats_classes.png and stats_boxes.png.
@@ -65,7 +66,7 @@ def write_stats(
     Args:
         run_dir: of a run that has a checkpoint.
         out: directory for the files; None: the run's.
-        split, images, progress: as for `gradient_stats`.
+        split, images, data_dir, progress: as for `gradient_stats`.
 
     Returns:
         The statistics, and the files.
@@ -77,7 +78,13 @@ def write_stats(
     folder = Path(out or run_dir)
     if out and folder.exists() and not folder.is_dir():
         raise ArgumentError("out", f"{folder} is a file", "choose a directory")
-    stats = gradient_stats(run_dir, split=split, images=images, progress=progress)
+    if why := why_not_writable(folder / "stats.json"):
+        raise ArgumentError(
+            "out", f"{folder} cannot be written ({why})", "choose another directory"
+        )
+    stats = gradient_stats(
+        run_dir, split=split, images=images, data_dir=data_dir, progress=progress
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "stats.json"]
@@ -97,6 +104,7 @@ def gradient_stats(
     *,
     split: str | None = None,
     images: int = 500,
+    data_dir: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Statistics of gradient norms and of both losses for a run's newest checkpoint.
@@ -109,6 +117,7 @@ def gradient_stats(
         run_dir: of a run that has a checkpoint.
         split: TFDS split; None: the run's validation split.
         images: maximum number of images (at least one batch is used).
+        data_dir: where the data is now; None: the run's `data.dir`.
         progress: receives progress updates.
 
     Returns:
@@ -134,7 +143,7 @@ def gradient_stats(
     if images < 1:
         raise ArgumentError("images", f"must be positive, got {images}")
     progress = progress or Silent()
-    run, config = load_run(run_dir)
+    run, config = load_run(run_dir, data_dir=data_dir)
     split = split or config.data.validation_split
     devices = choose_devices(config.run.devices)
     config.check(len(devices))

@@ -2,6 +2,7 @@
 
     ghm-jax train experiments/quickstart.py [--run-dir DIR] [--loss.mu 0.05 ...]
     ghm-jax evaluate runs/quickstart [--split validation] [--evaluator pycocotools]
+    ghm-jax evaluate|stats|predict|export RUN ... --data.dir DIR     (a run whose data was moved)
     ghm-jax evaluate RUN_OR_EXPERIMENT --detections FILE.json [--out DIR] [--annotations FILE.json]
     ghm-jax predict runs/quickstart IMAGE_OR_FOLDER... --out DIR [--threshold 0.3] [--batch-size N]
     ghm-jax import WEIGHTS EXPERIMENT [--run-dir DIR] [--data.dir data ...]
@@ -20,6 +21,7 @@
 
 # Thin calls of the package: argv, prints and exits are in this folder alone.
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -68,6 +70,9 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, with 1 after a one-line error, or with 130 if interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal may not know every character of a class name; stderr replaces them anyway.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -75,7 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(None)
     except UserError as error:
         fail(one_line(error))
-    except (FileNotFoundError, PermissionError) as error:
+    except BrokenPipeError:  # the reader has closed the pipe, as in `ghm-jax ... | head`
+        # Otherwise Python would fail again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None:  # not about a file that the user could do something about
+            raise
         fail(str(error))
     except RuntimeError as error:  # JAX raises a subclass, which need not be imported here
         said = str(error).partition("\n")[0]
@@ -89,10 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nghm-jax: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader has closed the pipe, as in `ghm-jax ... | head`
-        # Otherwise Python would fail again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def _run(args: list[str]) -> None:

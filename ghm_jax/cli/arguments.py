@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 # Settings by their dotted names. A switch takes a value like all others, --model.remat True; alone
 # it means True (see `_switch`).
 AllSettings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
+@dataclass
+class DataPlace:
+    """The data of a run that was moved, or whose data was."""
+
+    dir: str = ""
+    """Directory that holds the prepared data sets now (where it was when the run was trained)."""
 
 
 _OPTION = re.compile("--?[a-zA-Z]")
@@ -41,13 +50,17 @@ class Arguments:
 
     @classmethod
     def split(cls, words: Sequence[str]) -> "Arguments":
-        """Splits at words that look like options; numbers such as -1 are values."""
+        """Splits at words that look like options; numbers such as -1 are values.
+
+        `~` at the start of a value is the home directory: not every shell replaces it after `=`.
+        """
         positionals: list[str] = []
         options: list[Option] = []
-        for word in words:
+        for word in map(os.path.expanduser, words):
             if _OPTION.match(word):
-                name = word.partition("=")[0].lstrip("-").replace("-", "_")
-                options.append(Option(name, (word,)))
+                name, equals, value = word.partition("=")
+                typed = name + equals + os.path.expanduser(value)
+                options.append(Option(name.lstrip("-").replace("-", "_"), (typed,)))
             elif options:
                 options[-1] = options[-1]._replace(words=(*options[-1].words, word))
             else:
@@ -57,7 +70,7 @@ class Arguments:
 
     @property
     def words(self) -> list[str]:
-        """All of them, as they were typed."""
+        """All of them, as they were typed (but for `~`)."""
         return [*self.positionals, *(word for option in self.options for word in option.words)]
 
     def section(self, name: str) -> "Arguments":

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ghm_jax.cli.arguments import Arguments, parse
@@ -28,9 +29,12 @@ class BenchLosses:
 def losses_command(arguments: Arguments) -> None:
     """`ghm-jax bench losses`."""
     from ghm_jax.bench.losses import measure_losses
+    from ghm_jax.distributed.devices import choose_devices
     from ghm_jax.runs.records import write_record
 
     a = parse(BenchLosses, arguments, "ghm-jax bench losses")
+    _check_out(a.out)
+    choose_devices(0)  # raises where there is none
     measured = measure_losses(a.sizes, a.repeats)
     print(
         f"{'image':>10}  {'value and gradient of':<36}{'ms':>9}{'x focal':>9}{'extra memory':>14}"
@@ -72,6 +76,7 @@ def data_command(arguments: Arguments) -> None:
     from ghm_jax.runs.records import write_record
 
     a = parse(BenchData, arguments, "ghm-jax bench data")
+    _check_out(a.out)
     for name, value in (("repeats", a.repeats), ("batches", a.batches), ("source", min(a.source))):
         if value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -127,15 +132,18 @@ def train_command(arguments: Arguments) -> None:
     import jax
 
     from ghm_jax.bench.train import TrainCase, growth, measure_train
+    from ghm_jax.distributed.devices import choose_devices
     from ghm_jax.runs.records import write_record
 
     a = parse(BenchTrain, arguments, "ghm-jax bench train")
+    _check_out(a.out)
     for name, value in (("repeats", a.repeats), ("devices", min(a.devices, default=1))):
         if value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
     with contextlib.suppress(RuntimeError):  # JAX is already initialized, with the devices it has
         jax.config.update("jax_num_cpu_devices", max(a.devices, default=1))
-    cpu = jax.devices()[0].platform == "cpu"
+    device = choose_devices(0)[0]
+    cpu = device.platform == "cpu"
     base = TrainCase(
         backbone=a.backbones[0] if a.backbones else "",
         padded_size=a.size or ((96, 96) if cpu else (800, 1344)),
@@ -146,7 +154,7 @@ def train_command(arguments: Arguments) -> None:
     for backbone in a.backbones or ("",):
         dataclasses.replace(base, backbone=backbone).config.check()
     print(
-        f"{jax.devices()[0].device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
+        f"{device.device_kind}, {base.dtype}, pyramid of {base.channels} channels; "
         "medians; x: relative to the first of the group, CPU: the same for CPU time; MFU: "
         + ("relative to a matrix product here" if cpu else "relative to the published peak")
     )
@@ -224,6 +232,7 @@ class BenchInference:
 def inference_command(arguments: Arguments) -> None:
     """`ghm-jax bench inference`."""
     a = parse(BenchInference, arguments, "ghm-jax bench inference")
+    _check_out(a.out)
     for name, value in (("repeats", a.repeats), ("batch_size", a.batch_size)):
         if value is not None and value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -271,6 +280,16 @@ def inference_command(arguments: Arguments) -> None:
         }
         packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
         write_record(a.out, _command("inference", arguments.words), contents, packages=packages)
+
+
+def _check_out(out: str) -> None:
+    """Raises ArgumentError if the file cannot be written, before anything is measured."""
+    from ghm_jax.runs.storage import why_not_writable
+
+    if out and not Path(out).absolute().parent.is_dir():
+        raise ArgumentError("out", f"no directory {Path(out).parent}", "create it first")
+    if out and (why := why_not_writable(Path(out))):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another file")
 
 
 def _command(what: str, args: Sequence[str]) -> str:

@@ -45,7 +45,8 @@ def prepare_folder_command(arguments: Arguments) -> None:
             "no split is given",
             "give IMAGES_DIR ANNOTATIONS.json to at least one of `train`, `validation` and `test`",
         )
-    path = prepare_folder(a.name, a.out, splits, subset=_fraction(a.subset), progress=Bar())
+    with Bar() as bar:
+        path = prepare_folder(a.name, a.out, splits, subset=_fraction(a.subset), progress=bar)
     print(f"{path}: ready; train with: ghm-jax train experiments/folder.py --data.dir {a.out}")
 
 
@@ -71,9 +72,10 @@ def prepare_coco_command(year: str) -> Callable[[Arguments], None]:
         from ghm_jax.data.prepare.coco_official import prepare_coco
 
         a = parse(PrepareCoco, arguments, f"ghm-jax data prepare coco/{year}")
-        path = prepare_coco(
-            year, a.source, a.out, splits=a.splits, subset=_fraction(a.subset), progress=Bar()
-        )
+        with Bar() as bar:
+            path = prepare_coco(
+                year, a.source, a.out, splits=a.splits, subset=_fraction(a.subset), progress=bar
+            )
         print(f"{path}: ready; train with: ghm-jax train EXPERIMENT --data.dir {a.out}")
 
     return prepare
@@ -109,9 +111,13 @@ def inspect_command(arguments: Arguments) -> None:
 
     from ghm_jax.analysis.data_preview import inspect_data
     from ghm_jax.cli.tables import inspection_table
+    from ghm_jax.distributed.devices import choose_devices
 
-    inspection, files = inspect_data(
-        a.config, a.out, batches=a.batches, pictures=a.pictures, progress=Bar()
-    )
+    choose_devices(0)  # raises where there is none
+
+    with Bar() as bar:
+        inspection, files = inspect_data(
+            a.config, a.out, batches=a.batches, pictures=a.pictures, progress=bar
+        )
     print(inspection_table(inspection))
     print(f"\nwritten: {', '.join(map(str, files))}")

@@ -16,9 +16,10 @@ def start_devices(config: Config, *batch_sizes: int, joined: bool = False) -> No
     """
     config.check()
 
-    from ghm_jax.distributed.devices import keep_programs, use_cpu_cores
+    from ghm_jax.distributed.devices import choose_devices, keep_programs, use_cpu_cores
 
     if not joined:
         sizes = batch_sizes or (config.optimizer.batch_size, config.predict.batch_size)
         use_cpu_cores(sizes)
+    choose_devices(0)  # raises where there is none
     keep_programs(cache_directory("programs"))

@@ -1,16 +1,17 @@
 """`ghm-jax evaluate`."""
 
 import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.arguments import Arguments, DataPlace, parse
 from ghm_jax.cli.devices import start_devices
 from ghm_jax.cli.job import Distributed, hurried_exit, join_processes
-from ghm_jax.cli.messages import Bar
+from ghm_jax.cli.messages import Bar, fail
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.runs.directory import RunDirectory, load_run
 
@@ -35,6 +36,7 @@ class Evaluate:
     """... except into this new directory: metrics.json, errors.json, report.html."""
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """hotcoco, or pycocotools (slower, the same figures)."""
+    data: DataPlace = field(default_factory=DataPlace)
     distributed: Distributed = field(default_factory=Distributed)
 
 
@@ -60,21 +62,28 @@ def evaluate_command(arguments: Arguments) -> None:
     from ghm_jax.evaluate import evaluate, evaluate_file
     from ghm_jax.evaluation.results import Submission
 
-    data = {"split": a.split or None, "annotations": a.annotations or None}
+    data = {
+        "split": a.split or None,
+        "annotations": a.annotations or None,
+        "data_dir": a.data.dir or None,
+    }
     if a.detections:
         out = a.out or None
         _print_figures(evaluate_file(a.run, a.detections, out, evaluator=a.evaluator, **data))
         if out:
             print(f"report: {RunDirectory(Path(out)).report}")
         return
-    with hurried_exit(job):
-        result = evaluate(a.run, evaluator=a.evaluator, progress=Bar(), **data)
+    with hurried_exit(job), Bar() as bar:
+        result = evaluate(a.run, evaluator=a.evaluator, progress=bar, **data)
     if not is_first():
         return
     if isinstance(result, Submission):
         print(f"{result.path}: written, {result.images} images, for COCO's server")
         return
     _print_figures(result)
+    if result.unwritten:
+        sys.stdout.flush()
+        fail(f"{result.unwritten}; the files of {a.run} are not those of this evaluation")
     print(f"report: {RunDirectory(Path(a.run)).report}")
 
 

@@ -1,11 +1,11 @@
 """`ghm-jax export`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.arguments import Arguments, DataPlace, parse
 from ghm_jax.cli.messages import Bar
 
 
@@ -24,6 +24,7 @@ class Export:
     """.stablehlo: height and width of the images, multiples of 32 (the run's first bucket)."""
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] | None = None
     """.stablehlo: platforms it can run on (all of them)."""
+    data: DataPlace = field(default_factory=DataPlace)
 
 
 def export_command(arguments: Arguments) -> None:
@@ -34,5 +35,7 @@ def export_command(arguments: Arguments) -> None:
     from ghm_jax.export import export
 
     shape = {"batch_size": a.batch_size, "size": a.size, "platforms": a.platforms}
-    for path in export(a.run, a.out, progress=Bar(), **shape):
+    with Bar() as bar:
+        files = export(a.run, a.out, data_dir=a.data.dir or None, progress=bar, **shape)
+    for path in files:
         print(f"{path}: written")

@@ -1,14 +1,13 @@
 """`ghm-jax predict`."""
 
-import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.arguments import Arguments, DataPlace, parse
 from ghm_jax.cli.devices import start_devices
 from ghm_jax.cli.messages import Bar
 from ghm_jax.runs.directory import load_run
@@ -30,6 +29,7 @@ class Predict:
     """Images per step (predict.batch_size of the run)."""
     threshold: float = 0.3
     """Minimum score of a detection."""
+    data: DataPlace = field(default_factory=DataPlace)
 
 
 def predict_command(arguments: Arguments) -> None:
@@ -42,8 +42,16 @@ def predict_command(arguments: Arguments) -> None:
 
     from ghm_jax.predict import predict
 
-    settings = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)[3:]}
-    done = predict(a.run, a.images, a.out, progress=Bar(), **settings)
+    with Bar() as bar:
+        done = predict(
+            a.run,
+            a.images,
+            a.out,
+            batch_size=a.batch_size,
+            threshold=a.threshold,
+            data_dir=a.data.dir or None,
+            progress=bar,
+        )
     others = [f"{p}: no image by its ending, {p.suffix or 'none'}" for p in done.not_images]
     skipped = [*done.unreadable, *others]
     for line in skipped[:10]:

@@ -1,11 +1,11 @@
 """`ghm-jax stats`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from ghm_jax.cli.arguments import Arguments, check_positive, parse
+from ghm_jax.cli.arguments import Arguments, DataPlace, check_positive, parse
 from ghm_jax.cli.devices import start_devices
 from ghm_jax.cli.messages import Bar
 from ghm_jax.cli.tables import gradient_table
@@ -24,6 +24,7 @@ class Stats:
     """Split to measure (the run's validation split)."""
     images: int = 500
     """Maximum number of images, in whole training batches."""
+    data: DataPlace = field(default_factory=DataPlace)
 
 
 def stats_command(arguments: Arguments) -> None:
@@ -36,9 +37,15 @@ def stats_command(arguments: Arguments) -> None:
     from ghm_jax.analysis.gradient_stats import write_stats
     from ghm_jax.plots.panel import LOSS_NAMES
 
-    stats, paths = write_stats(
-        a.run, a.out or None, split=a.split or None, images=a.images, progress=Bar()
-    )
+    with Bar() as bar:
+        stats, paths = write_stats(
+            a.run,
+            a.out or None,
+            split=a.split or None,
+            images=a.images,
+            data_dir=a.data.dir or None,
+            progress=bar,
+        )
     for key, what in (("classification", "class scores"), ("box", "box coordinates")):
         print(gradient_table(what, stats[key], LOSS_NAMES))
     for path in paths:

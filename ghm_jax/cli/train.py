@@ -49,8 +49,8 @@ def train_command(arguments: Arguments) -> None:
         profile = steps_to_profile(a.profile)
         start_devices(a.config, joined=job)
     try:
-        with hurried_exit(job):
-            train(a.config, run_dir, restart=a.restart, profile=profile, progress=Bar())
+        with hurried_exit(job), Bar() as bar:
+            train(a.config, run_dir, restart=a.restart, profile=profile, progress=bar)
     except TrainingDiverged as error:
         fail(as_options(str(error)) if is_first() else None)
     except CheckpointFailed as error:

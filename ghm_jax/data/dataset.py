@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import re
 import tempfile
@@ -34,12 +35,19 @@ class Dataset:
     category_ids: tuple[int, ...]
     """COCO category id of each label."""
     index_file: Path | None = None
-    """Where `index` is cached."""
+    """Where `index` is cached, beside the records."""
 
     @functools.cached_property
     def index(self) -> Index:
         """Sizes and counts of all images; see `read_index`. The first call reads every record."""
         return read_index(self.source, self.index_file)
+
+    @property
+    def checksum(self) -> str:
+        """Of its description: splits, classes, and the files it was prepared from. Prepared again
+        from the same files it is the same."""
+        files = sorted(self.index_file.parent.glob("*.json")) if self.index_file else []
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)

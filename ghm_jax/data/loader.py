@@ -24,6 +24,7 @@ from ghm_jax.data.batching import (
 )
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.order import Draw, Groups, group_images, reading_order, training_order
+from ghm_jax.data.workers import check_workers
 from ghm_jax.exceptions import ConfigError, DataError
 
 Batches = Generator[LoadedBatch, None, None]
@@ -80,10 +81,12 @@ def train_batches(
 
     Raises:
         ConfigError, DataError: see `training_groups`.
+        ConfigError: the workers cannot run on this machine.
         DataError: while reading, if an image cannot be decoded (see `data.on_error`).
     """
     size = config.optimizer.batch_size
     share = _Share(size, process_index, process_count)
+    check_workers(config.data, share.size, config.run.workers)
     groups = groups or training_groups(dataset, config.data)
     build = functools.partial(
         _train_batch, dataset=dataset, groups=groups, config=config, share=share
@@ -101,11 +104,12 @@ def validation_batches(
     are those of `train_batches`, but with predict.batch_size.
 
     Raises:
-        ConfigError: an image fits in no bucket.
+        ConfigError: an image fits in no bucket, or the workers cannot run on this machine.
         DataError: the header of an image cannot be read; while reading: an image cannot be decoded.
     """
     size = config.predict.batch_size
     share = _Share(size, process_index, process_count)
+    check_workers(config.data, share.size, config.run.workers)
     build = functools.partial(_validation_batch, dataset=dataset, data=config.data, share=share)
     _check_headers(dataset)
     groups = group_images(dataset.index.sizes, np.arange(len(dataset)), config.data)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from ghm_jax.exceptions import ConfigError
+
 REPLICA = "replica"
 
 Device = Any
@@ -166,8 +168,21 @@ def merge_batch(tree: Any) -> Any:
 
 
 def choose_devices(count: int) -> list[Device]:
-    """The first `count` devices, or all for 0. Jobs of several processes use all devices."""
-    devices = jax.devices()
+    """The first `count` devices, or all for 0. Jobs of several processes use all devices.
+
+    Raises:
+        ConfigError: JAX finds none.
+    """
+    try:
+        devices = jax.devices()
+    except Exception as error:  # RuntimeError, AssertionError: whatever a backend does
+        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(
+            "devices",
+            f"JAX finds none that works with JAX_PLATFORMS={asked!r} ({reason})",
+            "try JAX_PLATFORMS=cpu, or reinstall jax for this machine",
+        ) from error
     return devices[: count or len(devices)] if jax.process_count() == 1 else devices
 
 
@@ -188,18 +203,20 @@ def use_cpu_cores(batch_sizes: tuple[int, ...]) -> None:
         return
 
 
-def keep_programs(directory: Path) -> None:
+def keep_programs(directory: Path | None) -> None:
     """Makes JAX cache compiled programs, so that the next run of the same step starts quickly.
 
-    No effect if the user chose a directory for JAX (JAX_COMPILATION_CACHE_DIR). Programs for a CPU
-    are cached per host: they use its instruction set, and the directory may be shared. No effect in
-    a job of several processes either: JAX caches for the first one only, which would then wait for
-    the others while they compile, on CPUs for no more than 30 seconds.
+    No effect without a directory, or if the user chose one for JAX (JAX_COMPILATION_CACHE_DIR).
+    Programs for a CPU are cached per host: they use its instruction set, and the directory may be
+    shared. No effect in a job of several processes either: JAX caches for the first one only, which
+    would then wait for the others while they compile, on CPUs for no more than 30 seconds.
 
     Args:
-        directory: of the cache.
+        directory: of the cache, or None.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.process_count() == 1:
+    if not directory or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if jax.process_count() == 1:
         if jax.default_backend() == "cpu":
             directory = directory / platform.node()
         jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -45,6 +45,8 @@ class Evaluation:
     """Of the checkpoint; None: detections of a file."""
     file: str | None = None
     """The detections were read from it; None: of a checkpoint."""
+    unwritten: str = ""
+    """Why the files could not be written; empty: they were, or were not asked for."""
 
     def summary(self) -> dict[str, Any]:
         """What metrics.json holds."""

@@ -1,6 +1,8 @@
 """Checkpoints of a state, a named tuple of arrays, by Orbax. All use of Orbax is in this file."""
 
 import contextlib
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +24,28 @@ class CheckpointFailed(RuntimeError):  # noqa: N818 (it is what happened)
     """A checkpoint could not be written; older ones are kept. The message is one line."""
 
 
+def check_location(directory: Path) -> None:
+    """Raises ConfigError if Orbax cannot keep checkpoints in a directory of this name.
+
+    Orbax lists the files of a checkpoint by a glob of the whole path, without an error if it finds
+    none, and takes gs:/ and the like for a bucket.
+    """
+    path = str(directory.resolve()) + os.sep
+    bad = re.search(r"[*?\[\\\0\ud800-\udfff]|:/", path)
+    if not bad:
+        return
+    what, remedy = f"'{bad[0]}'", "whose whole path has none of * ? [ \\"
+    if bad[0] == ":/":
+        what, remedy = "a name that ends in ':'", "and mount a bucket as a directory"
+    elif bad[0] not in "*?[\\":
+        what, remedy = "what is no text", "with a path in UTF-8"
+    raise ConfigError(
+        str(directory),
+        f"checkpoints could not be read back from {path!r}, which contains {what}",
+        f"choose another `run_dir`, {remedy}",
+    )
+
+
 class Checkpoints:
     """The checkpoints of a run; use it as a context manager, so that pending saves finish.
 
@@ -38,6 +62,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(keep_any),
         )
         self._manager = self._open()
+        self._unverified: tuple[int, int] | None = None  # the first save: step, arrays
+        self._verified = False
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -72,29 +98,67 @@ class Checkpoints:
 
         Raises:
             CheckpointFailed: this save could not start, or the previous one did not finish.
+            ConfigError: see `check`.
         """
+        if self._unverified is not None:
+            self.wait()
         if self.latest != step:
             metrics = {"AP": _UNKNOWN if ap is None else ap}
             with self._failing():
                 self._manager.save(step, args=ocp.args.StandardSave(_plain(state)), metrics=metrics)
+            if is_first() and not self._verified:
+                self._unverified = step, len(jax.tree.leaves(_plain(state)))
 
     def check(self) -> None:
         """Checks on pending saves without waiting.
 
         Raises:
             CheckpointFailed: a save in the background did not finish.
+            ConfigError: the first checkpoint is complete, but cannot be read back.
         """
         with self._failing():
+            first = self._unverified is not None
+            # Asked first: the save may fail in between.
+            first_done = first and not self._manager.is_saving_in_progress()
             self._manager.check_for_errors()
+        if first_done:
+            self._verify()
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
 
         Raises:
             CheckpointFailed: it could not be written.
+            ConfigError: see `check`.
         """
         with self._failing():
             self._manager.wait_until_finished()
+        self._verify()
+
+    def _verify(self) -> None:
+        """Raises ConfigError if the first checkpoint that was saved does not have all arrays.
+
+        Once, and by their number, so that a run whose checkpoints are of no use, whatever the
+        reason, ends at the first one and not after its last.
+        """
+        if self._unverified is None:
+            return
+        (step, wanted), self._unverified = self._unverified, None
+        if not (self._directory / str(step)).is_dir():  # it was not saved, which is told elsewhere
+            return
+        try:
+            keys = _open_store(self._directory / str(step) / "default").list().result()
+            found = sum(key.endswith(b"/.zarray") for key in keys)
+            why = f"{found} of {wanted} arrays" if found != wanted else ""
+        except Exception as error:  # whatever the storage raises
+            why = _first_line(error)
+        if why:
+            raise ConfigError(
+                str(self._directory / str(step)),
+                f"the first checkpoint of the run cannot be read back ({why[:80]})",
+                "choose another `run_dir`, on another disk or with a simple path",
+            )
+        self._verified = True
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -107,8 +171,8 @@ class Checkpoints:
                     self._manager.close()
                 self.remove_fragments()
                 self._manager = self._open()
-            reason = next((line for line in str(error).splitlines() if line), "")
-            raise CheckpointFailed(f"{type(error).__name__}: {reason}"[:200]) from error
+            self._unverified = None
+            raise CheckpointFailed(_first_line(error)) from error
 
     def remove_fragments(self) -> None:
         """Removes what interrupted saves left behind. Do not call it while a process saves."""
@@ -194,14 +258,24 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
         return [info.step in best for info in checkpoints]
 
 
+def _first_line(error: Exception) -> str:
+    reason = next((line for line in str(error).splitlines() if line), "")
+    return f"{type(error).__name__}: {reason}"[:200]
+
+
 def _read_through(path: Path) -> None:
     """Reads everything in a checkpoint; raises whatever the storage does if it is damaged.
 
     Orbax finds the same faults, but reads everything at once and logs every other failure.
     """
-    store = ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
+    store = _open_store(path)
     for key in store.list().result():
         store.read(key).result()
+
+
+def _open_store(path: Path) -> Any:
+    """The keys and values of a checkpoint."""
+    return ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
 
 
 def save_tree(path: Path, tree: Any) -> None:

@@ -1,7 +1,11 @@
 """Experiment files: Python that defines the config of a run, or one for each row of a table."""
 
+import contextlib
 import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ghm_jax.config import Config
 from ghm_jax.exceptions import ConfigError
@@ -10,6 +14,8 @@ from ghm_jax.exceptions import ConfigError
 def load_experiment(path: str | Path) -> Config:
     """The config of an experiment: FILE's `config`, or for FILE:ROW one of its `configs`.
 
+    The file may import others of its folder, as a script may.
+
     Raises:
         ConfigError: no such file or row, or the file defines no `Config` there.
     """
@@ -17,7 +23,8 @@ def load_experiment(path: str | Path) -> Config:
     if not Path(file).is_file():
         raise ConfigError(file, "no such experiment file", "see experiments/ for a list")
     try:
-        defined = runpy.run_path(file)
+        with _neighbours(Path(file).resolve().parent):
+            defined = runpy.run_path(file)
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(file, what, "fix the file") from error
@@ -37,6 +44,30 @@ def load_experiment(path: str | Path) -> Config:
             str(path), "defines no 'config = Config(...)'", "see experiments/quickstart.py"
         )
     return config
+
+
+@contextlib.contextmanager
+def _neighbours(folder: Path) -> Iterator[None]:
+    """A folder's modules can be imported, for a while: another may have some of the same name."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the file may have removed it
+            sys.path.remove(str(folder))
+        tops = {name.partition(".")[0] for name in set(sys.modules) - before} - before
+        ours = {top for top in tops if top in sys.modules and _lies_in(folder, sys.modules[top])}
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in ours:
+                del sys.modules[name]
+
+
+def _lies_in(folder: Path, module: Any) -> bool:
+    """Whether a top-level module is a file or a package directly in a folder."""
+    paths = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    places = [Path(path) for path in paths if path]
+    return any(folder in (place.parent, place.parent.parent) for place in places)
 
 
 def experiment_name(path: str | Path) -> str:

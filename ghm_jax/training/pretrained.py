@@ -34,8 +34,9 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
     path = locate(model.weights)
     like = {kind: {"backbone": tree["backbone"]} for kind, tree in like.items()}
     architecture = f"{model.backbone}-{model.width}-{model.stem_kernel}"
-    entry = cache_directory("weights") / f"{architecture}-{_sha256(path)}"
-    if entry.is_dir():
+    cache = cache_directory("weights")
+    entry = cache and cache / f"{architecture}-{_sha256(path)}"
+    if entry and entry.is_dir():
         try:
             return restore_tree(entry, like)
         except Exception as error:  # Orbax raises whatever its storage does
@@ -47,7 +48,8 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
         variables = import_backbone(tensors, like)
     except ValueError as error:
         raise ConfigError(str(path), f"{error}", f"model.backbone is {model.backbone}") from error
-    _keep(entry, variables)
+    if entry:
+        _keep(entry, variables)
     return variables
 
 

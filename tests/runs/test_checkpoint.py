@@ -1,19 +1,23 @@
 """What is restored is what was saved, bit for bit; what cannot be restored is one line."""
 
 import contextlib
+import os
 import resource
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from ghm_jax import losses
 from ghm_jax.config import Config, Optimizer
 from ghm_jax.detection.loss import GHMStates
 from ghm_jax.exceptions import ConfigError
-from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints
+from ghm_jax.runs.checkpoint import CheckpointFailed, Checkpoints, check_location
 from ghm_jax.training.optimizer import make_optimizer
 from ghm_jax.training.state import Skipped, TrainState
 
@@ -196,6 +200,51 @@ def test_only_damaged_checkpoints_are_one_line(rng, tmp_path):
     ):
         checkpoints.restore(blank(state))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("ask", ["check", "wait", "save"])
+def test_the_first_checkpoint_that_cannot_be_read_back_is_said_at_once(rng, tmp_path, ask):
+    state = make_state(rng)
+
+    def ask_until_it_is_said(checkpoints):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            match ask:
+                case "check":
+                    checkpoints.check()
+                case "wait":
+                    checkpoints.wait()
+                case "save":
+                    checkpoints.save(9, state)
+
+    with Checkpoints(tmp_path / "lr[0.1]") as checkpoints:  # Orbax's own glob finds nothing there
+        checkpoints.save(7, state)
+        with pytest.raises(ConfigError, match=r"7: the first .* cannot be read back") as said:
+            ask_until_it_is_said(checkpoints)
+    assert "\n" not in str(said.value)
+    assert "`run_dir`" in str(said.value)
+
+
+ODD = [chr(code) for code in range(1, 0x250) if chr(code) != "/"] + list("猫\u2028\U0001f600\udc80")
+
+
+@settings(max_examples=int(os.environ.get("GHM_FUZZ_EXAMPLES", "12")), deadline=None)
+@given(name=st.text(st.sampled_from(ODD), min_size=1, max_size=6))
+@example(name="**")
+@example(name="[a]")
+@example(name="gs:")
+def test_a_path_is_refused_or_its_checkpoints_can_be_read(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("any") / name
+    try:
+        check_location(folder)
+    except ConfigError:
+        assert set(name) & set("*?[\\:\0\udc80")
+        return
+    state = make_state(np.random.default_rng(0))
+    with Checkpoints(folder / "c") as checkpoints:
+        checkpoints.save(7, state)
+        checkpoints.wait()
+        assert_same(checkpoints.restore(blank(state)), state)
 
 
 @contextlib.contextmanager

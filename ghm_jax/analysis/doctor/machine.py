@@ -83,16 +83,12 @@ def _packages() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    import jax
     import jax.numpy as jnp
 
-    try:
-        devices = jax.devices()
-        total = float(jnp.ones((64, 64)).sum())
-    except Exception as error:
-        said = f"JAX finds none that works ({str(error).splitlines()[0][:150]})"
-        yield Finding("devices", False, said, "try JAX_PLATFORMS=cpu, or reinstall jax")
-        return
+    from ghm_jax.distributed.devices import choose_devices
+
+    devices = choose_devices(0)
+    total = float(jnp.ones((64, 64)).sum())
     kind = " ".join(dict.fromkeys((devices[0].platform, devices[0].device_kind)))
     cores = f", {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
     works = total == 64 * 64
@@ -149,6 +145,7 @@ def _evaluators() -> Iterator[Finding]:
 
 
 def _disk(config: Config) -> Iterator[Finding]:
+    yield from _cache()
     for what, path in (("disk of runs", Path()), ("disk of data", Path(config.data.dir))):
         there = path.absolute()
         while not there.exists():
@@ -163,17 +160,23 @@ def _disk(config: Config) -> Iterator[Finding]:
         yield Finding(what, good, said, "" if good else remedy)
 
 
+def _cache() -> Iterator[Finding]:
+    from ghm_jax.runs.storage import cache_directory
+
+    if cache_directory("programs") is None:
+        said = "no home directory: compiled programs and converted weights are not kept"
+        yield Finding("cache", False, said, "set HOME or GHM_JAX_CACHE to a directory")
+
+
 def _shared_memory(config: Config) -> Iterator[Finding]:
-    path = Path("/dev/shm")
-    if not path.is_dir() or not config.run.workers:
-        return
-    side = max(height * width for height, width in config.data.buckets)
-    needed = 4 * config.run.workers * config.optimizer.batch_size * side * 3
-    free = shutil.disk_usage(path).free
-    good = free >= needed
-    said = f"{free / 1e6:.0f} MB of shared memory for {config.run.workers} workers"
-    remedy = f"give the container --shm-size {needed / 1e9:.1f}g, or set `run.workers` 0"
-    yield Finding("memory", good, said, "" if good else f"needs {needed / 1e6:.0f} MB: {remedy}")
+    from ghm_jax.data.workers import check_workers, shared_memory
+
+    size, workers = max(config.optimizer.batch_size, config.predict.batch_size), config.run.workers
+    check_workers(config.data, size, workers)
+    memory = shared_memory(config.data, size, workers)
+    if memory is not None and workers:
+        said = f"{memory.free / 1e6:.0f} MB of shared memory for {workers} workers"
+        yield Finding("memory", True, said)
 
 
 def _settings(config: Config, source: str) -> Iterator[Finding]:
