@@ -112,7 +112,7 @@ def test_boxes_of_corner_and_size_are_detected(rng, monkeypatch, tmp_path):
         ("more objects than data.max_boxes", {"max_boxes": 2}),
         ("fit in no bucket", {"short_side": 80, "long_side": 160}),
         ("not those of the run", {"classes": ("a", "b", "d")}),
-        ("two classes have the same name", {"names": ("a", "a", "c")}),
+        ("two classes have the names 'a' and 'a'", {"names": ("a", "a", "c")}),
         ("3 classes have 2 category ids", {"ids": (1, 1, 3)}),
         ("without an object (d)", {"names": ("a", "b", "c", "d"), "ids": (1, 2, 3, 4)}),
         ("no file gone.json", {"annotations": "gone.json"}),

@@ -212,7 +212,7 @@ def test_a_stopped_run_resumes_with_the_next_split(folder):
 
     listener = Names()
     stopped = prepare_folder("mine", folder / "data", splits, progress=listener)
-    assert listener.lines == ["train: already written"]
+    assert [line for line in listener.lines if "warning" not in line] == ["train: already written"]
     assert {name for name in listener.steps if "write" in name} == {"write validation"}
     assert not list((folder / "data").rglob("*unfinished*"))
     straight = prepare_folder("mine", folder / "other", splits)
@@ -359,32 +359,32 @@ def breakages():
         ),
         "broken image": (
             lambda folder: (folder / "images" / "empty.jpg").write_bytes(b"?"),
-            r"empty.jpg is not an image; replace",
+            r"validation: .*empty.jpg is not an image of a known format; replace",
         ),
         "missing json": (
             lambda folder: (folder / "instances.json").unlink(),
             r"validation: no annotation file .*instances.json; give",
         ),
-        "no json": (text("{"), r"instances.json is not JSON .*; give"),
-        "list": (text("[]"), r"has no list 'images'; give a COCO instances JSON"),
+        "no json": (text("{"), r"instances.json: is not JSON .*; write it again"),
+        "list": (text("[]"), r"has no list 'images', .*; give a COCO instances JSON"),
         "no annotations": (remove("annotations"), r"has no list 'annotations'; give"),
         "no category name": (
             change("categories", 1, name=None),
-            r"categories\[1\] has no 'name' of type str; give",
+            r"instances.json: categories\[1\] has the name None; it must be a text without",
         ),
         "same category name": (
             change("categories", 1, name="ox"),
-            r"two categories have the id \d+ or the name 'ox'; give",
+            r"two classes have the names 'ox' and 'ox'; give every category a name",
         ),
         "text as image id": (
             change("images", 0, id="11"),
-            r"images\[0\] has no 'id' of type int; give",
+            r"images\[0\] has the id '11'; it must be a whole number",
         ),
         "same file twice": (
             change("images", 0, file_name="empty.jpg"),
-            r"two images have the file name 'empty.jpg'; list",
+            r"images\[0\] and images\[2\] have the same file_name, 'empty.jpg'; list",
         ),
-        "huge image id": (change("images", 0, id=2**31), r"does not fit in 32 bits; renumber"),
+        "huge image id": (change("images", 0, id=2**31), r"images\[0\] has the id 2147483648; .*32 bits"),
         "wrong size": (
             change("images", 0, width=48, height=64),
             r"Lücke.jpg has 64x48 pixels, but the annotations say 48x64; save",
