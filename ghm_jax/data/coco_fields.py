@@ -47,7 +47,7 @@ class Instances(NamedTuple):
     """A COCO instances file: rows with the keys that are named here, and no others."""
 
     images: list[dict[str, Any]]
-    """id, file_name, width, height (the last two are None if the file does not say them)."""
+    """id, file_name, width, height (the last two are 0 if the file does not say them)."""
     annotations: list[dict[str, Any]] | None
     """id, image_id, category_id, bbox, area, iscrowd (0 or 1), in the order of the file; None if it
     has none, as a list of test images."""
@@ -77,8 +77,12 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
     return read
 
 
-def _or_missing(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if _is_missing(value) else read(value)
+def _object_id(value: Any) -> int | None:
+    return None if _is_missing(value) else _whole(-(2**63), 2**63 - 1)(value)
+
+
+def _side(value: Any) -> int:
+    return 0 if _is_missing(value) else _whole(1, 2**31 - 1)(value)
 
 
 def _text(value: Any) -> str:
@@ -131,7 +135,7 @@ def _score(value: Any) -> float:
 _IMAGE_ID = Field(_whole(0, 2**31 - 1), "a whole number from 0 on that fits in 32 bits")
 _CATEGORY_ID = Field(_whole(0, 2**63 - 1), "a whole number from 0 on that fits in 64 bits")
 _BBOX = Field(_bbox, "x, y, width, height in pixels, four finite numbers, no negative size")
-_SIDE = Field(_or_missing(_whole(1, 2**31 - 1)), "a positive whole number of pixels")
+_SIDE = Field(_side, "a positive whole number of pixels, or missing")
 _NAME = Field(_class_name, "a text without line breaks and without white space at its ends")
 IMAGE: Mapping[str, Field] = {
     "id": _IMAGE_ID,
@@ -141,9 +145,7 @@ IMAGE: Mapping[str, Field] = {
 }
 CATEGORY: Mapping[str, Field] = {"id": _CATEGORY_ID, "name": _NAME}
 ANNOTATION: Mapping[str, Field] = {
-    "id": Field(
-        _or_missing(_whole(-(2**63), 2**63 - 1)), "a whole number that fits in 64 bits, or missing"
-    ),
+    "id": Field(_object_id, "a whole number that fits in 64 bits, or missing"),
     "image_id": _IMAGE_ID,
     "category_id": _CATEGORY_ID,
     "bbox": _BBOX,

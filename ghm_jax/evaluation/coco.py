@@ -104,7 +104,8 @@ def load_results(path: str | Path, truth: dict[str, Any]) -> list[dict[str, Any]
             if row[key] not in known:
                 raise DataError(
                     str(path),
-                    f"detections[{number}] has the {key} {row[key]}, which is not in the ground truth",
+                    f"detections[{number}] has the {key} {row[key]}, which the ground truth does "
+                    "not list",
                     "give the split and annotations that the file belongs to",
                 )
     return found

@@ -384,7 +384,10 @@ def breakages():
             change("images", 0, file_name="empty.jpg"),
             r"images\[0\] and images\[2\] have the same file_name, 'empty.jpg'; list",
         ),
-        "huge image id": (change("images", 0, id=2**31), r"images\[0\] has the id 2147483648; .*32 bits"),
+        "huge image id": (
+            change("images", 0, id=2**31),
+            r"images\[0\] has the id 2147483648; .*32 bits",
+        ),
         "wrong size": (
             change("images", 0, width=48, height=64),
             r"Lücke.jpg has 64x48 pixels, but the annotations say 48x64; save",

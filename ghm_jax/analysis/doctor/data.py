@@ -16,6 +16,7 @@ from ghm_jax.data.batching import choose_bucket
 from ghm_jax.data.coco_fields import (
     IN_FIRST_PIXEL,
     LIKE_CORNERS,
+    MAX_AREA,
     in_first_pixel,
     read_instances,
 )
@@ -54,6 +55,10 @@ _REMEDIES = {
     "area": (
         "objects with a larger area than their box",
         "the boxes look like x, y, width, height read as corners; prepare the data again",
+    ),
+    "uncounted": (
+        "objects whose area is negative or so large that evaluators leave them out",
+        "prepare the data again from its annotations",
     ),
     "label": ("labels without a class", "prepare the data again from its annotations"),
     "crowded": ("images with more objects than data.max_boxes", "raise `data.max_boxes`"),
@@ -112,6 +117,9 @@ def _split(data: Data, split: str, images: int) -> Iterator[Finding]:
     good = objects > 0
     remedy = "there is nothing to learn from: check the annotations" if not good else ""
     yield Finding(what, good, said, remedy)
+    if 0 < objects == found.problems["crowd"]:
+        said = "all objects are crowd regions: none is learned from, none counts in evaluation"
+        yield Finding(what, False, said, "correct iscrowd and prepare the data again")
     if dataset.like_corners:
         yield Finding(what, False, *LIKE_CORNERS)
     if 0 < found.problems["with area"] == found.problems["first pixel"]:
@@ -217,6 +225,8 @@ def _problems(
         inverted=int(inverted.sum()),
         degenerate=int((flat & ~outside).sum()),
         outside=int(outside.sum()),
+        uncounted=int(((area < 0) | (area > MAX_AREA)).sum()),
+        crowd=int(np.asarray(objects["is_crowd"], bool).sum()),
         label=int(((labels < 0) | (labels >= num_classes)).sum()),
         crowded=int(len(boxes) > data.max_boxes),
     )

@@ -54,8 +54,8 @@ def read_split(
             row["id"],
             row["file_name"],
             directory / row["file_name"],
-            row["width"] or 0,
-            row["height"] or 0,
+            row["width"],
+            row["height"],
             [],
         )
         for row in _choose(found.images, subset)
