@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import shutil
 
 import cv2
 import numpy as np
@@ -189,6 +191,66 @@ def test_a_data_set_made_from_something_else_is_never_overwritten(folder, change
     with pytest.raises(ArgumentError, match=r"out: .*mine exists already, .*; delete it"):
         prepare_folder("mine", folder / "data", splits, subset=subset)
     assert contents(folder / "data" / "mine" / "1.0.0") == before
+
+
+def repaint(folder):
+    path = folder / "images" / IMAGES[0][1]
+    path.write_bytes(cv2.imencode(".jpg", np.full((48, 64, 3), 91, np.uint8))[1])
+    os.utime(path, ns=(1, 1))  # as in another folder, or after a copy
+
+
+def test_other_pictures_behind_the_same_annotations_are_refused(folder):
+    before = contents(prepare(folder))
+    repaint(folder)
+    with pytest.raises(ArgumentError, match=r"out: .*mine exists already, made from other files"):
+        prepare(folder)
+    assert contents(folder / "data" / "mine" / "1.0.0") == before
+
+
+def test_a_copy_of_the_pictures_is_the_same_data_set(folder):
+    before = contents(prepare(folder))
+    copy = folder / "copy"
+    shutil.copytree(folder / "images", copy, copy_function=shutil.copyfile)
+    for path in copy.rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    listener = Listener()
+    source = (copy, folder / "instances.json")
+    again = prepare_folder("mine", folder / "data", {"validation": source}, progress=listener)
+    assert listener.lines == [f"{again}: already prepared"]
+    assert contents(again) == before
+
+
+def test_data_prepared_before_the_pictures_were_recorded_is_compared_by_content(folder):
+    path = prepare(folder) / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata["sources"]["validation"]["images"]
+    path.write_text(json.dumps(metadata))
+    assert prepare(folder) == path.parent
+    assert len(open_dataset(data(folder), "validation")) == 3
+    repaint(folder)
+    with pytest.raises(ArgumentError, match="made from other files"):
+        prepare(folder)
+
+
+def test_a_split_of_other_pictures_is_written_anew(folder):
+    source = (folder / "images", folder / "instances.json")
+    splits = {"train": source, "validation": source}
+
+    class StopWriting(Listener):
+        def update(self, name, done, total, fields):
+            if name == "write validation":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder("mine", folder / "data", splits, progress=StopWriting())
+    repaint(folder)
+    listener = Listener()
+    prepare_folder("mine", folder / "data", splits, progress=listener)
+    assert "train: already written" not in listener.lines
+    for split in splits:
+        for record in open_dataset(data(folder), split).source:
+            name = record["image/filename"].decode()
+            assert record["image"] == (folder / "images" / name).read_bytes()
 
 
 def test_a_stopped_run_resumes_with_the_next_split(folder):
