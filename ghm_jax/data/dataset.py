@@ -18,7 +18,7 @@ from tensorflow_datasets.core.utils import tqdm_utils
 from ghm_jax.config import Data
 from ghm_jax.data.index import Index, read_index
 from ghm_jax.data.prepare.digit_scenes import DigitScenes
-from ghm_jax.data.schema import category_ids_of, detection_features
+from ghm_jax.data.schema import category_ids_of, classes_problem, detection_features
 from ghm_jax.exceptions import ConfigError, UserError
 
 
@@ -36,6 +36,8 @@ class Dataset:
     """COCO category id of each label."""
     index_file: Path | None = None
     """Where `index` is cached, beside the records."""
+    like_corners: bool = False
+    """The boxes that it was prepared from look like corners."""
 
     @functools.cached_property
     def index(self) -> Index:
@@ -63,7 +65,8 @@ def open_dataset(data: Data, split: str) -> Dataset:
         split: TFDS split or slice of one, such as `train[:1%]`.
 
     Raises:
-        ConfigError: no such data set or split, or one that cannot be read.
+        ConfigError: no such data set or split, one that cannot be read, or whose class names are
+            not those that it was prepared from.
     """
     refuse_bucket(ConfigError, "data.dir", data.dir)
     name = data.name or _only_dataset(Path(data.dir))
@@ -76,7 +79,7 @@ def open_dataset(data: Data, split: str) -> Dataset:
             f"no prepared data set {name!r} in {data.dir}",
             "prepare it there with ghm-jax data prepare, or set `data.dir` to where it is",
         )
-    builder: Any = tfds.builder_from_directory(versions[-1])
+    builder = _builder(versions[-1])
     _check_format(builder, name)
 
     key = "data.train_split" if split == data.train_split else "data.validation_split"
@@ -85,18 +88,37 @@ def open_dataset(data: Data, split: str) -> Dataset:
 
     class_names = tuple(builder.info.features["objects"]["label"].names)
     metadata = builder.info.metadata or {}
+    category_ids = tuple(metadata.get("category_ids", category_ids_of(class_names)))
+    if problem := classes_problem(class_names, category_ids):
+        raise ConfigError(str(versions[-1]), problem, "prepare it again from its annotations")
     return Dataset(
         source=source,
         name=name,
         class_names=class_names,
-        category_ids=tuple(metadata.get("category_ids", category_ids_of(class_names))),
+        category_ids=category_ids,
         index_file=versions[-1] / f"index-{quote(split, safe='')}.npz",
+        like_corners=_base(split) in metadata.get("like_corners", ()),
     )
+
+
+def _builder(directory: Path) -> Any:
+    """The TFDS builder of a prepared data set."""
+    try:
+        return tfds.builder_from_directory(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        problem = f"cannot be read as a data set ({said})"
+        raise ConfigError(str(directory), problem, "prepare it again") from None
+
+
+def _base(split: str) -> str:
+    """The split that a slice such as `train[:1%]` is of."""
+    return re.split(r"\W", split, maxsplit=1)[0]
 
 
 def _check_split(key: str, name: str, split: str, splits: Any) -> None:
     """Raises ConfigError if `split` is not a split, or a slice of one, that holds images."""
-    base = re.split(r"\W", split, maxsplit=1)[0]
+    base = _base(split)
     if base not in splits:
         raise ConfigError(key, f"{name} has no split {base!r}", f"choose from {', '.join(splits)}")
     try:

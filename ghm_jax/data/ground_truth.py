@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ghm_jax.data.coco_fields import number_annotations
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.schema import read_objects
 from ghm_jax.data.transforms import encoded_size
@@ -11,8 +12,8 @@ def coco_ground_truth(dataset: Dataset) -> dict[str, Any]:
     """All images and objects of a data set as a COCO instances dictionary.
 
     Boxes (x, y, width, height) are in pixels of the stored images; crowd regions and degenerate
-    boxes are included. Areas come from TFDS, which rounds them down: for published figures score
-    against the official file.
+    boxes are included; their ids are kept where evaluators take them. Areas come from TFDS, which
+    rounds them down: for published figures score against the official file.
     """
     images, annotations = [], []
     for record in dataset.source:
@@ -34,11 +35,7 @@ def coco_ground_truth(dataset: Dataset) -> dict[str, Any]:
                     "iscrowd": int(is_crowd),
                 }
             )
-    ids = {annotation["id"] for annotation in annotations}
-    if 0 in ids or len(ids) < len(annotations):
-        # Evaluators treat a match with object 0 as no match, and look objects up by id.
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
+    number_annotations(annotations)
     categories = [
         {"id": category_id, "name": name}
         for category_id, name in zip(dataset.category_ids, dataset.class_names, strict=True)

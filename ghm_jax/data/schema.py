@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ghm_jax.data.coco_fields import class_names_problem
+
 # The 80 names of COCO in label order, and their official ids: 1 to 90 with ten gaps.
 _COCO_NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
@@ -51,6 +53,17 @@ def category_ids_of(class_names: Sequence[str]) -> tuple[int, ...]:
     if set(class_names) == set(COCO_CATEGORIES):
         return tuple(COCO_CATEGORIES[name] for name in class_names)
     return tuple(range(1, len(class_names) + 1))
+
+
+def classes_problem(class_names: Sequence[str], category_ids: Sequence[int]) -> str:
+    """Why classes cannot be those that a data set was prepared from; empty if they can be.
+
+    TFDS keeps the names in a text file, one a line: a name that is empty or holds a line break
+    comes back as no name or as two, and every later label means another class.
+    """
+    if len(category_ids) != len(class_names) or len(set(category_ids)) < len(category_ids):
+        return f"{len(class_names)} classes have {len(set(category_ids))} category ids"
+    return class_names_problem(class_names)
 
 
 class Objects(NamedTuple):

@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import json
-import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ghm_jax.config import Config
+from ghm_jax.data.coco_fields import DETECTION, check_scale, read_instances, read_json, read_rows
 from ghm_jax.data.dataset import Dataset
 from ghm_jax.data.ground_truth import coco_ground_truth
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 from ghm_jax.runs.metrics import METRICS
 
 Evaluator = Literal["hotcoco", "pycocotools"]
@@ -22,16 +21,19 @@ Evaluator = Literal["hotcoco", "pycocotools"]
 def load_ground_truth(config: Config, dataset: Dataset) -> dict[str, Any]:
     """COCO instances to score against: from `data.annotations`, or else from the data set.
 
+    Without `annotations` if the file is a list of test images.
+
     Raises:
         ConfigError: the file is missing, or its categories are not those of the data set.
+        DataError: the file is not in COCO's form; see `read_instances`.
     """
     if not config.data.annotations:
         return coco_ground_truth(dataset)
     path = Path(config.data.annotations)
     if not path.is_file():
         raise ConfigError("data.annotations", f"no file {path}", "set it to the instances JSON")
-    truth = json.loads(path.read_text())
-    names = {category["id"]: category["name"] for category in truth["categories"]}
+    truth = read_instances(path)
+    names = {category["id"]: category["name"] for category in truth.categories}
     ours = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
     if names != ours:
         raise ConfigError(
@@ -39,7 +41,7 @@ def load_ground_truth(config: Config, dataset: Dataset) -> dict[str, Any]:
             f"the categories of {path} are not those of {dataset.name}",
             "give the file that belongs to this data set",
         )
-    return truth
+    return {name: rows for name, rows in truth._asdict().items() if rows is not None}
 
 
 def match_images(
@@ -81,44 +83,32 @@ def load_results(path: str | Path, truth: dict[str, Any]) -> list[dict[str, Any]
         truth: COCO instances to score the detections against.
 
     Raises:
-        ConfigError: no such file, wrong format, or an image or category that is not in `truth`.
+        ConfigError: no such file.
+        DataError: not a list of detections, a value against the rule of its field, boxes that look
+            divided by width and height, or an image or category that is not in `truth`.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
             str(path), "no such file", "give COCO results (a JSON file of detections)"
         )
-    try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(str(path), f"is not JSON ({error})", "write the file again") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
-        raise ConfigError(str(path), "is not a list", "COCO results are a list of detections")
+        raise DataError(str(path), "is not a list", "COCO results are a list of detections")
+    found = read_rows(path, "detections", rows, DETECTION)
+    check_scale(path, found)
     images = {image["id"] for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}
-    for number, row in enumerate(rows):
-        try:
-            image_id, category_id, score = row["image_id"], row["category_id"], row["score"]
-            values = [float(score), *map(float, row["bbox"])]
-            if len(values) != 5 or not all(map(math.isfinite, values)):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise ConfigError(
-                str(path),
-                f"row {number} needs image_id, category_id, score and bbox [x, y, width, height], "
-                "all finite",
-                "fix the file",
-            ) from None
-        if image_id not in images or category_id not in categories:
-            key, value = (
-                ("image", image_id) if image_id not in images else ("category", category_id)
-            )
-            raise ConfigError(
-                str(path),
-                f"row {number} is of {key} {value!r}, which is not in the ground truth",
-                "give the split and annotations that the file belongs to",
-            )
-    return rows
+    for number, row in enumerate(found):
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if row[key] not in known:
+                raise DataError(
+                    str(path),
+                    f"detections[{number}] has the {key} {row[key]}, which the ground truth does "
+                    "not list",
+                    "give the split and annotations that the file belongs to",
+                )
+    return found
 
 
 def score(

@@ -47,9 +47,17 @@ def valid(rng):
     return [record(i + 1, rng) for i in range(5)]
 
 
-def findings(records, monkeypatch, tmp_path, names=("a", "b", "c"), ids=(1, 2, 3), **data):
+def findings(
+    records,
+    monkeypatch,
+    tmp_path,
+    names=("a", "b", "c"),
+    ids=(1, 2, 3),
+    like_corners=False,
+    **data,
+):
     """The findings for a data set of these records, which exists only in memory."""
-    dataset = Dataset(records, "mine", names, ids)
+    dataset = Dataset(records, "mine", names, ids, like_corners=like_corners)
     monkeypatch.setattr("ghm_jax.analysis.doctor.data.open_dataset", lambda data, split: dataset)
     chosen = {"validation_split": "train", "short_side": 40, "long_side": 80} | data
     chosen = Data(name="mine", dir=str(tmp_path), buckets=((64, 96), (96, 64)), **chosen)
@@ -82,6 +90,23 @@ FAULTS = {
 }
 
 
+def moved_out(boxes):
+    """Clipped to the border, as a box beyond it is."""
+    return np.concatenate([boxes[:, :1], np.ones((3, 1)), boxes[:, 2:3], np.ones((3, 1))], axis=1)
+
+
+def reaching_out(boxes):
+    """Clipped at the right; its area is still the whole one."""
+    return np.concatenate([boxes[:, :1], np.full((3, 1), 0.95), boxes[:, 2:3], np.ones((3, 1))], 1)
+
+
+FAULTS |= {
+    "lay outside their image": change_boxes(moved_out),
+    "reached beyond it and was clipped": change_boxes(reaching_out),
+    "area is negative or so large": lambda r: r["objects"].update({"area": np.full(3, -600)}),
+}
+
+
 def test_valid_data_has_no_fault(rng, monkeypatch, tmp_path):
     found = findings(valid(rng), monkeypatch, tmp_path)
     assert all(f.good for f in found), found
@@ -106,13 +131,61 @@ def test_boxes_stored_as_corner_and_size_are_detected(rng, monkeypatch, tmp_path
     assert any("x, y, width, height" in f.remedy for f in faults)
 
 
+def test_boxes_that_are_fractions_of_the_image_are_one_fault(rng, monkeypatch, tmp_path):
+    """Divided by width and height once more than they should be."""
+    records = valid(rng)
+    for r in records:
+        change_boxes(lambda b: b / np.array([40, 80, 40, 80], np.float32))(r)
+    (fault,) = (f for f in findings(records, monkeypatch, tmp_path) if not f.good)
+    assert "all boxes lie within 1 x 1 pixels" in fault.says
+    assert "multiply" in fault.remedy
+
+
+def test_nothing_but_crowd_regions_is_a_fault(rng, monkeypatch, tmp_path):
+    records = valid(rng)
+    for r in records:
+        r["objects"]["is_crowd"] = np.ones(3, bool)
+    (fault,) = (f for f in findings(records, monkeypatch, tmp_path) if not f.good)
+    assert "all objects are crowd regions" in fault.says
+    records[0]["objects"]["is_crowd"] = np.array([True, False, True])
+    assert all(f.good for f in findings(records, monkeypatch, tmp_path))
+
+
+def test_what_was_prepared_from_corners_is_a_fault(rng, monkeypatch, tmp_path):
+    found = findings(valid(rng), monkeypatch, tmp_path, like_corners=True)
+    (fault,) = (f for f in found if not f.good)
+    assert "look like x0, y0, x1, y1" in fault.says
+    assert "x, y, width, height" in fault.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has no list 'images'"),
+        (
+            '{"images": [{"id": "1"}], "annotations": [], "categories": [{}]}',
+            "images[0] has the id",
+        ),
+    ],
+)
+def test_broken_annotations_are_a_fault(rng, monkeypatch, tmp_path, text, words):
+    path = tmp_path / "instances.json"
+    path.write_text(text)
+    (fault,) = (
+        f for f in findings(valid(rng), monkeypatch, tmp_path, annotations=str(path)) if not f.good
+    )
+    assert "instances.json" in fault.says
+    assert words in fault.says
+
+
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
         ("more objects than data.max_boxes", {"max_boxes": 2}),
         ("fit in no bucket", {"short_side": 80, "long_side": 160}),
         ("not those of the run", {"classes": ("a", "b", "d")}),
-        ("two classes have the same name", {"names": ("a", "a", "c")}),
+        ("two classes have the names 'a' and 'a'", {"names": ("a", "a", "c")}),
         ("3 classes have 2 category ids", {"ids": (1, 1, 3)}),
         ("without an object (d)", {"names": ("a", "b", "c", "d"), "ids": (1, 2, 3, 4)}),
         ("no file gone.json", {"annotations": "gone.json"}),

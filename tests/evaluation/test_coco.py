@@ -9,8 +9,9 @@ from coco_oracle import pycocotools_figures
 from tiny import tiny_config
 
 from ghm_jax.data import coco_ground_truth, open_dataset
+from ghm_jax.data.coco_fields import read_instances
 from ghm_jax.evaluation.coco import METRICS, load_ground_truth, load_results, score
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
 both_evaluators = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
 
@@ -105,6 +106,26 @@ def test_figures_are_those_of_pycocotools(rng, evaluator):
 
 
 @both_evaluators
+@pytest.mark.parametrize("ids", ["from 0", "repeated", "missing", "negative", "shuffled"])
+def test_figures_of_a_file_do_not_depend_on_its_object_ids(rng, tmp_path, evaluator, ids):
+    truth = random_truth(rng)
+    results = random_detections(rng, truth)
+    expected = pycocotools_figures(truth, results)
+    order = rng.permutation(len(truth["annotations"])).tolist()
+    for annotation, place in zip(truth["annotations"], order, strict=True):
+        named = {"from 0": place, "repeated": place // 3, "negative": place - 5}
+        annotation["id"] = named.get(ids, place + 1)
+        if ids == "missing":
+            del annotation["id"]
+    for image in truth["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(truth))
+    metrics, _ = score(read_instances(path)._asdict(), results, evaluator)
+    np.testing.assert_allclose(list(metrics.values()), expected, atol=1e-6)
+
+
+@both_evaluators
 def test_detecting_nothing_scores_zero(rng, evaluator):
     truth = random_truth(rng)
     metrics, _ = score(truth, [], evaluator)
@@ -172,13 +193,16 @@ GOOD = {"image_id": 101, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}
     [
         ("[", "is not JSON"),
         ("{}", "is not a list"),
-        (json.dumps([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), "row 1 needs"),
-        (json.dumps([{**GOOD, "score": "high"}]), "row 0 needs"),
-        (json.dumps([{**GOOD, "score": float("nan")}]), "row 0 needs"),
-        (json.dumps([{k: v for k, v in GOOD.items() if k != "image_id"}]), "row 0 needs"),
-        ("[3]", "row 0 needs"),
-        (json.dumps([GOOD, {**GOOD, "image_id": 4}]), "row 1 is of image 4"),
-        (json.dumps([{**GOOD, "category_id": 1}]), "row 0 is of category 1"),
+        (json.dumps([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), r"detections\[1\] has the bbox \["),
+        (json.dumps([{**GOOD, "score": "high"}]), r"detections\[0\] has the score 'high'; it mu"),
+        (json.dumps([{**GOOD, "score": float("nan")}]), r"detections\[0\] has the score nan"),
+        (
+            json.dumps([{k: v for k, v in GOOD.items() if k != "image_id"}]),
+            r"detections\[0\] has no image_id; it must be",
+        ),
+        ("[3]", r"detections\[0\] is 3; it must be an object"),
+        (json.dumps([GOOD, {**GOOD, "image_id": 4}]), r"detections\[1\] has the image_id 4, whi"),
+        (json.dumps([{**GOOD, "category_id": 1}]), r"detections\[0\] has the category_id 1, wh"),
     ],
 )
 def test_an_invalid_results_file_is_one_line_that_names_the_row(validation, tmp_path, text, words):
@@ -186,7 +210,7 @@ def test_an_invalid_results_file_is_one_line_that_names_the_row(validation, tmp_
     path.write_text(json.dumps([GOOD]))
     assert load_results(path, truth) == [GOOD]
     path.write_text(text)
-    with pytest.raises(ConfigError, match=words) as refused:
+    with pytest.raises(DataError, match=words) as refused:
         load_results(path, truth)
     assert "found.json" in str(refused.value)
     assert "\n" not in str(refused.value)

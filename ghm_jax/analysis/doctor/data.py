@@ -2,22 +2,29 @@
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ghm_jax.analysis.doctor.finding import Finding, guarded
+from ghm_jax.analysis.doctor.finding import Finding, fault_of, guarded
 from ghm_jax.config import Config, Data
 from ghm_jax.data.batching import choose_bucket
+from ghm_jax.data.coco_fields import (
+    IN_FIRST_PIXEL,
+    LIKE_CORNERS,
+    MAX_AREA,
+    in_first_pixel,
+    read_instances,
+)
 from ghm_jax.data.dataset import Dataset, data_set_names, open_dataset
 from ghm_jax.data.prepare.digit_scenes import DigitScenes
-from ghm_jax.data.schema import COCO_CATEGORIES
+from ghm_jax.data.schema import COCO_CATEGORIES, classes_problem
 from ghm_jax.data.transforms import decode_image, encoded_size, resized_size
-from ghm_jax.exceptions import ConfigError
+from ghm_jax.exceptions import ConfigError, DataError
 
 _DECODED = 20  # images per split that are decoded; of the others only headers are read
 
@@ -36,16 +43,29 @@ _REMEDIES = {
         "boxes without width or height, which training drops",
         "remove them from the annotations, or ignore this line",
     ),
+    "outside": (
+        "boxes that lay outside their image: nothing can find them, evaluation counts them missed",
+        "correct or remove them in the annotations and prepare the data again",
+    ),
+    "cut": (
+        "objects with a larger area than their box, which ends at a border of the image: the box "
+        "reached beyond it and was clipped",
+        "correct the annotations and prepare the data again, or ignore this line",
+    ),
     "area": (
         "objects with a larger area than their box",
         "the boxes look like x, y, width, height read as corners; prepare the data again",
+    ),
+    "uncounted": (
+        "objects whose area is negative or so large that evaluators leave them out",
+        "prepare the data again from its annotations",
     ),
     "label": ("labels without a class", "prepare the data again from its annotations"),
     "crowded": ("images with more objects than data.max_boxes", "raise `data.max_boxes`"),
     "large": ("images that fit in no bucket", "add a larger one to `data.buckets`"),
 }
 """What is counted in the records: (problem, remedy)."""
-_HARMLESS = ("degenerate", "crowded")
+_HARMLESS = ("degenerate", "crowded", "cut")
 """A few of them are normal: a fault only from 1% on."""
 
 
@@ -89,20 +109,29 @@ def _split(data: Data, split: str, images: int) -> Iterator[Finding]:
     yield from _classes(what, dataset, data)
     if data.annotations and split == data.validation_split:
         yield _annotations(what, dataset, data)
-    looked, objects, labels, counts, example = _count(dataset, data, images)
-    part = "" if looked == len(dataset) else f" ({looked} checked)"
-    empty = counts.pop("empty", 0)
+    found = _count(dataset, data, images)
+    objects = found.labels.total()
+    part = "" if found.images == len(dataset) else f" ({found.images} checked)"
+    empty = found.problems["empty"]
     said = f"{len(dataset)} images{part}, {objects} objects, {empty} images without any"
     good = objects > 0
     remedy = "there is nothing to learn from: check the annotations" if not good else ""
     yield Finding(what, good, said, remedy)
+    if 0 < objects == found.problems["crowd"]:
+        said = "all objects are crowd regions: none is learned from, none counts in evaluation"
+        yield Finding(what, False, said, "correct iscrowd and prepare the data again")
+    if dataset.like_corners:
+        yield Finding(what, False, *LIKE_CORNERS)
+    if 0 < found.problems["with area"] == found.problems["first pixel"]:
+        yield Finding(what, False, *IN_FIRST_PIXEL)
+        del found.problems["area"]  # areas in pixels are larger than such boxes
     for key, (problem, remedy) in _REMEDIES.items():
-        number = counts[key]
-        of = looked if "images" in problem.split()[:1] else objects
+        number = found.problems[key]
+        of = found.images if "images" in problem.split()[:1] else objects
         if number and not (key in _HARMLESS and number < 0.01 * of):
-            yield Finding(what, False, f"{number} {problem} (image {example[key]})", remedy)
-    unseen = [name for i, name in enumerate(dataset.class_names) if not labels[i]]
-    if unseen and looked == len(dataset) and split == data.train_split:
+            yield Finding(what, False, f"{number} {problem} (image {found.example[key]})", remedy)
+    unseen = [name for i, name in enumerate(dataset.class_names) if not found.labels[i]]
+    if unseen and found.images == len(dataset) and split == data.train_split:
         listed = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
         remedy = "label some, or remove the class from the annotations"
         yield Finding(what, False, f"{len(unseen)} classes without an object ({listed})", remedy)
@@ -110,12 +139,8 @@ def _split(data: Data, split: str, images: int) -> Iterator[Finding]:
 
 def _classes(what: str, dataset: Dataset, data: Data) -> Iterator[Finding]:
     names, ids = dataset.class_names, dataset.category_ids
-    problem = ""
-    if len(set(names)) < len(names):
-        problem = "two classes have the same name"
-    elif len(ids) != len(names) or len(set(ids)) < len(ids):
-        problem = f"{len(names)} classes have {len(set(ids))} category ids"
-    elif set(names) == set(COCO_CATEGORIES):
+    problem = classes_problem(names, ids)
+    if not problem and set(names) == set(COCO_CATEGORIES):
         wrong = [n for n, i in zip(names, ids, strict=True) if COCO_CATEGORIES[n] != i]
         problem = f"{wrong[0]} has a different id than in COCO" if wrong else ""
     if problem:
@@ -134,23 +159,34 @@ def _annotations(what: str, dataset: Dataset, data: Data) -> Finding:
         return Finding(
             what, False, f"no file {path}", "set `data.annotations` to the instances JSON"
         )
-    truth = json.loads(path.read_text())
-    names = {category["id"]: category["name"] for category in truth["categories"]}
+    try:
+        categories = read_instances(path).categories
+    except DataError as error:
+        return fault_of(what, error)
+    names = {category["id"]: category["name"] for category in categories}
     if names != dict(zip(dataset.category_ids, dataset.class_names, strict=True)):
         remedy = "give the file that the data was prepared from"
         return Finding(what, False, f"{path}: different classes or category ids", remedy)
     return Finding(what, True, f"{path}: same classes and ids")
 
 
-def _count(
-    dataset: Dataset, data: Data, images: int
-) -> tuple[int, int, Counter[int], Counter[str], dict[str, int]]:
-    """Images and objects checked, objects by label, problems by kind, an image id of each kind."""
-    counts: Counter[str] = Counter()
-    labels: Counter[int] = Counter()
-    example: dict[str, int] = {}
+@dataclass
+class _Counts:
+    """What was found in the records of a split."""
+
+    images: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+    """Objects by label."""
+    problems: Counter[str] = field(default_factory=Counter)
+    """Problems by kind."""
+    example: dict[str, int] = field(default_factory=dict)
+    """An image id of each kind."""
+
+
+def _count(dataset: Dataset, data: Data, images: int) -> _Counts:
+    """Reads records of a split, at most `images` of them."""
+    counts = _Counts()
     seen: set[int] = set()
-    objects = 0
     # Evenly spaced over the split, because errors come in clusters.
     places = np.unique(np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int))
     for place in places.tolist():
@@ -159,14 +195,14 @@ def _count(
         found = _problems(record, data, len(dataset.class_names), decode=len(seen) < _DECODED)
         found["repeated"] += image_id in seen
         seen.add(image_id)
-        labels.update(np.asarray(record["objects"]["label"]).ravel().tolist())
-        number = len(record["objects"]["label"])
-        objects += number
-        found["empty"] += number == 0
+        labels = np.asarray(record["objects"]["label"]).ravel().tolist()
+        counts.labels.update(labels)
+        found["empty"] += not labels
         for key in +found:
-            example.setdefault(key, image_id)
-        counts.update(found)
-    return len(places), objects, labels, counts, example
+            counts.example.setdefault(key, image_id)
+        counts.problems.update(found)
+        counts.images += 1
+    return counts
 
 
 def _problems(
@@ -177,11 +213,20 @@ def _problems(
     boxes = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)  # y, x, y, x
     labels = np.asarray(objects["label"]).ravel()
     sides = boxes[:, 2:] - boxes[:, :2]
+    area = np.asarray(objects["area"], np.float64).ravel()
+    inverted = (sides < 0).any(axis=1)
+    flat = (sides == 0).any(axis=1) & ~inverted
+    at_border = (boxes <= 0) | (boxes >= 1)
+    # A box that had an area, clipped to a line at the border.
+    outside = flat & (area > 0) & ((sides == 0) & at_border[:, :2]).any(axis=1)
     # Tolerances, because TFDS stores float32.
     found = Counter(
         pixels=int(((boxes < -1e-3) | (boxes > 1.001)).any(axis=1).sum()),
-        inverted=int((sides < 0).any(axis=1).sum()),
-        degenerate=int(((sides == 0).any(axis=1) & ~(sides < 0).any(axis=1)).sum()),
+        inverted=int(inverted.sum()),
+        degenerate=int((flat & ~outside).sum()),
+        outside=int(outside.sum()),
+        uncounted=int(((area < 0) | (area > MAX_AREA)).sum()),
+        crowd=int(np.asarray(objects["is_crowd"], bool).sum()),
         label=int(((labels < 0) | (labels >= num_classes)).sum()),
         crowded=int(len(boxes) > data.max_boxes),
     )
@@ -192,11 +237,16 @@ def _problems(
     except ValueError:
         found["undecodable"] += 1
         return found
-    area = np.asarray(objects["area"], np.float64).ravel()
     of_box = sides.clip(0).prod(axis=1) * height * width
     # Areas are integers, of a mask or of the box; one pixel of rounding at each side is allowed.
     slack = 2 * (sides.clip(0) * (height, width)).sum(axis=1) + 4
-    found["area"] = int(((area > of_box + slack) & (sides > 0).all(axis=1)).sum())
+    real = (sides > 0).all(axis=1)
+    larger = real & (area > of_box + slack)
+    found["cut"] = int((larger & at_border.any(axis=1)).sum())
+    found["area"] = int((larger & ~at_border.any(axis=1)).sum())
+    in_pixels = boxes * (height, width, height, width)
+    found["with area"] = int(real.sum())
+    found["first pixel"] = int((real & in_first_pixel(in_pixels[:, :2], in_pixels[:, 2:])).sum())
     with contextlib.suppress(ConfigError):
         choose_bucket(resized_size(height, width, data.short_side, data.long_side), data.buckets)
         return found

@@ -1,14 +1,16 @@
-"""COCO instances files, read and checked against their images."""
+"""Splits to prepare: COCO instances files, checked against their images."""
 
 import hashlib
-import json
-import math
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ghm_jax.data.coco_fields import LIKE_CORNERS, look_like_corners, read_instances
 from ghm_jax.data.transforms import encoded_size
 from ghm_jax.exceptions import DataError
-from ghm_jax.progress import Progress, Silent
+from ghm_jax.progress import Progress
 
 
 class AnnotatedImage(NamedTuple):
@@ -18,20 +20,16 @@ class AnnotatedImage(NamedTuple):
     file_name: str
     path: Path
     width: int
+    """In pixels; 0 until `check_sizes` if the annotations do not say it."""
     height: int
     annotations: list[dict[str, Any]]
     """With the keys id, category_id, bbox (x, y, width, height in pixels), area, iscrowd."""
 
 
 def read_split(
-    split: str,
-    directory: Path,
-    annotations: Path,
-    *,
-    subset: float = 1.0,
-    progress: Progress | None = None,
+    split: str, directory: Path, annotations: Path, *, subset: float = 1.0
 ) -> tuple[dict[int, str], list[AnnotatedImage]]:
-    """Reads one split, and the header of every image in it.
+    """Reads the annotations of one split; of its images nothing is read.
 
     Args:
         split: its name; if it begins with `test`, annotations are optional.
@@ -39,182 +37,127 @@ def read_split(
         annotations: COCO instances JSON.
         subset: fraction of the images, in (0, 1]. It depends on their ids alone, and a smaller
             subset is part of every larger one. The other images need not exist.
-        progress: receives progress updates.
 
     Returns:
         {category id: name} in the order of ids, which is the order of labels; and the images.
 
     Raises:
-        DataError: a missing file, or annotations that are not in COCO format or do not match the
-            images.
+        DataError: annotations that `read_instances` refuses.
     """
-    source = _read_json(split, annotations)
-    categories = _read_categories(split, source)
-    entries = _read_entries(split, source)
-    images = _read_images(split, directory, _choose(entries, subset), progress or Silent())
-    for number, entry in enumerate(source["annotations"]):
-        _check_annotation(split, number, entry, entries, categories)
-        if entry["image_id"] in images:
-            images[entry["image_id"]].annotations.append(_annotation(entry))
+    if not annotations.is_file():
+        raise DataError(split, f"no annotation file {annotations}", "give a COCO instances JSON")
+    found = read_instances(annotations)
+    if found.annotations is None and not split.startswith("test"):
+        raise DataError(str(annotations), "has no list 'annotations'", "give a COCO instances JSON")
+    images = {
+        row["id"]: AnnotatedImage(
+            row["id"],
+            row["file_name"],
+            directory / row["file_name"],
+            row["width"],
+            row["height"],
+            [],
+        )
+        for row in _choose(found.images, subset)
+    }
+    for annotation in found.annotations or []:
+        if annotation["image_id"] in images:
+            images[annotation["image_id"]].annotations.append(annotation)
     for image in images.values():
         image.annotations.sort(key=lambda annotation: annotation["id"])  # as TFDS `coco` does
-    return categories, list(images.values())
+    return {row["id"]: row["name"] for row in found.categories}, list(images.values())
 
 
-def _check_annotation(
-    split: str,
-    number: int,
-    entry: Any,
-    images: dict[int, dict[str, Any]],
-    categories: dict[int, str],
-) -> None:
-    _, image_id, category_id, bbox = _fields(
-        split, "annotations", number, entry, "id", "image_id", "category_id", "bbox"
-    )
-    if image_id not in images or category_id not in categories:
-        raise DataError(
-            split,
-            f"annotations[{number}] refers to image {image_id} and category {category_id}, which "
-            "the file does not list",
-            "add or remove them",
-        )
-    if len(bbox) != 4 or not all(map(_is_number, bbox)) or min(bbox[2:]) < 0:
-        raise DataError(
-            split,
-            f"annotations[{number}] has the bbox {bbox}",
-            "it must be x, y, width, height in pixels",
-        )
-
-
-def _annotation(entry: dict[str, Any]) -> dict[str, Any]:
-    """A checked entry of the JSON, with the keys of `AnnotatedImage.annotations`."""
-    bbox, area = entry["bbox"], entry.get("area")
-    return {
-        "id": entry["id"],
-        "category_id": entry["category_id"],
-        "bbox": bbox,
-        "area": area if _is_number(area) else bbox[2] * bbox[3],
-        "iscrowd": bool(entry.get("iscrowd", 0)),
-    }
-
-
-def _read_json(split: str, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(split, f"no annotation file {path}", "give a COCO instances JSON")
-    try:
-        source = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(
-            split, f"{path} is not JSON ({error})", "give a COCO instances JSON"
-        ) from None
-    if split.startswith("test") and isinstance(source, dict):
-        source.setdefault("annotations", [])
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(source, dict) or not isinstance(source.get(key), list):
-            raise DataError(
-                split,
-                f"{path} has no list {key!r}",
-                "give a COCO instances JSON, with images, annotations and categories",
-            )
-    return source
-
-
-def _read_categories(split: str, source: dict[str, Any]) -> dict[int, str]:
-    categories: dict[int, str] = {}
-    for number, entry in enumerate(source["categories"]):
-        category_id, name = _fields(split, "categories", number, entry, "id", "name")
-        if category_id in categories or name in categories.values():
-            raise DataError(
-                split,
-                f"two categories have the id {category_id} or the name {name!r}",
-                "give every category a unique id and name",
-            )
-        categories[category_id] = name
-    if not categories:
-        raise DataError(split, "the annotations list no categories", "add at least one")
-    return dict(sorted(categories.items()))
-
-
-def _read_entries(split: str, source: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """{image id: its entry}"""
-    entries: dict[int, dict[str, Any]] = {}
-    file_names = set()
-    for number, entry in enumerate(source["images"]):
-        image_id, file_name = _fields(split, "images", number, entry, "id", "file_name")
-        if image_id in entries or not 0 <= image_id < 2**31:
-            raise DataError(
-                split,
-                f"the image id {image_id} occurs twice or does not fit in 32 bits",
-                "renumber the images",
-            )
-        if file_name in file_names:
-            raise DataError(
-                split, f"two images have the file name {file_name!r}", "list every file once"
-            )
-        entries[image_id] = entry
-        file_names.add(file_name)
-    if not entries:
-        raise DataError(split, "the annotations list no images", "add at least one")
-    return entries
-
-
-def _choose(entries: dict[int, dict[str, Any]], share: float) -> dict[int, dict[str, Any]]:
+def _choose(images: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     """At least one image, and the same ones on every machine: those whose ids hash lowest."""
-    order = sorted(entries, key=lambda image_id: hashlib.sha256(b"%d" % image_id).digest())
-    chosen = set(order[: max(1, round(share * len(order)))])
-    return {image_id: entry for image_id, entry in entries.items() if image_id in chosen}
+    order = sorted(images, key=lambda row: hashlib.sha256(b"%d" % row["id"]).digest())
+    chosen = {row["id"] for row in order[: max(1, round(share * len(order)))]}
+    return [row for row in images if row["id"] in chosen]
 
 
-def _read_images(
-    split: str, directory: Path, entries: dict[int, dict[str, Any]], progress: Progress
-) -> dict[int, AnnotatedImage]:
-    images: dict[int, AnnotatedImage] = {}
-    for image_id, entry in entries.items():
-        path = directory / entry["file_name"]
-        width, height = _size_of_file(split, path)
-        stated = (entry.get("width", width), entry.get("height", height))
+def stamp_of(split: str, images: list[AnnotatedImage]) -> str:
+    """SHA-256 of the names, sizes and modification times of image files.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for image in sorted(images, key=lambda image: image.file_name):
+        try:
+            found = image.path.stat()
+        except OSError as error:
+            raise _no_image(split, image.path, error.strerror or "") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise _no_image(split, image.path, "not a file")
+        line = f"{image.file_name}\0{found.st_size}\0{found.st_mtime_ns}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _no_image(split: str, path: Path, why: str) -> DataError:
+    return DataError(
+        split,
+        f"no image {path}, which the annotations list ({why})",
+        "add it or give the directory that the file names are relative to",
+    )
+
+
+def check_sizes(
+    split: str, images: list[AnnotatedImage], progress: Progress
+) -> list[AnnotatedImage]:
+    """Reads the header of every image.
+
+    Returns:
+        The images with their width and height.
+
+    Raises:
+        DataError: a file is not an image, or has another size than the annotations say.
+    """
+    checked: list[AnnotatedImage] = []
+    for image in images:
+        try:
+            height, width = encoded_size(image.path)
+        except ValueError as error:
+            raise DataError(split, f"{image.path} {error}", "replace or remove it") from None
+        stated = (image.width or width, image.height or height)
         if stated != (width, height):
             raise DataError(
                 split,
-                f"{path} has {width}x{height} pixels, but the annotations say "
+                f"{image.path} has {width}x{height} pixels, but the annotations say "
                 f"{stated[0]}x{stated[1]}",
                 "save the image as it was annotated (orientation tags are not applied) or correct "
                 "the annotations",
             )
-        images[image_id] = AnnotatedImage(image_id, entry["file_name"], path, width, height, [])
-        progress.update(f"check {split}", len(images), len(entries), {})
-    return images
+        checked.append(image._replace(width=width, height=height))
+        progress.update(f"check {split}", len(checked), len(images), {})
+    return checked
 
 
-def _size_of_file(split: str, path: Path) -> tuple[int, int]:
-    if not path.is_file():
-        raise DataError(
-            split,
-            f"no image {path}, which the annotations list",
-            "add it or give the directory that the file names are relative to",
+def boxes_in_images(images: list[AnnotatedImage]) -> tuple[np.ndarray, np.ndarray]:
+    """All boxes of checked images, f64[N, 4] as annotated, and the width and height of the image
+    of each, f64[N, 2]."""
+    boxes = [row["bbox"] for image in images for row in image.annotations]
+    sizes = [(image.width, image.height) for image in images for _ in image.annotations]
+    return np.array(boxes, np.float64).reshape(-1, 4), np.array(sizes, np.float64).reshape(-1, 2)
+
+
+def box_notes(images: list[AnnotatedImage]) -> list[str]:
+    """What is odd about the boxes of checked images, a line each."""
+    boxes, sizes = boxes_in_images(images)
+    if look_like_corners(boxes, sizes):
+        return ["; ".join(LIKE_CORNERS)]
+    start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    # In float32, as a record holds them.
+    inside = (end / sizes).clip(0, 1).astype("f4") > (start / sizes).clip(0, 1).astype("f4")
+    outside = (boxes[:, 2:] > 0).all(axis=1) & ~inside.all(axis=1)
+    beyond = ((start < -1) | (end > sizes + 1)).any(axis=1) & ~outside
+    notes = []
+    if beyond.any():
+        notes.append(f"{beyond.sum()} boxes reach beyond their image and are clipped to it")
+    if outside.any():
+        of = [image.file_name for image in images for _ in image.annotations]
+        notes.append(
+            f"{outside.sum()} boxes lie outside their image, the first in {of[outside.argmax()]}: "
+            "nothing can find them and evaluation counts them as missed; correct or remove them"
         )
-    try:
-        height, width = encoded_size(path)
-    except ValueError:
-        raise DataError(split, f"{path} is not an image", "replace or remove it") from None
-    return width, height
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-_KINDS = {"file_name": str, "name": str, "bbox": list}  # ids are integers
-
-
-def _fields(split: str, section: str, number: int, entry: Any, *names: str) -> list[Any]:
-    """The named fields of one entry of the JSON, checked to have COCO's types."""
-    for name in names:
-        kind = _KINDS.get(name, int)
-        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-            raise DataError(
-                split,
-                f"{section}[{number}] has no {name!r} of type {kind.__name__}",
-                "give a COCO instances JSON",
-            )
-    return [entry[name] for name in names]
+    return notes

@@ -12,8 +12,16 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.splits import SplitDict
 
+from ghm_jax.data.coco_fields import look_like_corners
 from ghm_jax.data.dataset import refuse_bucket, write_array_record
-from ghm_jax.data.prepare.coco_annotations import AnnotatedImage, read_split
+from ghm_jax.data.prepare.coco_annotations import (
+    AnnotatedImage,
+    box_notes,
+    boxes_in_images,
+    check_sizes,
+    read_split,
+    stamp_of,
+)
 from ghm_jax.data.schema import detection_features
 from ghm_jax.exceptions import ArgumentError, DataError
 from ghm_jax.progress import Progress, Silent
@@ -34,8 +42,9 @@ def prepare_folder(
     """Writes a TFDS data set (array_record) from images with COCO annotations.
 
     Everything is checked before anything is written, so that an image that is missing is not found
-    after an hour of copying. Called again with the same arguments, it keeps what is done: the whole
-    data set, or the splits that were written before the first call was stopped.
+    after an hour of copying. Called again with the same arguments and files, it keeps what is done:
+    the whole data set, or the splits that were written before the first call was stopped. The image
+    files are the same if their names, sizes and modification times are, or else their contents.
 
     Args:
         name: of the new data set: `mine`, or with a configuration, `coco/2017`.
@@ -54,26 +63,29 @@ def prepare_folder(
     """
     progress = progress or Silent()
     _check_arguments(name, out, splits, subset)
-    sources = {
-        split: {"annotations": _digest(Path(annotations)), "subset": subset}
-        for split, (_, annotations) in splits.items()
-    }
+    categories, images = _read_splits(splits, subset)
+    sources = _sources(splits, subset, images)
     target = Path(out) / name / str(CocoDirectory.VERSION)
     unfinished = target.parent / "unfinished"
     if target.parent.is_dir() and any(p != unfinished for p in target.parent.iterdir()):
-        if not target.is_dir() or _sources_of(target) != sources:
+        if not target.is_dir() or not _is_made_from(target, sources, images, progress):
             raise ArgumentError(
                 "out",
                 f"{target.parent} exists already, made from other files or another subset of them",
                 "delete it or give the data set another name",
             )
+        progress.close()
         progress.say(f"{target}: already prepared")
         return target
-    categories, images = _read_splits(splits, subset, progress)
+    images = {split: check_sizes(split, part, progress) for split, part in images.items()}
+    for split, part in images.items():
+        for note in box_notes(part):
+            progress.say(f"warning: {split}: {note}")
     _check_disk(Path(out), name, images)
     parts = _write_splits(name, unfinished, categories, images, sources, progress)
     progress.close()
-    _join_parts(parts, sources, target)
+    like_corners = [s for s, part in images.items() if look_like_corners(*boxes_in_images(part))]
+    _join_parts(parts, sources, like_corners, target)
     shutil.rmtree(unfinished)
     return target
 
@@ -92,7 +104,8 @@ def _write_splits(
         directory = unfinished / split
         part = directory / name / str(CocoDirectory.VERSION)
         parts.append(part)
-        if any(part.glob(_RECORDS)) and _sources_of(part) == {split: sources[split]}:
+        source, files = {split: sources[split]}, {split: of_split}
+        if any(part.glob(_RECORDS)) and _is_made_from(part, source, files, progress):
             progress.say(f"{split}: already written")
             continue
         shutil.rmtree(directory, ignore_errors=True)
@@ -100,9 +113,9 @@ def _write_splits(
             CocoDirectory(
                 name=name,
                 categories=categories,
-                images={split: of_split},
+                images=files,
                 data_dir=directory,
-                sources={split: sources[split]},
+                sources=source,
                 progress=progress,
             )
         )
@@ -217,12 +230,18 @@ def _check_arguments(name: str, out: str | Path, splits: Splits, subset: float) 
         )
 
 
-def _digest(annotations: Path) -> str:
-    """SHA-256 of a file; empty if it is missing, which `read_split` reports."""
-    if not annotations.is_file():
-        return ""
-    with annotations.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sources(
+    splits: Splits, subset: float, images: Mapping[str, list[AnnotatedImage]]
+) -> dict[str, dict[str, Any]]:
+    """What tells the files of every split from others."""
+    return {
+        split: {
+            "annotations": hashlib.sha256(Path(annotations).read_bytes()).hexdigest(),
+            "subset": subset,
+            "images": stamp_of(split, images[split]),
+        }
+        for split, (_, annotations) in splits.items()
+    }
 
 
 def _sources_of(prepared: Path) -> dict[str, Any]:
@@ -233,15 +252,41 @@ def _sources_of(prepared: Path) -> dict[str, Any]:
     return {}
 
 
+def _is_made_from(
+    prepared: Path,
+    sources: Mapping[str, Any],
+    images: Mapping[str, list[AnnotatedImage]],
+    progress: Progress,
+) -> bool:
+    """Whether a prepared data set was made from these sources. The contents of the image files are
+    compared only where the modification times differ, as those of a copy do."""
+    found = _sources_of(prepared)
+    if found == sources:
+        return True
+
+    def of_annotations(sources: Mapping[str, Any]) -> dict[str, Any]:
+        return {split: {**source, "images": ""} for split, source in sources.items()}
+
+    if of_annotations(found) != of_annotations(sources):
+        return False
+    builder: Any = tfds.builder_from_directory(prepared)
+    for split, of_split in images.items():
+        paths = {image.file_name: image.path for image in of_split}
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        for done, record in enumerate(records, start=1):
+            if paths[record["image/filename"].decode()].read_bytes() != record["image"]:
+                return False
+            progress.update(f"compare {split}", done, len(of_split), {})
+    return True
+
+
 def _read_splits(
-    splits: Splits, subset: float, progress: Progress
+    splits: Splits, subset: float
 ) -> tuple[dict[int, str], dict[str, list[AnnotatedImage]]]:
     categories: dict[int, str] = {}
     images: dict[str, list[AnnotatedImage]] = {}
     for split, (directory, annotations) in splits.items():
-        found, images[split] = read_split(
-            split, Path(directory), Path(annotations), subset=subset, progress=progress
-        )
+        found, images[split] = read_split(split, Path(directory), Path(annotations), subset=subset)
         if categories and found != categories:
             raise DataError(
                 split,
@@ -267,8 +312,11 @@ def _check_disk(out: Path, name: str, images: Mapping[str, list[AnnotatedImage]]
         )
 
 
-def _join_parts(parts: list[Path], sources: Mapping[str, Any], target: Path) -> None:
-    """Moves the records of one-split data sets into one data set, which appears when complete."""
+def _join_parts(
+    parts: list[Path], sources: Mapping[str, Any], like_corners: list[str], target: Path
+) -> None:
+    """Moves the records of one-split data sets into one data set, which appears when complete. Its
+    metadata names the splits whose boxes look like corners: clipped boxes do not show it."""
     whole = parts[0].parent / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
@@ -279,6 +327,8 @@ def _join_parts(parts: list[Path], sources: Mapping[str, Any], target: Path) -> 
     info = infos[0]
     info.set_splits(SplitDict([split for each in infos for split in each.splits.values()]))
     info.metadata["sources"] = dict(sources)
+    if like_corners:
+        info.metadata["like_corners"] = like_corners
     info.write_to_directory(whole)
     whole.rename(target)
 
