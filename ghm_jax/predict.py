@@ -127,13 +127,7 @@ def predict(
         raise _none_readable(unreadable)
     in_order = [row for number in sorted(rows) for row in rows[number]]
     _write(out / "predictions.json", json.dumps(in_order).encode())
-    return Prediction(
-        images=len(rows),
-        detections=len(in_order),
-        unreadable=tuple(unreadable[number] for number in sorted(unreadable)),
-        not_images=tuple(_not_images(sources, files)),
-        turned=sum(_is_turned(files[number]) for number in rows),
-    )
+    return _summary(task, sources, rows)
 
 
 def _directory_for_output(out: str | Path) -> Path:
@@ -187,6 +181,19 @@ def _write_results(
         small = [sheet[number] for number in sorted(sheet)]
         _write_image(out / "contact_sheet.jpg", contact_sheet(small, side=_SHEET_SIDE))
     return rows
+
+
+def _summary(
+    task: _Task, sources: Sequence[str], rows: dict[int, list[dict[str, Any]]]
+) -> Prediction:
+    """`rows`: COCO results by number of the file."""
+    return Prediction(
+        images=len(rows),
+        detections=sum(map(len, rows.values())),
+        unreadable=tuple(task.unreadable[number] for number in sorted(task.unreadable)),
+        not_images=tuple(_not_images(sources, task.files)),
+        turned=sum(_is_turned(task.files[number]) for number in rows),
+    )
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
