@@ -181,7 +181,8 @@ def test_annotations_of_other_images_are_refused_and_subsets_are_scored_alone(
     )  # the other three images do not count as missed
     assert evaluate_file(run, found, annotations=str(path)).metrics["AP"] < 1
     gone = truth["images"][0]["id"]
-    path.write_text(json.dumps({**truth, "images": truth["images"][1:]}))
+    others = [a for a in truth["annotations"] if a["image_id"] != gone]
+    path.write_text(json.dumps({**truth, "images": truth["images"][1:], "annotations": others}))
     with pytest.raises(ConfigError, match=rf"^data.annotations: 1 images, .* {gone}, are not in d"):
         evaluate(run, annotations=str(path))
     extra = {"id": 999, "width": 9, "height": 9}

@@ -47,7 +47,7 @@ class Instances(NamedTuple):
     """A COCO instances file: rows with the keys that are named here, and no others."""
 
     images: list[dict[str, Any]]
-    """id, file_name, width, height (the last two are 0 if the file does not say them)."""
+    """id, file_name, width, height; "" and 0 if the file does not say them."""
     annotations: list[dict[str, Any]] | None
     """id, image_id, category_id, bbox, area, iscrowd (0 or 1), in the order of the file; None if it
     has none, as a list of test images."""
@@ -89,6 +89,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value or _NO_TEXT.search(value):
         raise ValueError
     return value
+
+
+def _file_name(value: Any) -> str:
+    return "" if value is None else _text(value)
 
 
 def _class_name(value: Any) -> str:
@@ -139,7 +143,7 @@ _SIDE = Field(_side, "a positive whole number of pixels, or missing")
 _NAME = Field(_class_name, "a text without line breaks and without white space at its ends")
 IMAGE: Mapping[str, Field] = {
     "id": _IMAGE_ID,
-    "file_name": Field(_text, "a text without line breaks"),
+    "file_name": Field(_file_name, "a text without line breaks"),
     "width": _SIDE,
     "height": _SIDE,
 }
@@ -249,7 +253,7 @@ def _check_unique(
     first: dict[Any, int] = {}
     for number, row in enumerate(rows):
         other = first.setdefault(row[field], number)
-        if other != number:
+        if other != number and row[field] != "":  # missing
             raise DataError(
                 str(path),
                 f"{name}[{other}] and {name}[{number}] have the same {field}, "

@@ -6,9 +6,10 @@ from ghm_jax.config import Config
 from ghm_jax.data.dataset import open_dataset
 from ghm_jax.distributed.devices import Device
 from ghm_jax.distributed.processes import on_first_process
-from ghm_jax.evaluation.coco import load_ground_truth, score
+from ghm_jax.evaluation.coco import load_ground_truth, match_images, score
 from ghm_jax.evaluation.detector import Detector, detect
 from ghm_jax.evaluation.samples import make_samples
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.plots.drawing import sample_grid
 from ghm_jax.progress import Progress
 from ghm_jax.training.state import TrainState
@@ -24,6 +25,12 @@ class Validation:
         self._config = config
         self._dataset = open_dataset(config.data, config.data.validation_split)
         self._truth = load_ground_truth(config, self._dataset)
+        if "annotations" not in self._truth:
+            raise ConfigError("data.annotations", "has no annotations", "give the instances JSON")
+        if config.data.annotations:
+            ids = [int(record["image/id"]) for record in self._dataset.source]
+            part = "[" in config.data.validation_split
+            self._truth = match_images(self._truth, ids, part=part)
         self._detector = Detector(config, len(self._dataset.class_names), devices)
 
     def score(

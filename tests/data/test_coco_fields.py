@@ -168,7 +168,7 @@ REFUSED = [
         )
     ),
     *(("images", "id", value) for value in ("11", True, ..., None, -1, 2**31, 1.5)),
-    *(("images", "file_name", value) for value in (..., None, "", 5, "a\nb.png", "\0", "\ud800")),
+    *(("images", "file_name", value) for value in ("", 5, "a\nb.png", "\0", "\ud800")),
     *(("images", "width", value) for value in ("80", 0, -80, True, 80.5, 2**31, [80])),
     *(("categories", "id", value) for value in ("3", True, ..., None, -1, 2**63)),
     *(
@@ -323,6 +323,13 @@ def test_a_size_that_is_missing_is_that_of_the_image(folder, tmp_path, missing):
         (tmp_path / image["file_name"]).symlink_to(folder / image["file_name"])
     sizes = {(i["width"], i["height"]) for i in prepare(tmp_path, content, "x")["images"]}
     assert sizes == {(WIDTH, HEIGHT)}
+
+
+@pytest.mark.parametrize("missing", [..., None])
+def test_images_need_file_names_only_where_the_files_are_read(folder, missing):
+    content = change(("images", 1, "file_name"), missing, change(("images", 2, "file_name"), ...))
+    assert against_file(folder, content)["annotations"] == good()["annotations"]
+    refused(lambda: prepare(folder, content, "x"), "instances.json: images[1] has no file_name")
 
 
 def test_ids_that_will_do_are_kept(folder):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from coco_oracle import pycocotools_figures
@@ -11,6 +12,7 @@ from tiny import tiny_config
 from ghm_jax.data import coco_ground_truth, open_dataset
 from ghm_jax.data.coco_fields import read_instances
 from ghm_jax.evaluation.coco import METRICS, load_ground_truth, load_results, score
+from ghm_jax.evaluation.validation import Validation
 from ghm_jax.exceptions import ConfigError, DataError
 
 both_evaluators = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
@@ -183,6 +185,29 @@ def test_an_annotations_file_replaces_the_boxes_of_the_data_set(dataset_dir, val
     path.unlink()
     with pytest.raises(ConfigError, match=r"^data.annotations: no file"):
         load_ground_truth(config, validation)
+
+
+def test_while_training_only_images_of_the_split_are_scored_against(dataset_dir, tmp_path):
+    """An image that the file lists and the detector never sees is no missed one."""
+    config = tiny_config(dataset_dir)
+    path = tmp_path / "instances.json"
+
+    def validate(split):
+        data = dataclasses.replace(config.data, annotations=str(path), validation_split=split)
+        changed = dataclasses.replace(config, data=data)
+        return Validation(changed, jax.devices()[:2])
+
+    truth = coco_ground_truth(open_dataset(config.data, "validation"))
+    path.write_text(json.dumps(truth))
+    validate("validation[:3]")
+    more = [*truth["images"], {"id": 999, "width": 9, "height": 9}]
+    path.write_text(json.dumps({**truth, "images": more}))
+    validate("validation[:3]")
+    with pytest.raises(ConfigError, match="999, are not in the data set"):
+        validate("validation")
+    path.write_text(json.dumps({key: truth[key] for key in ("images", "categories")}))
+    with pytest.raises(ConfigError, match="has no annotations"):
+        validate("validation")
 
 
 GOOD = {"image_id": 101, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}

@@ -49,6 +49,10 @@ def read_split(
     found = read_instances(annotations)
     if found.annotations is None and not split.startswith("test"):
         raise DataError(str(annotations), "has no list 'annotations'", "give a COCO instances JSON")
+    for number, row in enumerate(found.images):
+        if not row["file_name"]:
+            problem = f"images[{number}] has no file_name"
+            raise DataError(str(annotations), problem, "it must be the path of the image")
     images = {
         row["id"]: AnnotatedImage(
             row["id"],
