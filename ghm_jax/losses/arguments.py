@@ -11,11 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array | np.ndarray
 
 _ROUNDING = 0.01
 """A number of bfloat16 just above 1 is 1.0078."""
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is unknown until the compiled program runs."""
+    return isinstance(value, Tracer)
 
 
 def read_array(name: str, values: Any) -> Array:
@@ -80,7 +86,7 @@ def read_setting(name: str, value: Any, kind: type = float) -> Any:
         ValueError: another type, more than one element, or traced where the compiled program
             depends on the value.
     """
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         if kind is not float:
             raise ValueError(f"{name}: must be a Python {kind.__name__}, got a traced value")
         if value.shape != ():
@@ -97,7 +103,7 @@ def read_setting(name: str, value: Any, kind: type = float) -> Any:
 def read_positive(name: str, value: Any) -> Any:
     """A setting above 0; unchecked where it is traced."""
     value = read_setting(name, value)
-    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
+    if not is_traced(value) and not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
 
@@ -151,12 +157,12 @@ def check_fractions(name: str, values: Array, mask: Any, remedy: str) -> None:
 def _check(
     values: Array, mask: Any, allowed: Callable[[np.ndarray], np.ndarray], message: str
 ) -> None:
-    numbers = _known(values)
+    numbers = known(values)
     if numbers is None:
         return
     refused = ~allowed(numbers)
     if mask is not None and refused.any():
-        used = _known(read_array("mask", mask))
+        used = known(read_array("mask", mask))
         if used is None:
             return
         used = used > 0
@@ -167,10 +173,10 @@ def _check(
         raise ValueError(message.format(numbers[refused].flat[0]))
 
 
-def _known(values: Array) -> np.ndarray | None:
-    """The values, or None if they are traced or lie in other processes too."""
+def known(values: Array) -> np.ndarray | None:
+    """Values that can be looked at, or None if they are traced or lie in other processes too."""
     if isinstance(values, jax.Array):
-        if isinstance(values, jax.core.Tracer) or not values.is_fully_addressable:
+        if is_traced(values) or not values.is_fully_addressable:
             return None
         values = np.asarray(values)
     # bfloat16 and the like, of which NumPy knows little.

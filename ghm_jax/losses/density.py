@@ -12,6 +12,7 @@ import numpy as np
 
 from ghm_jax.losses.arguments import (
     check_fractions,
+    is_traced,
     read_array,
     read_floats,
     read_mask,
@@ -45,7 +46,7 @@ def gradient_density(
         ValueError: epsilon or a norm out of range, or a mask of another shape.
     """
     epsilon = read_setting("epsilon", epsilon)
-    if not isinstance(epsilon, jax.core.Tracer) and not 0.0 < epsilon <= 1.0:
+    if not is_traced(epsilon) and not 0.0 < epsilon <= 1.0:
         raise ValueError(f"epsilon must be in (0, 1], got {epsilon}")
     norm, valid = read_norm(gradient_norm, mask)
     valid = jnp.isfinite(norm) if valid is None else valid

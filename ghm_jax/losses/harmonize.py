@@ -4,6 +4,7 @@ Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, e
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from ghm_jax.bounds import problems
 from ghm_jax.harmonizing import Density, Harmonizing, Normalizer
-from ghm_jax.losses.arguments import read_array, read_floats, read_setting
+from ghm_jax.losses.arguments import is_traced, known, read_array, read_floats, read_setting
 from ghm_jax.losses.density import bin_index, count_bins, density_at, read_norm
 
 
@@ -31,7 +32,7 @@ class GHMState(NamedTuple):
         """
         if not settings.bias_correction:
             return self.counts
-        return self.counts / (1 - settings.momentum ** self.step.astype(jnp.float32))
+        return self.counts / (1 - settings.momentum ** jnp.asarray(self.step).astype(jnp.float32))
 
 
 class LossStats(NamedTuple):
@@ -84,6 +85,12 @@ def read_state(state: Any) -> GHMState | None:
         raise ValueError(f"state.counts must be f32[bins], got the shape {counts.shape}")
     if step.ndim or not jnp.issubdtype(step.dtype, jnp.integer):
         raise ValueError(f"state.step must be one integer, got {step.dtype}{list(step.shape)}")
+    for name, values, limit in (("counts", counts, math.inf), ("step", step, 2**31)):
+        numbers = known(values)
+        if numbers is None or ((numbers >= 0) & (numbers < limit)).all():
+            continue
+        refused = numbers[~((numbers >= 0) & (numbers < limit))].flat[0]
+        raise ValueError(f"state.{name} must be finite and not negative, got {refused}")
     return GHMState(read_floats("state.counts", counts), jnp.asarray(step).astype(jnp.int32))
 
 
@@ -112,7 +119,7 @@ def harmonize(
         mask: [...] bool or 0/1, same rank, axes of size 1 are broadcast; False: the example
             neither counts nor weighs. None: all count.
         momentum, min_count, strength: may be traced, for a schedule; their bounds are not checked
-            then.
+            then. The bias correction takes the momentum of this call for that of all steps.
         state: average so far (`read_state` has its forms); its length overrides `bins`. None: this
             batch alone.
         batch_counts: f32[bins], the histogram of the whole batch, when this call sees a part of
@@ -191,7 +198,7 @@ def _read_settings(settings: Harmonizing) -> Harmonizing:
         field.name: read_setting(field.name, settings[field.name], type(field.default))
         for field in dataclasses.fields(settings)
     }
-    known = {name: value for name, value in read.items() if not isinstance(value, jax.core.Tracer)}
+    known = {name: value for name, value in read.items() if not is_traced(value)}
     for name, problem in problems(Harmonizing(**known)):
         raise ValueError(f"{name}: {problem}")
     return Harmonizing(**read)
@@ -241,7 +248,7 @@ def _inverse(counts: jax.Array, settings: Harmonizing) -> jax.Array:
     """D**-tau with D = max(counts, min_count); 1 where both are 0, as no example is there."""
     density = jnp.maximum(counts, settings.min_count)
     density = jnp.where(density > _TINY, density, 1.0)
-    if not isinstance(settings.strength, jax.core.Tracer) and settings.strength == 1.0:
+    if not is_traced(settings.strength) and settings.strength == 1.0:
         return 1.0 / density
     return density**-settings.strength
 
