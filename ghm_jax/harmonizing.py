@@ -31,7 +31,8 @@ class Harmonizing:
     never dominate the training; a batch in which no bin reaches the floor gets weights of 1.
 
     Each field is a keyword of `harmonize` and of the GHM losses; `**settings` passes all of them:
-    `ghm_c_loss(logits, targets, state=state, **settings)`.
+    `ghm_c_loss(logits, targets, state=state, **settings)`. There, `momentum`, `min_count` and
+    `strength` may be traced, for a schedule.
     """
 
     bins: Positive[int] = 30

@@ -23,7 +23,7 @@ from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.exceptions import UserError
 from ghm_jax.export import export
 from ghm_jax.import_weights import import_run
-from ghm_jax.models.weight_files import load_tensors, locate
+from ghm_jax.models.weight_files import load_weights, locate
 from ghm_jax.models.weight_names import BACKBONE, MMDETECTION, TORCHVISION
 from ghm_jax.predict import predict
 from ghm_jax.runs.directory import load_run
@@ -89,7 +89,7 @@ def assert_backbone(variables, tensors):
 def test_floats_of_every_size_become_float32(tmp_path, kind):
     values = np.array([[0.5, -3.0, 2.0**-14]]).astype(jnp.dtype(kind))
     safetensors.numpy.save_file({"a": values, "n": np.array([3])}, tmp_path / "w.safetensors")
-    tensors = load_tensors(tmp_path / "w.safetensors")
+    tensors = load_weights(tmp_path / "w.safetensors").tensors
     assert tensors["a"].dtype == np.float32
     np.testing.assert_array_equal(tensors["a"], values.astype(np.float32))
     assert tensors["n"].dtype == np.int64
@@ -110,7 +110,7 @@ def test_floats_of_every_size_become_float32(tmp_path, kind):
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, words):
     whole = safetensors.numpy.save({"a": np.ones((3, 4), np.float32)})
     (tmp_path / name).write_bytes(content(whole))
-    line = error_of(load_tensors, tmp_path / name)
+    line = error_of(load_weights, tmp_path / name)
     for word in (str(tmp_path / name), *words):
         assert word in line
 
@@ -118,13 +118,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, words):
 def test_a_missing_file_and_a_directory_are_one_line(tmp_path):
     (tmp_path / "folder.pth").mkdir()
     for path in (tmp_path / "gone.safetensors", tmp_path / "folder.pth"):
-        assert str(path) in error_of(load_tensors, path)
+        assert str(path) in error_of(load_weights, path)
 
 
 def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "w.pth").write_bytes(b"anything")
-    assert 'pip install "ghm-jax[torch]"' in error_of(load_tensors, tmp_path / "w.pth")
+    assert 'pip install "ghm-jax[torch]"' in error_of(load_weights, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("nested", [None, "state_dict", "model"])
@@ -136,12 +136,12 @@ def test_a_pickle_of_torch_gives_its_state_dict(tmp_path, rng, nested, old_forma
     saved = {nested: state, "meta": {"epoch": 12, "classes": ("a",)}} if nested else state
     path = tmp_path / "w.pth"
     torch.save(saved, path, _use_new_zipfile_serialization=not old_format)
-    tensors = load_tensors(path)
+    tensors = load_weights(path).tensors
     assert tensors.keys() == state.keys()
     np.testing.assert_array_equal(tensors["a"], values)
     assert tensors["h"].dtype == np.float32
     path.write_bytes(path.read_bytes()[:-100])
-    line = error_of(load_tensors, path)
+    line = error_of(load_weights, path)
     assert str(path) in line
     assert "cut off or damaged" in line
 
@@ -155,14 +155,14 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason="the extra torch")
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"a": torch.ones(1)}, "bomb": Bomb()}, tmp_path / "w.pth")
-    line = error_of(load_tensors, tmp_path / "w.pth")
+    line = error_of(load_weights, tmp_path / "w.pth")
     assert "refused" in line
     assert "w.pth" in line
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb()))
-    assert "plain.pth" in error_of(load_tensors, tmp_path / "plain.pth")
+    assert "plain.pth" in error_of(load_weights, tmp_path / "plain.pth")
     assert not (tmp_path / "exploded").exists()
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "no state dict" in error_of(load_tensors, tmp_path / "list.pth")
+    assert "no state dict" in error_of(load_weights, tmp_path / "list.pth")
 
 
 def hub(monkeypatch, download):
@@ -210,8 +210,8 @@ def test_a_backbone_is_converted_once(tmp_path, rng, cache, monkeypatch):
     (entry,) = cache.iterdir()
     assert entry.name.startswith("resnet10-4-7-")
 
-    # From now on the cache is used, also for another name of the file.
-    monkeypatch.setattr(pretrained, "load_tensors", lambda path: pytest.fail("read again"))
+    # From now on the cache answers, also under another name of the file.
+    monkeypatch.setattr(pretrained, "load_weights", lambda path: pytest.fail("read again"))
     shutil.copy(path, tmp_path / "copy.safetensors")
     for name in ("resnet10.safetensors", "copy.safetensors"):
         model = dataclasses.replace(MODEL, weights=str(tmp_path / name))
@@ -327,7 +327,7 @@ def test_an_exported_detector_holds_what_was_imported(imported, tmp_path):
     run, path = imported
     theirs = safetensors.numpy.load_file(path)
     (out,) = export(run.path, tmp_path / "out.safetensors")
-    ours = load_tensors(out)
+    ours = load_weights(out).tensors
     assert len(ours) == len(theirs) - 1  # without the loss's buffer
     for here, there in (
         ("backbone.body.layer2.0.conv1.weight", "backbone.layer2.0.conv1.weight"),

@@ -26,6 +26,7 @@ class Import:
 
 def import_command(arguments: Arguments) -> None:
     """`ghm-jax import`."""
+    from ghm_jax.cli.messages import Bar
     from ghm_jax.import_weights import import_run
 
     weights, experiment = arguments.required(2, "ghm-jax import WEIGHTS EXPERIMENT")
@@ -33,5 +34,5 @@ def import_command(arguments: Arguments) -> None:
     given = Import(weights, experiment, config=default)
     a = parse(Import, arguments, "ghm-jax import", given)
     run_dir = a.run_dir or f"runs/{Path(a.weights).stem}"
-    import_run(a.weights, a.config, run_dir)
+    import_run(a.weights, a.config, run_dir, progress=Bar())
     print(f"{run_dir}: ready; evaluate it with: ghm-jax evaluate {run_dir}")

@@ -123,7 +123,7 @@ def _by_level(function: LossFunction, level_sizes: tuple[int, ...]) -> LossFunct
     def over_levels(
         values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
     ) -> tuple[jax.Array, GHMState, LossStats]:
-        total, all_stats, start = jnp.zeros(()), [], 0
+        total, all_stats, start = jnp.zeros((), jnp.float32), [], 0
         current = state
         for size in level_sizes:
             level = slice(start, start + size)

@@ -61,7 +61,7 @@ def match_anchors(
     # Compared with its own maxima below: if XLA computed it twice, in two fusions that round
     # differently, a maximum might equal none of the values.
     iou = jax.lax.optimization_barrier(iou)
-    number = jnp.broadcast_to(jnp.arange(boxes.shape[0]), iou.shape)
+    number = jnp.broadcast_to(jnp.arange(boxes.shape[0], dtype=jnp.int32), iou.shape)
     # Box numbers by min and max, not argmax, which is several times slower on a CPU.
     overlap = iou.max(axis=1)  # [A]
     nearest = jnp.where(iou == overlap[:, None], number, boxes.shape[0]).min(axis=1)

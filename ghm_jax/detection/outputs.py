@@ -29,11 +29,10 @@ def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
         image_size: i32[b, 2], (height, width) of each image inside its padding.
     """
     height, width = images.shape[1:3]
-    values = (images.astype(jnp.float32) - jnp.asarray(_MEAN)[None, None, None]) / (
-        jnp.asarray(_STD)[None, None, None]
-    )
-    rows = jnp.arange(height)[None, :] < image_size[:, :1]  # [b, H]
-    columns = jnp.arange(width)[None, :] < image_size[:, 1:]  # [b, W]
+    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (_MEAN, _STD))
+    values = (images.astype(jnp.float32) - mean) / std
+    rows = jnp.arange(height, dtype=image_size.dtype)[None, :] < image_size[:, :1]  # [b, H]
+    columns = jnp.arange(width, dtype=image_size.dtype)[None, :] < image_size[:, 1:]  # [b, W]
     return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], values, 0.0)
 
 
@@ -42,9 +41,9 @@ def apply_network(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """Logits f32[b, A, K] and deltas f32[b, A, 4], and the updated batch statistics."""
     images = normalize(inputs.images, inputs.image_size)
-    outputs, changed = model.apply(
-        {"params": params, "batch_stats": batch_stats}, images, train=train, mutable=["batch_stats"]
-    )
+    variables = {"params": params, "batch_stats": batch_stats}
+    with jax.numpy_dtype_promotion("standard"):  # Flax relies on it
+        outputs, changed = model.apply(variables, images, train=train, mutable=["batch_stats"])
     return outputs, changed.get("batch_stats", batch_stats)
 
 
@@ -80,7 +79,7 @@ def make_targets(batch: Batch, config: Config) -> Targets:
     # Without `is_crowd`, crowd regions are background.
     is_crowd = batch.truth.is_crowd if config.anchors.crowd == "ignore" else None
     targets = jax.vmap(match)(batch.truth.boxes, batch.truth.labels, is_crowd)
-    reach = -(-batch.image_size // 32) * 32  # [b, 2] height, width
+    reach = (-(-batch.image_size // 32) * 32).astype(jnp.float32)  # [b, 2] height, width
     x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
     inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
     return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ghm_jax.losses.arguments import read_floats, read_mask, read_positive, read_setting
 from ghm_jax.losses.ghm import check_same_shape, dense_targets, sigmoid_cross_entropy
-from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, psum
+from ghm_jax.losses.harmonize import GHMState, LossStats, psum
 
 
 def cross_entropy_loss(
@@ -45,6 +46,8 @@ def focal_loss(
     """
     logits, dense, used = _class_inputs(logits, targets, mask)
     used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
+    alpha = None if alpha is None else read_setting("alpha", alpha)
+    gamma = read_setting("gamma", gamma)
     terms = optax.losses.sigmoid_focal_loss(logits, dense, alpha=alpha, gamma=gamma)
     positives = psum(_masked_sum(dense, used), axis_name)
     return _masked_sum(terms, used) / jnp.maximum(positives, 1.0), state, stats
@@ -71,6 +74,7 @@ def ohem_loss(
     used, stats = _plain_stats(terms, used, axis_name)
     positive = used & (dense > 0)
     count = jnp.sum(positive, dtype=jnp.int32).astype(jnp.float32)
+    negatives = read_setting("negatives", negatives)
     num_negatives = jnp.maximum(negatives * psum(count, axis_name), 1.0)
     difficulty = jax.lax.stop_gradient(jnp.where(jnp.isnan(terms), jnp.inf, terms))
     difficulty = jnp.where(used & ~positive, difficulty, -1.0)
@@ -90,6 +94,7 @@ def smooth_l1_loss(
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Smooth L1 (equation 15), mean over the valid coordinates; arguments as for `ghm_r_loss`."""
     predictions, targets, used = _box_inputs(predictions, targets, mask)
+    delta = read_positive("delta", delta)
     terms = optax.losses.huber_loss(predictions, targets, delta=delta) / delta
     used, stats = _plain_stats(terms, used, axis_name)
     return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
@@ -109,6 +114,7 @@ def asl1_loss(
     Arguments as for `ghm_r_loss`.
     """
     predictions, targets, used = _box_inputs(predictions, targets, mask)
+    mu = read_positive("mu", mu)
     terms = jnp.hypot(predictions - targets, mu) - mu
     used, stats = _plain_stats(terms, used, axis_name)
     return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
@@ -122,7 +128,7 @@ def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.
     """
 
     def refine(i: jax.Array, bits: jax.Array) -> jax.Array:
-        tried = bits | (1 << (30 - i))
+        tried = bits | (1 << (30 - i)).astype(jnp.int32)
         reached = values >= jax.lax.bitcast_convert_type(tried, jnp.float32)
         count = psum(jnp.sum(reached, dtype=jnp.int32).astype(jnp.float32), axis_name)
         return jnp.where(count >= k, tried, bits)
@@ -135,7 +141,7 @@ def _class_inputs(
     logits: jax.Array, targets: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Logits f32[..., K], targets f32[..., K], both 0 where masked, and the mask bool[..., K]."""
-    logits = logits.astype(jnp.float32)
+    logits = read_floats("logits", logits)
     dense, used = dense_targets(logits, targets, mask)
     return _zero_masked(logits, used), _zero_masked(dense, used), used
 
@@ -144,9 +150,9 @@ def _box_inputs(
     predictions: jax.Array, targets: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Predictions and targets as f32, both 0 where masked, and the mask in their shape."""
+    predictions, targets = read_floats("predictions", predictions), read_floats("targets", targets)
     check_same_shape("predictions", predictions, targets)
-    used = None if mask is None else broadcast_mask(mask, predictions.shape)
-    predictions, targets = predictions.astype(jnp.float32), targets.astype(jnp.float32)
+    used = read_mask(mask, predictions.shape)
     return _zero_masked(predictions, used), _zero_masked(targets, used), used
 
 

@@ -4,10 +4,20 @@ Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, e
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ghm_jax.losses.arguments import (
+    check_fractions,
+    is_traced,
+    read_array,
+    read_floats,
+    read_mask,
+    read_setting,
+)
 
 
 def gradient_density(
@@ -24,7 +34,8 @@ def gradient_density(
 
     Args:
         gradient_norm: float[...] in [0, 1]; compared in float32.
-        mask: bool[...], examples that count; None: all.
+        mask: bool or 0/1, same shape or 1 in place of an axis; examples that count. None: all that
+            are finite.
         epsilon: width of the window, in (0, 1].
         axis_name: replica axis whose examples count as well.
 
@@ -32,14 +43,30 @@ def gradient_density(
         f32[...], 0 where masked.
 
     Raises:
-        ValueError: epsilon out of range, or a mask of another shape.
+        ValueError: epsilon or a norm out of range, or a mask of another shape.
     """
-    if not 0.0 < epsilon <= 1.0:
+    epsilon = read_setting("epsilon", epsilon)
+    if not is_traced(epsilon) and not 0.0 < epsilon <= 1.0:
         raise ValueError(f"epsilon must be in (0, 1], got {epsilon}")
-    if mask is not None and mask.shape != gradient_norm.shape:
-        raise ValueError(f"mask must have the shape {gradient_norm.shape}, got {mask.shape}")
-    norm = jnp.asarray(gradient_norm, jnp.float32)
-    valid = jnp.isfinite(norm) if mask is None else mask
+    norm, valid = read_norm(gradient_norm, mask)
+    valid = jnp.isfinite(norm) if valid is None else valid
+    return density_at(norm, valid, epsilon, axis_name)
+
+
+def read_norm(gradient_norm: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Gradient norms as f32[...] and their mask as bool[...].
+
+    Raises:
+        ValueError: a known norm outside [0, 1] that counts, or a mask of another shape.
+    """
+    norm = read_array("gradient_norm", gradient_norm)
+    used = read_mask(mask, norm.shape)
+    check_fractions("gradient_norm", norm, mask, "scale it, or leave it out with `mask`")
+    return read_floats("gradient_norm", norm), used
+
+
+def density_at(norm: jax.Array, valid: jax.Array, epsilon: Any, axis_name: str | None) -> jax.Array:
+    """`gradient_density` of f32[...] and bool[...]."""
     norm = jnp.where(valid, norm, 0.0)
     known = jnp.where(valid, norm, jnp.inf).ravel()
     if axis_name is not None:
@@ -50,7 +77,8 @@ def gradient_density(
     below_upper = jnp.searchsorted(ordered, _as_integers(upper))
     below_lower = jnp.searchsorted(ordered, _as_integers(jnp.maximum(lower, 0.0)))
     length = jnp.minimum(upper, 1.0) - jnp.maximum(lower, 0.0)
-    return jnp.where(valid, (below_upper - below_lower) / length, 0.0)
+    count = (below_upper - below_lower).astype(jnp.float32)
+    return jnp.where(valid, count / length, 0.0)
 
 
 def _as_integers(norm: jax.Array) -> jax.Array:
@@ -111,7 +139,7 @@ def count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:
     joint = functools.reduce(lambda joint, values: joint * slots + values, slices)
     counts = _scatter_ones(joint, slots**together).reshape((slots,) * together)
     axes = set(range(together))
-    marginals = [counts.sum(axis=tuple(axes - {axis})) for axis in axes]
+    marginals = [counts.sum(axis=tuple(axes - {axis}), dtype=jnp.int32) for axis in axes]
     return sum(marginals, _scatter_ones(index[together * size :], slots))
 
 

@@ -6,7 +6,12 @@ over that axis. Weights are constants of the gradient; nothing flows through the
 
 The keywords from `bins` to `density` are the fields of `Harmonizing`, which documents them:
 `**settings` passes all of them, `**REFERENCE` selects the published code's behaviour. `state`,
-`batch_counts` and `axis_name` are those of `harmonize`.
+`batch_counts` and `axis_name` are those of `harmonize`. Arrays may be JAX's, NumPy's or nested
+lists. A mask of numbers counts what is above 0, as label weights do in the published code.
+
+Values that have no meaning raise ValueError if they are known and count. Under `jax.jit` they are
+not known, and not checked: a class index without a meaning is background there, a dense target
+outside [0, 1] is computed with.
 """
 
 from typing import Any
@@ -15,7 +20,16 @@ import jax
 import jax.numpy as jnp
 
 from ghm_jax.harmonizing import Density, Harmonizing, Normalizer
-from ghm_jax.losses.harmonize import GHMState, LossStats, broadcast_mask, psum, weigh
+from ghm_jax.losses.arguments import (
+    Array,
+    check_fractions,
+    read_array,
+    read_class_indices,
+    read_floats,
+    read_mask,
+    read_positive,
+)
+from ghm_jax.losses.harmonize import GHMState, LossStats, psum, weigh
 
 BACKGROUND = -1
 """Class index of a position that has no class."""
@@ -43,7 +57,8 @@ def ghm_c_loss(
 
     Args:
         logits: float[..., K], before the sigmoid.
-        targets: float[..., K] in [0, 1], or int[...] class indices, BACKGROUND (-1) or IGNORE (-2).
+        targets: numbers [..., K] in [0, 1], or int[...] class indices, BACKGROUND (-1) or IGNORE
+            (-2). In an unsigned type every number is a class.
         mask: bool or 0/1, shape of the logits or 1 in place of an axis; None: all valid.
         state: moving histogram (`init_ghm_state`); None: this batch alone.
         batch_counts: histogram of the whole batch, if these are the examples of a microbatch.
@@ -64,7 +79,7 @@ def ghm_c_loss(
         >>> f"{loss:.4f} of {stats.num_valid:.0f} examples"
         '0.6931 of 4 examples'
     """
-    logits = logits.astype(jnp.float32)
+    logits = read_floats("logits", logits)
     dense, used = dense_targets(logits, targets, mask)
     finite = jnp.isfinite(logits) & jnp.isfinite(dense)
     norm = jnp.abs(sigmoid_error(logits, dense))
@@ -113,11 +128,11 @@ def ghm_r_loss(
 
     Source: equations 17-19.
     """
+    predictions, targets = read_floats("predictions", predictions), read_floats("targets", targets)
     check_same_shape("predictions", predictions, targets)
-    if not mu > 0:  # rejects NaN as well
-        raise ValueError(f"mu must be positive, got {mu}")
-    error, finite = _finite(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
-    used = None if mask is None else broadcast_mask(mask, error.shape)
+    mu = read_positive("mu", mu)
+    error, finite = _finite(predictions - targets)
+    used = read_mask(mask, error.shape)
     root = jnp.hypot(error, mu)  # the square of a wild error overflows
     norm = jnp.abs(error) / root
     settings = Harmonizing(
@@ -150,7 +165,8 @@ def ghm_softmax_loss(
 
     Args:
         logits: float[..., K], before the softmax.
-        labels: int[...] class indices in [0, K); a negative label is ignored.
+        labels: int[...] class indices below K; a negative label is ignored. One of K or more that
+            is not known counts as not finite.
         mask: bool or 0/1 [...], shape of the labels or 1 in place of an axis; None: all valid.
         state: moving histogram; None: this batch alone.
         batch_counts: histogram of the whole batch, if these are the examples of a microbatch.
@@ -162,14 +178,8 @@ def ghm_softmax_loss(
     Raises:
         ValueError: shapes that do not fit together, or a setting out of range.
     """
-    if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be int{list(logits.shape[:-1])}, got {labels.dtype}{list(labels.shape)}"
-        )
-    used = labels >= 0
-    if mask is not None:
-        used &= broadcast_mask(mask, labels.shape)
-    logits, finite = _finite(logits)
+    logits, finite = _finite(read_floats("logits", logits))
+    labels, used = _read_labels(labels, logits.shape, mask)
     log_probabilities = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     norm, finite = -jnp.expm1(chosen), finite.all(-1)
@@ -178,6 +188,18 @@ def ghm_softmax_loss(
         min_count=min_count, strength=strength, density=density,
     )  # fmt: skip
     return _weighted_mean(norm, -chosen, finite, used, state, settings, batch_counts, axis_name)
+
+
+def _read_labels(labels: Any, shape: tuple[int, ...], mask: Any) -> tuple[jax.Array, jax.Array]:
+    """Class indices i32[...] of logits of a shape [..., K], and where they count."""
+    labels = read_array("labels", labels)
+    if labels.shape != shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer) or not shape:
+        raise ValueError(
+            f"labels must be int{list(shape[:-1])}, got {labels.dtype}{list(labels.shape)}"
+        )
+    used = read_mask(mask, labels.shape)
+    labels = read_class_indices("labels", labels, shape[-1], mask, lowest=None)
+    return labels, labels >= 0 if used is None else used & (labels >= 0)
 
 
 def _weighted_mean(
@@ -201,11 +223,10 @@ def _weighted_mean(
 
 
 def _finite(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values in float32 with 0 in place of NaN and infinity, and where they were finite.
+    """Values with 0 in place of NaN and infinity, and where they were finite.
 
     Replaced before any arithmetic: a zero weight would not stop a NaN, 0 * NaN is NaN.
     """
-    values = values.astype(jnp.float32)
     finite = jnp.isfinite(values)
     return jnp.where(finite, values, 0.0), finite
 
@@ -237,24 +258,27 @@ def sigmoid_error(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(error), error, 0.0)  # or 0 * NaN would reach the gradient
 
 
-def dense_targets(
-    logits: jax.Array, targets: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
+def dense_targets(logits: jax.Array, targets: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
     """Targets f32[..., K] and the mask bool[..., K] from either form of classification targets.
 
     XLA fuses the comparison with the class index, so no one-hot array is written to memory.
     """
-    used = None if mask is None else broadcast_mask(mask, logits.shape)
-    if jnp.issubdtype(targets.dtype, jnp.integer) and targets.shape == logits.shape[:-1]:
-        classes = jnp.arange(logits.shape[-1], dtype=targets.dtype)
-        dense = targets[..., None] == classes.reshape((1,) * targets.ndim + (-1,))
-        kept = jnp.broadcast_to(targets[..., None] != IGNORE, logits.shape)
+    targets = read_array("targets", targets)
+    used = read_mask(mask, logits.shape)
+    of_classes = logits.ndim > 0 and targets.shape == logits.shape[:-1]
+    if of_classes and jnp.issubdtype(targets.dtype, jnp.integer):
+        num_classes = logits.shape[-1]
+        index = read_class_indices("targets", targets, num_classes, mask, lowest=IGNORE)
+        classes = jnp.arange(num_classes, dtype=jnp.int32)
+        dense = index[..., None] == classes.reshape((1,) * index.ndim + (-1,))
+        kept = jnp.broadcast_to(index[..., None] != IGNORE, logits.shape)
         return dense.astype(jnp.float32), kept if used is None else used & kept
     check_same_shape("logits", logits, targets)
-    return targets.astype(jnp.float32), used
+    check_fractions("targets", targets, mask, "leave examples out with `mask`")
+    return read_floats("targets", targets), used
 
 
-def check_same_shape(name: str, values: jax.Array, targets: jax.Array) -> None:
+def check_same_shape(name: str, values: Array, targets: Array) -> None:
     if values.shape != targets.shape:
         raise ValueError(
             f"{name} and targets must have one shape, got {values.shape} and {targets.shape}"

@@ -4,14 +4,17 @@ Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, e
 """
 
 import dataclasses
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ghm_jax.bounds import problems
 from ghm_jax.harmonizing import Density, Harmonizing, Normalizer
-from ghm_jax.losses.density import bin_index, count_bins, gradient_density
+from ghm_jax.losses.arguments import is_traced, known, read_array, read_floats, read_setting
+from ghm_jax.losses.density import bin_index, count_bins, density_at, read_norm
 
 
 class GHMState(NamedTuple):
@@ -29,7 +32,7 @@ class GHMState(NamedTuple):
         """
         if not settings.bias_correction:
             return self.counts
-        return self.counts / (1 - settings.momentum ** self.step.astype(jnp.float32))
+        return self.counts / (1 - settings.momentum ** jnp.asarray(self.step).astype(jnp.float32))
 
 
 class LossStats(NamedTuple):
@@ -51,6 +54,44 @@ class LossStats(NamedTuple):
 def init_ghm_state(bins: int) -> GHMState:
     """The state before the first step, for a histogram of `bins` bins."""
     return GHMState(jnp.zeros(bins, jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def read_state(state: Any) -> GHMState | None:
+    """A state in any form in which a checkpoint or JSON may give it back.
+
+    Args:
+        state: a GHMState, a mapping with `counts` and `step`, or a tuple or list of the two; of
+            arrays, lists and Python numbers. None: None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if state is None:
+        return None
+    fields = None
+    if isinstance(state, Mapping) and set(state) == set(GHMState._fields):
+        fields = state["counts"], state["step"]
+    elif isinstance(state, tuple | list) and len(state) == len(GHMState._fields):
+        fields = state
+    if fields is None:
+        raise ValueError(
+            "state must be a GHMState, a mapping of its `counts` and `step`, or the two in a "
+            f"tuple or list, got a {type(state).__name__}; start with init_ghm_state(bins)"
+        )
+    counts, step = (
+        read_array(f"state.{name}", x) for name, x in zip(GHMState._fields, fields, strict=True)
+    )
+    if counts.ndim != 1 or not counts.size:
+        raise ValueError(f"state.counts must be f32[bins], got the shape {counts.shape}")
+    if step.ndim or not jnp.issubdtype(step.dtype, jnp.integer):
+        raise ValueError(f"state.step must be one integer, got {step.dtype}{list(step.shape)}")
+    for name, values, limit in (("counts", counts, math.inf), ("step", step, 2**31)):
+        numbers = known(values)
+        if numbers is None or ((numbers >= 0) & (numbers < limit)).all():
+            continue
+        refused = numbers[~((numbers >= 0) & (numbers < limit))].flat[0]
+        raise ValueError(f"state.{name} must be finite and not negative, got {refused}")
+    return GHMState(read_floats("state.counts", counts), jnp.asarray(step).astype(jnp.int32))
 
 
 def harmonize(
@@ -77,7 +118,10 @@ def harmonize(
             float32; a value on an edge belongs to the bin above it, 1 to the last bin.
         mask: [...] bool or 0/1, same rank, axes of size 1 are broadcast; False: the example
             is not counted and has weight 0. None: all are counted.
-        state: average so far; its length overrides `bins`. None: this batch alone.
+        momentum, min_count, strength: may be traced, for a schedule; their bounds are not checked
+            then. The bias correction takes the momentum of this call for that of all steps.
+        state: average so far (`read_state` has its forms); its length overrides `bins`. None: this
+            batch alone.
         batch_counts: f32[bins], the histogram of the whole batch, when this call sees one
             microbatch (gradient accumulation): the sum of `counts` over all of them, from a first
             pass. Pass the same state for every microbatch: each call returns the same new one.
@@ -88,8 +132,8 @@ def harmonize(
         whose `plain_loss` is the mean gradient norm.
 
     Raises:
-        ValueError: mask of another shape, a setting out of range, or exact density with a state
-            or `batch_counts`, which are histograms.
+        ValueError: mask of another shape, a setting or a norm that is known and out of range, or
+            exact density with a state or `batch_counts`, which are histograms.
 
     Examples:
         Six easy examples and two hard ones; each group gets half of the total weight.
@@ -105,46 +149,59 @@ def harmonize(
         bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
         min_count=min_count, strength=strength, density=density,
     )  # fmt: skip
-    return weigh(gradient_norm, mask, state, settings, batch_counts, axis_name)
+    norm, used = read_norm(gradient_norm, mask)
+    return weigh(norm, used, state, settings, batch_counts, axis_name)
 
 
 def weigh(
-    gradient_norm: jax.Array,
-    mask: jax.Array | None,
-    state: GHMState | None,
+    norm: jax.Array,
+    used: jax.Array | None,
+    state: Any,
     settings: Harmonizing,
     batch_counts: jax.Array | None,
     axis_name: str | None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
-    """`harmonize` with its settings as one object."""
+    """`harmonize` of norms f32[...] and a mask bool[...], with its settings as one object."""
+    state = read_state(state)
     if state is not None:
         settings = dataclasses.replace(settings, bins=state.counts.shape[0])
-    for name, problem in problems(settings):
-        raise ValueError(f"{name}: {problem}")
+    settings = _read_settings(settings)
     exact, bins = settings.density == "exact", settings.bins
     if exact and not (state is None and batch_counts is None):
         raise ValueError("density='exact' has no histogram: state and batch_counts must be None")
-    norm = jax.lax.stop_gradient(gradient_norm).astype(jnp.float32)
-    used = None if mask is None else broadcast_mask(mask, norm.shape)
+    norm = jax.lax.stop_gradient(norm)
     index = bin_index(norm, used, bins)
     valid = index < bins
     # Cast to float32 before the sum over the replicas: the counts of a pod overflow int32.
     seen = psum(count_bins(index, bins + 2).astype(jnp.float32), axis_name)
     seen, num_nonfinite = seen[:bins], seen[bins + 1]
-    if batch_counts is None:
-        batch_counts = seen
+    batch_counts = seen if batch_counts is None else read_floats("batch_counts", batch_counts)
+    if batch_counts.shape != seen.shape:
+        raise ValueError(f"batch_counts must have the shape {seen.shape}, got {batch_counts.shape}")
     num_valid = batch_counts.sum()
 
     if exact:
         weights = _exact_weights(norm, valid, num_valid, settings, axis_name)
-        table = jnp.zeros(bins + 2).at[index.ravel()].add(weights.ravel())[:bins]
+        table = jnp.zeros(bins + 2, jnp.float32).at[index.ravel()].add(weights.ravel())[:bins]
         table = psum(table, axis_name) / jnp.maximum(seen, 1.0)
     else:
         table, state = _histogram_weights(batch_counts, state, settings)
-        weights = jnp.append(table, jnp.zeros(2))[index]
+        weights = jnp.append(table, jnp.zeros(2, jnp.float32))[index]
     total_norm = psum(jnp.sum(jnp.where(valid, norm, 0.0)), axis_name)
     mean_norm = total_norm / jnp.maximum(num_valid, 1.0)
     return weights, state, LossStats(mean_norm, num_valid, num_nonfinite, seen, table)
+
+
+def _read_settings(settings: Harmonizing) -> Harmonizing:
+    """Settings as Python values within their bounds, or traced."""
+    read = {
+        field.name: read_setting(field.name, settings[field.name], type(field.default))
+        for field in dataclasses.fields(settings)
+    }
+    known = {name: value for name, value in read.items() if not is_traced(value)}
+    for name, problem in problems(Harmonizing(**known)):
+        raise ValueError(f"{name}: {problem}")
+    return Harmonizing(**read)
 
 
 _TINY = 1e-12  # a bin with a smaller average counts as empty: its inverse would overflow
@@ -162,7 +219,8 @@ def _histogram_weights(
     else:
         filled, total = seen > 0, num_valid
     weights = _inverse(counts, settings)
-    return _scale(weights, total, jnp.sum(counts * weights * filled), num_valid, settings), state
+    of_filled = jnp.sum(counts * weights * filled.astype(jnp.float32))
+    return _scale(weights, total, of_filled, num_valid, settings), state
 
 
 def _exact_weights(
@@ -173,8 +231,7 @@ def _exact_weights(
     axis_name: str | None,
 ) -> jax.Array:
     """Weights f32[...] from the density at each example's gradient norm; 0 where not valid."""
-    epsilon = 1 / settings.bins
-    density = gradient_density(norm, valid, epsilon=epsilon, axis_name=axis_name)
+    density = density_at(norm, valid, 1 / settings.bins, axis_name)
     weights = jnp.where(valid, _inverse(density / settings.bins, settings), 0.0)
     return _scale(weights, num_valid, psum(weights.sum(), axis_name), num_valid, settings)
 
@@ -191,7 +248,9 @@ def _inverse(counts: jax.Array, settings: Harmonizing) -> jax.Array:
     """D**-tau with D = max(counts, min_count); 1 where both are 0, where there is no example."""
     density = jnp.maximum(counts, settings.min_count)
     density = jnp.where(density > _TINY, density, 1.0)
-    return 1.0 / density if settings.strength == 1.0 else density**-settings.strength
+    if not is_traced(settings.strength) and settings.strength == 1.0:
+        return 1.0 / density
+    return density**-settings.strength
 
 
 def _scale(
@@ -210,12 +269,3 @@ def _scale(
 def psum(x: jax.Array, axis_name: str | None) -> jax.Array:
     """The sum over the replicas of `axis_name`; None: x itself."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-
-def broadcast_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The mask as bool[shape]. Only axes of size 1 are broadcast: a missing axis is an error."""
-    if mask.ndim != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape)):  # noqa: B905 (ranks are equal)
-        raise ValueError(
-            f"mask must have the shape {shape} or 1 in place of an axis, got {mask.shape}"
-        )
-    return jnp.broadcast_to(mask.astype(bool), shape)

@@ -8,9 +8,12 @@ In all sources, as here, head outputs are ordered by anchor, then class or coord
 axes of kernels change: [out, in, height, width] there, [height, width, in, out] here.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -63,8 +66,8 @@ def import_detector(
         `params` and `batch_stats` of f32 arrays.
 
     Raises:
-        ValueError: names or shapes do not match `like`, or a value is NaN or infinite. One line
-            that names the first such tensors.
+        ValueError: names or shapes do not match `like`, a tensor is not of floats, or a value is
+            NaN or infinite. One line that names the first such tensors.
     """
     return _import(tensors, like, _require(tensors, DETECTORS), class_rows)
 
@@ -83,12 +86,33 @@ def export_detector(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def class_names_of(classes: Any) -> tuple[str, ...] | None:
+    """The class names that a file of weights gives: a JSON list, or the list itself; None: none.
+
+    Raises:
+        ValueError: something else, or no names.
+    """
+    if classes is None:
+        return None
+    names = classes
+    if isinstance(classes, str):
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON: no list either
+            names = json.loads(classes)
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("gives its classes in a form that is not a list of names")
+    return tuple(names)
+
+
 def class_rows_of(
-    tensors: Tensors, class_names: Sequence[str], coco_ids: Mapping[str, int]
+    tensors: Tensors,
+    class_names: Sequence[str],
+    coco_ids: Mapping[str, int],
+    names_in_file: Sequence[str] | None = None,
 ) -> list[int]:
     """For each class name, its index among the classes of a detector's tensors.
 
-    Three layouts are supported: the 80 COCO classes in the usual order; torchvision's 91, indexed
+    The names in the file decide, if it has any; each class must be among them. Without them
+    three layouts are supported: the 80 COCO classes in the usual order; torchvision's 91, indexed
     by COCO category id, where background (0) and ten unused ids are skipped; and as many classes as
     there are names (in torchvision one more, for background), in that order.
 
@@ -96,13 +120,20 @@ def class_rows_of(
         tensors: of a detector.
         class_names: wanted, in label order.
         coco_ids: category id of each of COCO's 80 class names, in their order.
+        names_in_file: see `class_names_of`.
 
     Raises:
-        ValueError: the number of classes matches none of these.
+        ValueError: a class is not in the file, or the number of classes matches none of these.
     """
     naming = _require(tensors, DETECTORS)
     found = _num_classes(tensors, naming)
     of_torchvision = naming in (TORCHVISION, TORCHVISION_2020)
+    if names_in_file is not None:
+        first = found - len(names_in_file)  # 1: background comes before them
+        if first != 0 and not (first == 1 and of_torchvision):
+            named = f"{len(names_in_file)} classes ({_some(names_in_file)})"
+            raise ValueError(f"names {named}, but has outputs for {found}")
+        return [first + place for place in _places(class_names, names_in_file)]
     if set(class_names) <= set(coco_ids):
         order = list(coco_ids)
         if found == max(coco_ids.values()) + 1 and of_torchvision:
@@ -117,6 +148,21 @@ def class_rows_of(
         f"holds {naming.title} with {found} classes, the data set has {len(class_names)}: "
         f"{_some(class_names)}"
     )
+
+
+def _places(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Where each wanted name stands among the names."""
+    if list(wanted) == list(names):
+        return list(range(len(names)))
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ValueError(
+            f"is of the classes {_some(names)}; the data set has others: {_some(missing)}"
+        )
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"names a class twice: {_some(twice)}")
+    return [names.index(name) for name in wanted]
 
 
 def _num_classes(tensors: Tensors, naming: Naming) -> int:
@@ -155,7 +201,12 @@ def _import(
 
     imported = {}
     for name, path in wanted.items():
-        tensor = np.asarray(tensors[name], np.float32)
+        tensor = np.asarray(tensors[name])
+        if not is_float(tensor.dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype}, not floating-point: quantized weights are not read"
+            )
+        tensor = tensor.astype(np.float32)
         if class_rows is not None and path[1:3] == _CLASS_OUTPUT:
             tensor = _select_classes(tensor, class_rows, _num_classes(tensors, naming))
         value, shape = _to_flax(path, tensor), tuple(_leaf(like, path).shape)
@@ -181,7 +232,7 @@ def _leaves_by_tensor(naming: Naming, variables: Mapping[str, Any]) -> dict[str,
 
 def _select_classes(tensor: np.ndarray, rows: Sequence[int], num_classes: int) -> np.ndarray:
     """The outputs of some classes: [anchors * num_classes, ...] -> [anchors * len(rows), ...]."""
-    if tensor.shape[0] % num_classes:
+    if not (tensor.ndim and num_classes) or tensor.shape[0] % num_classes:
         return tensor  # wrong shape: the caller compares it and raises
     by_class = tensor.reshape(-1, num_classes, *tensor.shape[1:])[:, list(rows)]
     return by_class.reshape(-1, *tensor.shape[1:])
@@ -207,6 +258,11 @@ def _leaf(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first `most` names, and how many more there are."""
+    """The first `most` names, and how many more there are, on one line."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(x if x.isprintable() else repr(x) for x in names[:most]) + more
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether numbers of a type are floating-point of at least 16 bits; fewer are quantized."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize > 1

@@ -10,7 +10,7 @@ from typing import Any
 from ghm_jax.config import Model
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.models.weight_conversion import import_backbone
-from ghm_jax.models.weight_files import HUB, load_tensors, locate
+from ghm_jax.models.weight_files import HUB, load_weights, locate
 from ghm_jax.runs.checkpoint import restore_tree, save_tree
 from ghm_jax.runs.storage import cache_directory
 
@@ -43,7 +43,7 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 str(entry), "cached weights that cannot be read", "delete this directory"
             ) from error
-    tensors = load_tensors(path)
+    tensors = load_weights(path).tensors
     try:
         variables = import_backbone(tensors, like)
     except ValueError as error:

@@ -56,7 +56,8 @@ def init_state(
             from random values.
     """
     images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # parameters do not depend on the size
-    variables = {"batch_stats": {}, **model.init(jax.random.key(config.seed), images)}
+    with jax.numpy_dtype_promotion("standard"):  # Flax relies on it
+        variables = {"batch_stats": {}, **model.init(jax.random.key(config.seed), images)}
     for kind, modules in (pretrained or {}).items():
         variables[kind] = {**variables[kind], **modules}
     params = variables["params"]

@@ -117,7 +117,7 @@ def _compute_gradients(
 
 def _per_image(outputs: Outputs, targets: Targets, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Positive anchors per image f32[], and the ids i32[b] of images with NaN or Inf, else -1."""
-    num_positive = jnp.mean((targets.classes >= 0).sum(axis=1).astype(jnp.float32))
+    num_positive = jnp.mean((targets.classes >= 0).sum(axis=1, dtype=jnp.int32).astype(jnp.float32))
     logits, deltas = outputs
     finite = jnp.isfinite(logits).all(axis=(1, 2)) & jnp.isfinite(deltas).all(axis=(1, 2))
     return num_positive, jnp.where(finite, -1, batch.image_id)
@@ -127,7 +127,8 @@ def _apply_update(
     state: TrainState, gradients: _Gradients, optimizer: optax.GradientTransformation, ema: float
 ) -> TrainState:
     """The state after the update, before the step is counted."""
-    updates, opt_state = optimizer.update(gradients.params, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        updates, opt_state = optimizer.update(gradients.params, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
@@ -149,7 +150,7 @@ def _skip_if_nonfinite(state: TrainState, updated: TrainState, finite: jax.Array
     Decided here and not by the host, which would have to wait for each step.
     """
     skipped = Skipped(
-        total=state.skipped.total + ~finite,
+        total=state.skipped.total + (~finite).astype(jnp.int32),
         in_a_row=jnp.where(finite, 0, state.skipped.in_a_row + 1),
     )
     chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
