@@ -394,3 +394,9 @@ def test_a_damaged_png_is_the_same_image_or_one_line(changes, bits, seed):
         check_one_line(error)
     else:
         np.testing.assert_array_equal(image, upper_bits(values, bits))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_part_of_a_file_is_refused(name):
+    for share in (0.3, 0.5, 0.8, 0.95):
+        refusal(FILES[name][: int(share * len(FILES[name]))])
