@@ -1,6 +1,8 @@
 """The setting of every test: eight CPU devices, strict JAX options, no display."""
 
 import atexit
+import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -35,21 +37,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Compiled programs are dropped after each file, and within one when they fill the memory: JAX
-    would keep them all, several gigabytes."""
-    if nextitem is None or nextitem.path != item.path or resident_bytes() > 1_200_000_000:
+class Memory:
+    """Drops compiled programs before they fill the memory: JAX would keep them all, gigabytes."""
+
+    ROOM = 500_000_000  # bytes that may come on top before the next time
+
+    def __init__(self) -> None:
+        self.limit = resident_bytes() + 2 * self.ROOM
+
+    def trim(self) -> None:
+        if resident_bytes() < self.limit:
+            return
         import jax  # after the environment is set
 
         jax.clear_caches()
         gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # elsewhere the system takes its time
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.limit = resident_bytes() + self.ROOM
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell."""
+    """Memory of this process; 0 if the system does not tell."""
     statm = Path("/proc/self/statm")
     pages = int(statm.read_text().split()[1]) if statm.is_file() else 0
     return pages * resource.getpagesize()
+
+
+MEMORY = Memory()
+
+
+def pytest_runtest_teardown() -> None:
+    MEMORY.trim()
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def read_instances(path: Path) -> Instances:
     """A COCO instances file, or a list of test images.
 
     An area that is missing, negative or not finite is width x height of the box. Objects are
-    numbered anew where their ids are not unique numbers from 1 on; see `number_annotations`.
+    numbered again if their ids are not unique numbers from 1 on; see `number_annotations`.
 
     Raises:
         DataError: no such file, not JSON, not in COCO's form, a value against the rule of its
