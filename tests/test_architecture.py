@@ -59,7 +59,7 @@ IMPORTS = {
     "predict": "config data detection distributed evaluation exceptions plots progress runs",
     "export": "batch config detection distributed evaluation exceptions models progress runs "
     "training",
-    "import_weights": "config data distributed exceptions models runs training",
+    "import_weights": "config data distributed exceptions models progress runs training",
     "bench": "analysis batch config data detection distributed evaluation losses training",
     "cli": "analysis bench config data distributed evaluate evaluation exceptions export "
     "import_weights plots predict progress runs train training",
