@@ -228,6 +228,8 @@ def test_ordinary_images_are_what_opencv_decodes(rng, kind, options):
         for encoded in (saved(image, kind, **options), saved(image.convert("L"), kind, **options)):
             flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
             expected = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+            if expected is None:
+                pytest.skip(f"this OpenCV does not decode {kind}")
             assert_is(encoded, expected[..., ::-1])
 
 
