@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ghm_jax.analysis.chips import peak_flops
 from ghm_jax.config import Config
 from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.models import RetinaNet
@@ -16,36 +17,6 @@ from ghm_jax.training.optimizer import frozen_parameters
 
 MODULES = ("backbone", "fpn", "class_head", "box_head")
 """Modules of the network, by their names among its parameters."""
-
-# Substring of a device's name in JAX -> dense bfloat16 operations per second with float32 sums; the
-# first match counts. NVIDIA: the data sheets "H100 Tensor Core GPU" (with sparsity, twice as much:
-# SXM 1,979, NVL 1,671, PCIe 1,513), "H200 Tensor Core GPU" (SXM 1,979, NVL 1,671), "A100 Tensor
-# Core GPU" (312 dense), "L4 Tensor Core GPU" (242 with sparsity) and "T4" (65 in float16, as it has
-# no bfloat16). Google: the pages "TPU v4", "v5e", "v5p" and "v6e" of the Cloud TPU documentation,
-# per chip.
-_PEAKS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    ("A100", 312e12),
-    ("L4", 121e12),
-    ("T4", 65e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),  # JAX's name of v5p
-    ("TPU v6", 918e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak operations per second of a device by its `device_kind` in JAX; None: unknown."""
-    words = f"{device_kind} ".replace("-", " ")
-    return next((peak for name, peak in _PEAKS if f"{name} " in words), None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleCost:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ghm_jax.analysis.cost import peak_flops, training_operations
+from ghm_jax.analysis.chips import peak_flops
+from ghm_jax.analysis.cost import training_operations
 from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.bench.timing import time_rounds

@@ -1,8 +1,9 @@
 """`ghm-jax describe`."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,7 +15,8 @@ from ghm_jax.runs.experiments import load_experiment
 
 @dataclass
 class Describe:
-    """Cost of the detector of an experiment: parameters, multiply-adds and anchors per image."""
+    """Cost of the detector of an experiment: parameters, multiply-adds and anchors per image, and
+    with --topology what its compiled step needs on a TPU slice."""
 
     experiment: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EXPERIMENT")]
     """File that defines `config`, or FILE:ROW for one of its `configs`."""
@@ -22,6 +24,14 @@ class Describe:
     """Height and width of the image in pixels."""
     classes: int = 0
     """Number of classes (that of the data set)."""
+    topology: str = ""
+    """TPU slice to compile the step for, such as v5e:4x4; needs libtpu, but no TPU."""
+    program: Literal["train", "predict"] = "train"
+    """Step to compile: of training, or of evaluation and prediction."""
+    batch_per_chip: int = 0
+    """Images per chip (the batch size of the experiment, divided among the chips)."""
+    out: str = ""
+    """JSON file to write the compiled step's figures into."""
     config: AllSettings = field(default_factory=Config)
 
 
@@ -37,9 +47,59 @@ def describe_command(arguments: Arguments) -> None:
     a = parse(Describe, arguments, "ghm-jax describe", Describe(experiment, config=default))
     config = a.config.check()
     check_positive(size=a.size)
+    if a.out and not a.topology:
+        raise ArgumentError("out", "is for the figures of a compiled step", "add `topology`")
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     num_classes = a.classes or _num_classes(config.data)
+    if a.topology:
+        _describe_compiled(a, num_classes, " ".join(arguments.words))
+        return
     print(f"{config.model.backbone}, {description_table(describe(config, num_classes, a.size))}")
+
+
+def _describe_compiled(a: Describe, num_classes: int, words: str) -> None:
+    """Compiles the step for `a.topology` and prints what it needs."""
+    from ghm_jax.analysis.compiled import ENVIRONMENT, compile_step, find_slice
+    from ghm_jax.cli.tables import compiled_table
+    from ghm_jax.runs.records import write_record
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    target = find_slice(a.topology)
+    batch = a.batch_per_chip or _batch_per_chip(a, len(target.devices))
+    if a.program == "train" and batch % a.config.optimizer.accumulate:
+        raise ArgumentError(
+            "batch_per_chip", f"{batch} is no multiple of optimizer.accumulate", "change one"
+        )
+    if a.out and not Path(a.out).parent.is_dir():
+        raise ArgumentError("out", f"no directory {Path(a.out).parent}", "create it")
+    print(f"compiling for {a.topology}, which can take many minutes ...", flush=True)
+    step = compile_step(
+        a.config, num_classes, a.size, target, program=a.program, batch_per_chip=batch
+    )
+    print(f"{a.config.model.backbone}, {compiled_table(step)}")
+    if a.out:
+        contents = {**asdict(step), "peak": step.peak, "fits": step.fits, "bound": step.bound}
+        write_record(
+            a.out,
+            f"ghm-jax describe {words}",
+            contents,
+            packages=("jax", "jaxlib", "libtpu"),
+            device=f"compiled for {a.topology}, not run",
+        )
+
+
+def _batch_per_chip(a: Describe, chips: int) -> int:
+    """The share of a chip in the batch of the experiment."""
+    train = a.program == "train"
+    size = a.config.optimizer.batch_size if train else a.config.predict.batch_size
+    if size % chips:
+        raise ArgumentError(
+            "topology",
+            f"{chips} chips cannot share a batch of {size} images evenly",
+            "give `batch_per_chip`",
+        )
+    return size // chips
 
 
 def _num_classes(data: Data) -> int:

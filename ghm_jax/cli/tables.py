@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # these import JAX, which takes a second that `ghm-jax --help` need not wait for
+    from ghm_jax.analysis.compiled import CompiledStep
     from ghm_jax.analysis.cost import Description
     from ghm_jax.analysis.data_preview import Inspection
 
@@ -32,6 +33,51 @@ def description_table(description: Description) -> str:
             f"{'examples (anchor, class)':<34}{description.examples:>14,}",
             f"{'memory of the parameters (float32)':<34}"
             f"{description.parameter_bytes / 2**20:>14,.1f} MiB",
+        ]
+    )
+
+
+def compiled_table(step: CompiledStep) -> str:
+    """What a compiled step needs on each chip of a slice."""
+    height, width = step.padded_size
+    memory = {
+        "arguments": step.arguments,
+        "outputs": step.outputs,
+        "temporaries": step.temporaries,
+        "code": step.code,
+        "together": step.peak,
+        "chip": step.memory,
+    }
+    lines = [
+        f"{step.program} step ({step.wrapper}) for {step.topology}: {step.chips} chips, "
+        f"{step.hosts} hosts; {step.batch_per_chip} images of {height} x {width} per chip",
+        "",
+        *(f"memory: {name:<14}{size / 2**20:>12,.0f} MiB" for name, size in memory.items()),
+        f"{'fits' if step.fits else 'DOES NOT FIT'}; estimated largest batch per chip: "
+        f"{step.largest_batch} images",
+        "",
+        f"{'per chip':<22}{'bytes':>12}{'FLOPs':>13}{'FLOPs/byte':>12}{'at least':>13}",
+    ]
+    total = sum(p.bytes for p in step.parts.values()), sum(p.flops for p in step.parts.values())
+    rows = [(name, part.bytes, part.flops, part.seconds) for name, part in step.parts.items()]
+    for name, size, flops, seconds in [*rows, ("step", *total, step.bound)]:
+        lines.append(
+            f"{name:<22}{size / 1e6:>9,.1f} MB{flops / 1e9:>11,.1f} G{flops / max(size, 1):>12,.1f}"
+            f"{1e3 * seconds:>10,.3f} ms"
+        )
+    lines += ["", f"{'collectives':<22}{'of':<22}{'count':>6}{'bytes':>14}"]
+    for c in step.collectives:
+        lines.append(f"{c.kind:<22}{c.scope:<22}{c.count:>6}{c.bytes / 1e6:>11,.3f} MB")
+    bounds = ", ".join(f"{name} {1e3 * value:,.3f} ms" for name, value in step.seconds.items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"lower bounds of the step, from published limits of the chip: {bounds}",
+            f"images per second of the slice, at most: "
+            f"{step.chips * step.batch_per_chip / step.bound:,.0f}",
+            f"FLOPs counted by the compiler: {step.compiler_flops / 1e9:,.1f} G; copies and "
+            f"transposes: {step.copies}; compiled in {step.compile_seconds:,.0f} s",
         ]
     )
 

@@ -1,4 +1,8 @@
-"""Boxes as arrays: `boxes` are float[..., 4] with x0, y0, x1, y1 in pixels of the padded image."""
+"""Boxes as arrays: `boxes` are float[..., 4] with x0, y0, x1, y1 in pixels of the padded image.
+
+What compares many boxes takes them as four columns: accelerators handle arrays whose last axis is 4
+poorly (a TPU pads it to 128).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,41 +12,48 @@ MAX_LOG_SCALE = (
 )
 
 
-def box_area(boxes: jax.Array) -> jax.Array:
+Columns = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""x0, y0, x1, y1 of boxes, f32[...] each."""
+
+
+def columns(boxes: jax.Array) -> Columns:
+    """The columns of boxes f32[..., 4]."""
+    return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
+
+
+def box_area(boxes: Columns) -> jax.Array:
     """Area f32[...] in square pixels; 0 for boxes with a negative side."""
-    sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0.0)
-    return sides[..., 0] * sides[..., 1]
+    x0, y0, x1, y1 = boxes
+    return jnp.maximum(x1 - x0, 0.0) * jnp.maximum(y1 - y0, 0.0)
 
 
-def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union f32[N, M] of a f32[N, 4] and b f32[M, 4]; 0 for empty boxes.
+def box_iou(a: Columns, b: Columns) -> jax.Array:
+    """Intersection over union f32[...] of boxes whose columns broadcast; 0 for empty boxes.
 
     Examples:
-        >>> a = jnp.array([[0.0, 0.0, 2.0, 2.0]])
-        >>> b = jnp.array([[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 2.0]])
+        >>> a = columns(jnp.array([0.0, 0.0, 2.0, 2.0]))
+        >>> b = columns(jnp.array([[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 2.0]]))
         >>> box_iou(a, b).tolist()
-        [[0.5, 0.0]]
+        [0.5, 0.0]
     """
     shared = _intersection(a, b)
-    union = box_area(a)[:, None] + box_area(b)[None, :] - shared
+    union = box_area(a) + box_area(b) - shared
     return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
 
 
-def box_coverage(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Fraction f32[N, M] of the area of each box in a f32[N, 4] covered by each box in b f32[M, 4].
+def box_coverage(a: Columns, b: Columns) -> jax.Array:
+    """Fraction f32[...] of the area of boxes `a` covered by boxes `b`, whose columns broadcast.
 
     0 for an empty box in `a`. COCO compares detections with crowd regions this way.
     """
-    area = box_area(a)[:, None]
+    area = box_area(a)
     return jnp.where(area > 0, _intersection(a, b) / jnp.where(area > 0, area, 1.0), 0.0)
 
 
-def _intersection(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection area f32[N, M] of a f32[N, 4] and b f32[M, 4]."""
-    low = jnp.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
-    high = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
-    sides = jnp.maximum(high - low, 0.0)
-    return sides[..., 0] * sides[..., 1]
+def _intersection(a: Columns, b: Columns) -> jax.Array:
+    low_x, low_y = jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1])
+    high_x, high_y = jnp.minimum(a[2], b[2]), jnp.minimum(a[3], b[3])
+    return jnp.maximum(high_x - low_x, 0.0) * jnp.maximum(high_y - low_y, 0.0)
 
 
 def encode_boxes(boxes: jax.Array, anchors: jax.Array) -> jax.Array:

@@ -67,12 +67,14 @@ def detection_loss(
         if config.loss.box == "ghm_r":
             regress = _by_level(regress, level_sizes)
     positive = (targets.classes >= 0)[..., None]
-    loss_class, state_class, stats_class = classify(
-        logits, targets.classes, None, states.classification, axis_name=axis_name
-    )
-    loss_box, state_box, stats_box = regress(
-        deltas, targets.deltas, positive, states.box, axis_name=axis_name
-    )
+    with jax.named_scope("classification_loss"):
+        loss_class, state_class, stats_class = classify(
+            logits, targets.classes, None, states.classification, axis_name=axis_name
+        )
+    with jax.named_scope("box_loss"):
+        loss_box, state_box, stats_box = regress(
+            deltas, targets.deltas, positive, states.box, axis_name=axis_name
+        )
     total = config.loss.weight * loss_class + config.loss.box_weight * loss_box
     terms = LossTerms(total, loss_class, loss_box)
     return terms, GHMStates(state_class, state_box), (stats_class, stats_box)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ghm_jax.detection.boxes import box_coverage, box_iou, encode_boxes
+from ghm_jax.detection.boxes import Columns, box_coverage, box_iou, columns, encode_boxes
 from ghm_jax.losses import BACKGROUND, IGNORE
 
 _CROWD_COVERAGE = 0.5
@@ -20,6 +20,21 @@ class Targets(NamedTuple):
     """f32[A, 4]: box deltas, meaningful where `classes >= 0`."""
 
 
+class _Matches(NamedTuple):
+    """What is known of the anchors [A] after some of the boxes."""
+
+    overlap: jax.Array
+    """f32, highest IoU with any box."""
+    claimed: jax.Array
+    """bool, whether a box overlaps no anchor more."""
+    label: jax.Array
+    """i32, class of the box to learn."""
+    box: Columns
+    """f32, the box to learn."""
+    covered: jax.Array
+    """f32, fraction of the anchor covered by a crowd region."""
+
+
 def match_anchors(
     anchors: jax.Array,
     boxes: jax.Array,
@@ -29,6 +44,7 @@ def match_anchors(
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
     convention: Literal["mmdetection", "torchvision"] = "mmdetection",
+    num_boxes: jax.Array | None = None,
 ) -> Targets:
     """Matches the anchors of one image to its boxes by IoU; `vmap` it over a batch.
 
@@ -53,30 +69,51 @@ def match_anchors(
         is_crowd: bool[M], crowd regions; None: none.
         positive_iou, negative_iou: in [0, 1], the second one not above the first.
         convention: whose rule for claimed anchors.
+        num_boxes: i32[], how many of the M boxes to look at, at least all that are used; None:
+            counted from `labels` and `is_crowd`. Under `vmap`, one number for all images is faster.
 
     Returns:
         Targets. An image without boxes is all background.
     """
-    iou = jnp.where(labels[None, :] >= 0, box_iou(anchors, boxes), 0.0)  # [A, M]
-    # Compared with its own maxima below: if XLA computed it twice, in two fusions that round
-    # differently, a maximum might equal none of the values.
-    iou = jax.lax.optimization_barrier(iou)
-    number = jnp.broadcast_to(jnp.arange(boxes.shape[0], dtype=jnp.int32), iou.shape)
-    # Box numbers by min and max, not argmax, which is several times slower on a CPU.
-    overlap = iou.max(axis=1)  # [A]
-    nearest = jnp.where(iou == overlap[:, None], number, boxes.shape[0]).min(axis=1)
+    used = labels >= 0 if is_crowd is None else (labels >= 0) | is_crowd
+    number = jnp.arange(1, labels.size + 1, dtype=jnp.int32)
+    count = jnp.max(jnp.where(used, number, 0), initial=0) if num_boxes is None else num_boxes
+    sides = columns(anchors)
+    first = jnp.broadcast_to(boxes[0], anchors.shape)
+    start = _Matches(
+        overlap=jnp.zeros(anchors.shape[0], jnp.float32),
+        claimed=jnp.zeros(anchors.shape[0], bool),
+        label=jnp.full(anchors.shape[0], labels[0]),
+        box=columns(first),
+        covered=jnp.zeros(anchors.shape[0], jnp.float32),
+    )
 
-    best = iou.max(axis=0)  # [M], the best overlap any anchor has with a box
-    claims = (iou == best[None, :]) & (best[None, :] > 0)
-    last_claim = jnp.where(claims, number, -1).max(axis=1)
-    claimed = last_claim >= 0
-    chosen = jnp.where(claimed, last_claim, nearest) if convention == "mmdetection" else nearest
+    # One pass per box, so that nothing of size anchors x boxes is ever in memory.
+    def with_box(m: jax.Array, matches: _Matches) -> _Matches:
+        box = columns(boxes[m])
+        iou = jnp.where(labels[m] >= 0, box_iou(sides, box), 0.0)
+        # Compared with its own maximum: if XLA computed it twice, in two fusions that round
+        # differently, the maximum might equal none of the values.
+        iou = jax.lax.optimization_barrier(iou)
+        best = iou.max()
+        claims = (iou == best) & (best > 0)
+        chosen = iou > matches.overlap
+        if convention == "mmdetection":
+            chosen = claims | (chosen & ~matches.claimed)
+        covered = matches.covered
+        if is_crowd is not None:
+            covered = jnp.maximum(covered, jnp.where(is_crowd[m], box_coverage(sides, box), 0.0))
+        return _Matches(
+            overlap=jnp.maximum(matches.overlap, iou),
+            claimed=matches.claimed | claims,
+            label=jnp.where(chosen, labels[m], matches.label),
+            box=tuple(jnp.where(chosen, new, old) for new, old in zip(box, matches.box)),
+            covered=covered,
+        )
 
-    positive = claimed | (overlap >= positive_iou)
-    background = overlap < negative_iou
-    if is_crowd is not None:
-        covered = jnp.where(is_crowd[None, :], box_coverage(anchors, boxes), 0.0)
-        background &= covered.max(axis=1) < _CROWD_COVERAGE
-    classes = jnp.where(positive, labels[chosen], jnp.where(background, BACKGROUND, IGNORE))
-    deltas = encode_boxes(boxes[chosen], anchors)
+    matches = jax.lax.fori_loop(0, count, with_box, start)
+    positive = matches.claimed | (matches.overlap >= positive_iou)
+    background = (matches.overlap < negative_iou) & (matches.covered < _CROWD_COVERAGE)
+    classes = jnp.where(positive, matches.label, jnp.where(background, BACKGROUND, IGNORE))
+    deltas = encode_boxes(jnp.stack(matches.box, axis=-1), anchors)
     return Targets(classes.astype(jnp.int32), jnp.where(positive[:, None], deltas, 0.0))

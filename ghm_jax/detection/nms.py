@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ghm_jax.detection.boxes import box_area, clip_boxes, decode_boxes
+from ghm_jax.detection.boxes import box_iou, clip_boxes, columns, decode_boxes
 
 
 class Detections(NamedTuple):
@@ -19,6 +19,7 @@ class Detections(NamedTuple):
     """i32[D], class indices."""
 
 
+@jax.named_scope("suppression")
 def suppress(
     boxes: jax.Array,
     scores: jax.Array,
@@ -50,14 +51,13 @@ def suppress(
     """
     size = scores.shape[0]
     index = jnp.arange(size, dtype=jnp.int32)
-    columns = tuple(boxes.T)  # contiguous reads in each pass
-    area = box_area(boxes)
+    sides = columns(boxes)
 
     def step(carry: Any) -> Any:
         i, scores, picks, found = carry
         best = jnp.max(scores)
         pick = jnp.min(jnp.where(scores == best, index, size - 1))
-        overlap = _iou_with(pick, columns, area)
+        overlap = box_iou(sides, columns(boxes[pick]))
         if soft_sigma > 0:
             left = scores * jnp.exp(-(overlap**2) / soft_sigma)
         else:
@@ -77,16 +77,6 @@ def suppress(
         lambda carry: (carry[0] < count) & jnp.any(carry[1] > 0), step, start
     )
     return picks, found
-
-
-def _iou_with(pick: jax.Array, columns: tuple[jax.Array, ...], area: jax.Array) -> jax.Array:
-    """IoU f32[N] of one box with all boxes, given as x0, y0, x1, y1 and area, f32[N] each."""
-    x0, y0, x1, y1 = columns
-    width = jnp.minimum(x1, x1[pick]) - jnp.maximum(x0, x0[pick])
-    height = jnp.minimum(y1, y1[pick]) - jnp.maximum(y0, y0[pick])
-    shared = jnp.maximum(width, 0.0) * jnp.maximum(height, 0.0)
-    union = area + area[pick] - shared
-    return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
 
 
 def select_detections(
@@ -119,16 +109,18 @@ def select_detections(
         max_detections: D.
     """
     num_classes = logits.shape[-1]
-    highest = _highest(logits)
-    logit, pair, start = [], [], 0
-    for size in level_sizes:
-        best = _best_pairs(logits, highest[start : start + size], start, candidates)
-        logit.append(best[0])
-        pair.append(best[1])
-        start += size
-    score, pair = jax.nn.sigmoid(jnp.concatenate(logit)), jnp.concatenate(pair)  # [N]
-    anchor, label = pair // num_classes, pair % num_classes
-    boxes = clip_boxes(decode_boxes(deltas[anchor], anchors[anchor]), image_size[None])  # [N, 4]
+    with jax.named_scope("decoding"):
+        highest = _highest(logits)
+        logit, pair, start = [], [], 0
+        for size in level_sizes:
+            best = _best_pairs(logits, highest[start : start + size], start, candidates)
+            logit.append(best[0])
+            pair.append(best[1])
+            start += size
+        score, pair = jax.nn.sigmoid(jnp.concatenate(logit)), jnp.concatenate(pair)  # [N]
+        anchor, label = pair // num_classes, pair % num_classes
+        boxes = decode_boxes(deltas[anchor], anchors[anchor])  # [N, 4]
+        boxes = clip_boxes(boxes, image_size[None])
 
     picks, score = suppress(
         boxes,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghm_jax.batch import Batch, ModelInputs
+from ghm_jax.batch import Batch, GroundTruth, ModelInputs
 from ghm_jax.config import Config
 from ghm_jax.detection.anchors import level_sizes, make_anchors
 from ghm_jax.detection.matching import IGNORE, Targets, match_anchors
@@ -40,7 +40,8 @@ def apply_network(
     model: RetinaNet, params: Any, batch_stats: Any, inputs: ModelInputs, *, train: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """Logits f32[b, A, K] and deltas f32[b, A, 4], and the updated batch statistics."""
-    images = normalize(inputs.images, inputs.image_size)
+    with jax.named_scope("normalize"):
+        images = normalize(inputs.images, inputs.image_size)
     variables = {"params": params, "batch_stats": batch_stats}
     with jax.numpy_dtype_promotion("standard"):  # Flax relies on it
         outputs, changed = model.apply(variables, images, train=train, mutable=["batch_stats"])
@@ -62,6 +63,7 @@ def network_outputs(
     return outputs
 
 
+@jax.named_scope("matching")
 def make_targets(batch: Batch, config: Config) -> Targets:
     """Targets [b, A] of a batch. Anchors whose center lies in the padding are ignored.
 
@@ -75,6 +77,7 @@ def make_targets(batch: Batch, config: Config) -> Targets:
         positive_iou=config.anchors.positive_iou,
         negative_iou=config.anchors.negative_iou,
         convention=config.anchors.convention,
+        num_boxes=_num_boxes(batch.truth),
     )
     # Without `is_crowd`, crowd regions are background.
     is_crowd = batch.truth.is_crowd if config.anchors.crowd == "ignore" else None
@@ -83,6 +86,12 @@ def make_targets(batch: Batch, config: Config) -> Targets:
     x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
     inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
     return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
+
+
+def _num_boxes(truth: GroundTruth) -> jax.Array:
+    """i32[], rows of the padded boxes that any image of the batch uses."""
+    used = ((truth.labels >= 0) | truth.is_crowd).any(axis=0)  # [M]
+    return jnp.max(jnp.where(used, jnp.arange(1, used.size + 1, dtype=jnp.int32), 0), initial=0)
 
 
 def loss_inputs(

@@ -80,8 +80,9 @@ def train_step(
         for a GHM loss a dict ghm_c or ghm_r with `counts` and `weights` f32[bins].
     """
     gradients = _compute_gradients(state, batch, config, model, axis_name)
-    updated = _apply_update(state, gradients, optimizer, config.optimizer.ema)
-    next_state = _skip_if_nonfinite(state, updated, gradients.finite)
+    with jax.named_scope("optimizer"):
+        updated = _apply_update(state, gradients, optimizer, config.optimizer.ema)
+        next_state = _skip_if_nonfinite(state, updated, gradients.finite)
     return next_state, _metrics(gradients, next_state.skipped)
 
 
@@ -108,7 +109,8 @@ def _compute_gradients(
     num_positive, nonfinite_images = _per_image(outputs, targets, batch)
     if axis_name is not None:
         # Sums, not means: the losses already divide by the count of the whole batch.
-        params, terms = jax.lax.psum((params, terms), axis_name)
+        with jax.named_scope("gradients"):
+            params, terms = jax.lax.psum((params, terms), axis_name)
         num_positive = jax.lax.pmean(num_positive, axis_name)
         nonfinite_images = jax.lax.all_gather(nonfinite_images, axis_name, tiled=True)
     norm = optax.tree.norm(params)

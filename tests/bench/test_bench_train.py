@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from ghm_jax.analysis.cost import describe, peak_flops, training_operations
+from ghm_jax.analysis.chips import peak_flops
+from ghm_jax.analysis.cost import describe, training_operations
 from ghm_jax.bench.train import (
     StepTime,
     TrainCase,
