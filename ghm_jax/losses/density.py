@@ -127,13 +127,39 @@ def count_bins(index: jax.Array, slots: int) -> jax.Array:
     """
     count = functools.partial(count_by_comparing, slots=slots)
     on_cpu = functools.partial(count_by_scattering, slots=slots)
-    return jax.lax.platform_dependent(index.ravel(), cpu=on_cpu, default=count)
+    return jax.lax.platform_dependent(index, cpu=on_cpu, default=count)
+
+
+def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+    """table[index] for a short table, [...] of integers in [0, table.size).
+
+    A TPU looks up one element at a time, so there every element is compared with every index
+    instead, in one pass with what comes before and after it.
+    """
+    return jax.lax.platform_dependent(
+        table, index, cpu=lambda table, index: table[index], default=look_up_by_comparing
+    )
+
+
+def look_up_by_comparing(table: jax.Array, index: jax.Array) -> jax.Array:
+    found = jnp.broadcast_to(table[0], index.shape)
+    if table.size > _UNROLLED:
+        return jax.lax.fori_loop(
+            1, table.size, lambda k, found: jnp.where(index == k, table[k], found), found
+        )
+    for k in range(1, table.size):
+        found = jnp.where(index == k, table[k], found)
+    return found
+
+
+_UNROLLED = 64
 
 
 def count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:
     # Three elements at a time, as one index into slots**3 counters: one core adds them one after
     # another, and most of them to the same few counters.
     together = 3 if slots <= 40 else 1
+    index = index.ravel()
     size = index.size // together
     slices = [index[i * size : (i + 1) * size].astype(jnp.int32) for i in range(together)]
     joint = functools.reduce(lambda joint, values: joint * slots + values, slices)
@@ -149,8 +175,10 @@ def _scatter_ones(index: jax.Array, slots: int) -> jax.Array:
 
 
 def count_by_comparing(index: jax.Array, *, slots: int) -> jax.Array:
-    equal = index[:, None] == jnp.arange(slots, dtype=index.dtype)[None, :]
-    return jnp.sum(equal, axis=0, dtype=jnp.int32)
+    # Slots first, and no reshape: the index then needs no copy in another layout.
+    numbers = jnp.arange(slots, dtype=index.dtype).reshape(-1, *[1] * index.ndim)
+    equal = index[None] == numbers
+    return jnp.sum(equal, axis=range(1, equal.ndim), dtype=jnp.int32)
 
 
 def shares(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ghm_jax.bounds import problems
 from ghm_jax.harmonizing import Density, Harmonizing, Normalizer
 from ghm_jax.losses.arguments import is_traced, known, read_array, read_floats, read_setting
-from ghm_jax.losses.density import bin_index, count_bins, density_at, read_norm
+from ghm_jax.losses.density import bin_index, count_bins, density_at, look_up, read_norm
 
 
 class GHMState(NamedTuple):
@@ -186,7 +186,7 @@ def weigh(
         table = psum(table, axis_name) / jnp.maximum(seen, 1.0)
     else:
         table, state = _histogram_weights(batch_counts, state, settings)
-        weights = jnp.append(table, jnp.zeros(2, jnp.float32))[index]
+        weights = look_up(jnp.append(table, jnp.zeros(2, jnp.float32)), index)
     total_norm = psum(jnp.sum(jnp.where(valid, norm, 0.0)), axis_name)
     mean_norm = total_norm / jnp.maximum(num_valid, 1.0)
     return weights, state, LossStats(mean_norm, num_valid, num_nonfinite, seen, table)
