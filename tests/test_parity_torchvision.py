@@ -26,7 +26,7 @@ from torchvision_oracle import (
 
 from ghm_jax.batch import ModelInputs
 from ghm_jax.detection.anchors import make_anchors
-from ghm_jax.detection.boxes import box_iou, decode_boxes, encode_boxes
+from ghm_jax.detection.boxes import box_iou, columns, decode_boxes, encode_boxes
 from ghm_jax.detection.matching import match_anchors
 from ghm_jax.detection.outputs import predict_step
 from ghm_jax.models.resnet import ResNet
@@ -167,7 +167,8 @@ def test_anchors_are_matched_to_the_same_boxes(rng, size, num_boxes):
     theirs = (
         published().proposal_matcher(overlap).numpy()
     )  # number of the box, -1 background, -2 between
-    np.testing.assert_allclose(box_iou(anchors, boxes).T, overlap, atol=1e-5)
+    pairs = columns(boxes[:, None]), columns(anchors[None])
+    np.testing.assert_allclose(box_iou(*pairs), overlap, atol=1e-5)
 
     padded = np.concatenate([boxes, np.zeros((3, 4), np.float32)])
     labels = np.concatenate([np.arange(num_boxes), [-1, -1, -1]]).astype(np.int32)

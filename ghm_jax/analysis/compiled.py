@@ -58,6 +58,32 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Main memory of one chip, in bytes."""
+
+    arguments: int
+    outputs: int
+    """Beyond those that reuse the memory of the arguments."""
+    temporaries: int
+    code: int
+    chip: int
+    """What there is."""
+    largest_batch: int
+    """Images per chip that would fit, estimated from this program: state and code are taken as
+    fixed, all else as proportional to the images. 0: not even one."""
+
+    @property
+    def peak(self) -> int:
+        """What the step takes."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough."""
+        return self.peak <= self.chip
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartCost:
     """What a part of the step costs on one chip."""
 
@@ -84,7 +110,7 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """A compiled step of a slice; memory, bytes and FLOPs are per chip."""
+    """A compiled step of a slice; bytes and FLOPs are per chip."""
 
     topology: str
     chips: int
@@ -93,17 +119,7 @@ class CompiledStep:
     wrapper: str
     padded_size: tuple[int, int]
     batch_per_chip: int
-    arguments: int
-    """Bytes, as the four below."""
-    outputs: int
-    """Beyond those that reuse the memory of the arguments."""
-    temporaries: int
-    code: int
-    memory: int
-    """Of the chip."""
-    largest_batch: int
-    """Images per chip that would fit, from the memory of this program: state and code are taken as
-    fixed, all else as proportional to the images. 0: not even one."""
+    memory: Memory
     parts: dict[str, PartCost]
     collectives: list[Collective]
     compiler_flops: float
@@ -113,16 +129,6 @@ class CompiledStep:
     seconds: dict[str, float]
     """Lower bounds of the step: compute, memory, links."""
     compile_seconds: float
-
-    @property
-    def peak(self) -> int:
-        """Bytes of memory that the step takes."""
-        return self.arguments + self.outputs + self.temporaries + self.code
-
-    @property
-    def fits(self) -> bool:
-        """Whether a chip has enough memory."""
-        return self.peak <= self.memory
 
     @property
     def bound(self) -> float:
@@ -197,12 +203,7 @@ def compile_step(
             "topology", f"the compiler refuses the step: {reason}", "try a smaller `batch_per_chip`"
         ) from error
     seconds = time.perf_counter() - start
-    costs = list(parse(compiled.as_text()).costs())
-    memory: Any = compiled.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    fixed = _bytes(state) + memory.generated_code_size_in_bytes
-    moving = memory.argument_size_in_bytes - _bytes(state) + outputs + memory.temp_size_in_bytes
-    chip = target.chip
+    costs, chip = list(parse(compiled.as_text()).costs()), target.chip
     collectives = _collectives(costs)
     return CompiledStep(
         topology=target.name,
@@ -212,12 +213,7 @@ def compile_step(
         wrapper=config.run.wrapper,
         padded_size=padded_size,
         batch_per_chip=batch_per_chip,
-        arguments=memory.argument_size_in_bytes,
-        outputs=outputs,
-        temporaries=memory.temp_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
-        memory=int(chip.memory),
-        largest_batch=max(0, int((chip.memory - fixed) / max(moving / batch_per_chip, 1))),
+        memory=_memory(compiled.memory_analysis(), _bytes(state), batch_per_chip, chip),
         parts=_parts(costs, chip),
         collectives=collectives,
         compiler_flops=float((compiled.cost_analysis() or {}).get("flops", math.nan)),
@@ -228,6 +224,20 @@ def compile_step(
             "links": _link_seconds(collectives, len(target.devices), chip),
         },
         compile_seconds=seconds,
+    )
+
+
+def _memory(analysis: Any, state: int, images: int, chip: Chip) -> Memory:
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    fixed = state + analysis.generated_code_size_in_bytes
+    growing = analysis.argument_size_in_bytes - state + outputs + analysis.temp_size_in_bytes
+    return Memory(
+        arguments=analysis.argument_size_in_bytes,
+        outputs=outputs,
+        temporaries=analysis.temp_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        chip=int(chip.memory),
+        largest_batch=max(0, int((chip.memory - fixed) / max(growing / images, 1))),
     )
 
 

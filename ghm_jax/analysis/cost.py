@@ -18,6 +18,7 @@ from ghm_jax.training.optimizer import frozen_parameters
 MODULES = ("backbone", "fpn", "class_head", "box_head")
 """Modules of the network, by their names among its parameters."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModuleCost:
     """Cost of a module of the network, or of all of it."""

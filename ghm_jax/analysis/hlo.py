@@ -38,7 +38,9 @@ _NO_TRAFFIC = {
     "slice-done",
     "optimization-barrier",
 }
-_CALLS = ("body=", "condition=", "to_apply=", "true_computation=", "false_computation=")
+_CALLED = re.compile(
+    r"\b(?:body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Cost:
 class Program:
     """The computations of a compiled program; see `parse`."""
 
-    computations: Mapping[str, Mapping[str, Instruction]]
+    computations: Mapping[str, dict[str, Instruction]]
     entry: str
 
     def costs(self) -> Iterator[Cost]:
@@ -108,7 +110,7 @@ class Program:
         for instruction in instructions.values():
             name = instruction.opcode
             if name in ("while", "conditional", "call"):
-                trips = int(instruction.attribute(r'known_trip_count[^\d]*(\d+)') or 1)
+                trips = int(instruction.attribute(r"known_trip_count[^\d]*(\d+)") or 1)
                 for called in self._called(instruction):
                     yield from self._costs(called, times * (trips if name == "while" else 1))
                 continue
@@ -119,7 +121,7 @@ class Program:
                 yield Cost(instruction, scope, times, times * traffic, times * flops)
 
     def _called(self, instruction: Instruction) -> list[str]:
-        names = re.findall(r"(?:%s)%%?([\w.-]+)" % "|".join(_CALLS), instruction.attributes)
+        names = _CALLED.findall(instruction.attributes)
         branches = instruction.attribute(r"branch_computations=\{([^}]*)\}")
         return [*names, *re.findall(r"[\w.-]+", branches)]
 
@@ -197,7 +199,7 @@ def _array(dtype: str, sizes: str, order: str, layout: str) -> Array:
     return Array(dtype, shape, math.prod(padded) * bits // 8, not space or space[1] == "0")
 
 
-def _scopes(instructions: Mapping[str, Instruction]) -> dict[str, str]:
+def _scopes(instructions: dict[str, Instruction]) -> dict[str, str]:
     """The scope of each instruction; copies have none of their own and get that of their user."""
     scopes = {name: instruction.scope for name, instruction in instructions.items()}
     for name in reversed(instructions):  # users come after what they use

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
@@ -158,3 +159,13 @@ def _first_sentence(boxed: str) -> str:
             break
         lines.append(text)
     return f"{' '.join(lines) or boxed.strip()} (--help lists all settings)"
+
+
+def check_out(out: str) -> None:
+    """Raises ArgumentError if the file cannot be written, before anything is measured."""
+    from ghm_jax.runs.storage import why_not_writable
+
+    if out and not Path(out).absolute().parent.is_dir():
+        raise ArgumentError("out", f"no directory {Path(out).parent}", "create it first")
+    if out and (why := why_not_writable(Path(out))):
+        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another file")

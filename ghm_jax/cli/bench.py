@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ghm_jax.cli.arguments import Arguments, parse
+from ghm_jax.cli.arguments import Arguments, check_out, parse
 from ghm_jax.exceptions import ArgumentError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def losses_command(arguments: Arguments) -> None:
     from ghm_jax.runs.records import write_record
 
     a = parse(BenchLosses, arguments, "ghm-jax bench losses")
-    _check_out(a.out)
+    check_out(a.out)
     choose_devices(0)  # raises where there is none
     measured = measure_losses(a.sizes, a.repeats)
     print(
@@ -76,7 +75,7 @@ def data_command(arguments: Arguments) -> None:
     from ghm_jax.runs.records import write_record
 
     a = parse(BenchData, arguments, "ghm-jax bench data")
-    _check_out(a.out)
+    check_out(a.out)
     for name, value in (("repeats", a.repeats), ("batches", a.batches), ("source", min(a.source))):
         if value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -136,7 +135,7 @@ def train_command(arguments: Arguments) -> None:
     from ghm_jax.runs.records import write_record
 
     a = parse(BenchTrain, arguments, "ghm-jax bench train")
-    _check_out(a.out)
+    check_out(a.out)
     for name, value in (("repeats", a.repeats), ("devices", min(a.devices, default=1))):
         if value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -232,7 +231,7 @@ class BenchInference:
 def inference_command(arguments: Arguments) -> None:
     """`ghm-jax bench inference`."""
     a = parse(BenchInference, arguments, "ghm-jax bench inference")
-    _check_out(a.out)
+    check_out(a.out)
     for name, value in (("repeats", a.repeats), ("batch_size", a.batch_size)):
         if value is not None and value < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
@@ -280,16 +279,6 @@ def inference_command(arguments: Arguments) -> None:
         }
         packages = ("jax", "jaxlib", "flax", "torch", "torchvision")
         write_record(a.out, _command("inference", arguments.words), contents, packages=packages)
-
-
-def _check_out(out: str) -> None:
-    """Raises ArgumentError if the file cannot be written, before anything is measured."""
-    from ghm_jax.runs.storage import why_not_writable
-
-    if out and not Path(out).absolute().parent.is_dir():
-        raise ArgumentError("out", f"no directory {Path(out).parent}", "create it first")
-    if out and (why := why_not_writable(Path(out))):
-        raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another file")
 
 
 def _command(what: str, args: Sequence[str]) -> str:

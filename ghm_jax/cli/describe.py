@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ghm_jax.cli.arguments import AllSettings, Arguments, check_positive, parse
+from ghm_jax.cli.arguments import AllSettings, Arguments, check_out, check_positive, parse
 from ghm_jax.config import Config, Data
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.runs.experiments import load_experiment
@@ -46,7 +46,7 @@ def describe_command(arguments: Arguments) -> None:
     default = load_experiment(experiment) if experiment else Config()
     a = parse(Describe, arguments, "ghm-jax describe", Describe(experiment, config=default))
     config = a.config.check()
-    check_positive(size=a.size)
+    check_positive(size=a.size, batch_per_chip=a.batch_per_chip or None)
     if a.out and not a.topology:
         raise ArgumentError("out", "is for the figures of a compiled step", "add `topology`")
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
@@ -71,15 +71,15 @@ def _describe_compiled(a: Describe, num_classes: int, words: str) -> None:
         raise ArgumentError(
             "batch_per_chip", f"{batch} is no multiple of optimizer.accumulate", "change one"
         )
-    if a.out and not Path(a.out).parent.is_dir():
-        raise ArgumentError("out", f"no directory {Path(a.out).parent}", "create it")
+    check_out(a.out)
     print(f"compiling for {a.topology}, which can take many minutes ...", flush=True)
     step = compile_step(
         a.config, num_classes, a.size, target, program=a.program, batch_per_chip=batch
     )
     print(f"{a.config.model.backbone}, {compiled_table(step)}")
     if a.out:
-        contents = {**asdict(step), "peak": step.peak, "fits": step.fits, "bound": step.bound}
+        derived = {"peak": step.memory.peak, "fits": step.memory.fits, "bound": step.bound}
+        contents = {**asdict(step), **derived}
         write_record(
             a.out,
             f"ghm-jax describe {words}",

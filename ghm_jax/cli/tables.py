@@ -40,21 +40,22 @@ def description_table(description: Description) -> str:
 def compiled_table(step: CompiledStep) -> str:
     """What a compiled step needs on each chip of a slice."""
     height, width = step.padded_size
-    memory = {
-        "arguments": step.arguments,
-        "outputs": step.outputs,
-        "temporaries": step.temporaries,
-        "code": step.code,
-        "together": step.peak,
-        "chip": step.memory,
+    memory = step.memory
+    needs = {
+        "arguments": memory.arguments,
+        "outputs": memory.outputs,
+        "temporaries": memory.temporaries,
+        "code": memory.code,
+        "together": memory.peak,
+        "of": memory.chip,
     }
     lines = [
         f"{step.program} step ({step.wrapper}) for {step.topology}: {step.chips} chips, "
         f"{step.hosts} hosts; {step.batch_per_chip} images of {height} x {width} per chip",
         "",
-        *(f"memory: {name:<14}{size / 2**20:>12,.0f} MiB" for name, size in memory.items()),
-        f"{'fits' if step.fits else 'DOES NOT FIT'}; estimated largest batch per chip: "
-        f"{step.largest_batch} images",
+        *(f"memory: {name:<14}{size / 2**20:>12,.0f} MiB" for name, size in needs.items()),
+        f"{'fits' if memory.fits else 'DOES NOT FIT'}; estimated largest batch per chip: "
+        f"{memory.largest_batch} images",
         "",
         f"{'per chip':<22}{'bytes':>12}{'FLOPs':>13}{'FLOPs/byte':>12}{'at least':>13}",
     ]

@@ -69,51 +69,68 @@ def match_anchors(
         is_crowd: bool[M], crowd regions; None: none.
         positive_iou, negative_iou: in [0, 1], the second one not above the first.
         convention: whose rule for claimed anchors.
-        num_boxes: i32[], how many of the M boxes to look at, at least all that are used; None:
-            counted from `labels` and `is_crowd`. Under `vmap`, one number for all images is faster.
+        num_boxes: i32[], `num_used` of the boxes or more; None: counted here. Under `vmap`, one
+            number for all images is faster.
 
     Returns:
         Targets. An image without boxes is all background.
     """
-    used = labels >= 0 if is_crowd is None else (labels >= 0) | is_crowd
-    number = jnp.arange(1, labels.size + 1, dtype=jnp.int32)
-    count = jnp.max(jnp.where(used, number, 0), initial=0) if num_boxes is None else num_boxes
-    sides = columns(anchors)
-    first = jnp.broadcast_to(boxes[0], anchors.shape)
+    anchors, boxes, labels = map(jnp.asarray, (anchors, boxes, labels))
+    is_crowd = jnp.zeros(labels.shape, bool) if is_crowd is None else jnp.asarray(is_crowd)
+    count = num_used(labels, is_crowd) if num_boxes is None else num_boxes
+    nothing = jnp.zeros(anchors.shape[0], jnp.float32)
     start = _Matches(
-        overlap=jnp.zeros(anchors.shape[0], jnp.float32),
-        claimed=jnp.zeros(anchors.shape[0], bool),
+        overlap=nothing,
+        claimed=nothing > 0,
         label=jnp.full(anchors.shape[0], labels[0]),
-        box=columns(first),
-        covered=jnp.zeros(anchors.shape[0], jnp.float32),
+        box=columns(jnp.broadcast_to(boxes[0], anchors.shape)),
+        covered=nothing,
     )
-
     # One pass per box, so that nothing of size anchors x boxes is ever in memory.
-    def with_box(m: jax.Array, matches: _Matches) -> _Matches:
-        box = columns(boxes[m])
-        iou = jnp.where(labels[m] >= 0, box_iou(sides, box), 0.0)
-        # Compared with its own maximum: if XLA computed it twice, in two fusions that round
-        # differently, the maximum might equal none of the values.
-        iou = jax.lax.optimization_barrier(iou)
-        best = iou.max()
-        claims = (iou == best) & (best > 0)
-        chosen = iou > matches.overlap
-        if convention == "mmdetection":
-            chosen = claims | (chosen & ~matches.claimed)
-        covered = matches.covered
-        if is_crowd is not None:
-            covered = jnp.maximum(covered, jnp.where(is_crowd[m], box_coverage(sides, box), 0.0))
-        return _Matches(
-            overlap=jnp.maximum(matches.overlap, iou),
-            claimed=matches.claimed | claims,
-            label=jnp.where(chosen, labels[m], matches.label),
-            box=tuple(jnp.where(chosen, new, old) for new, old in zip(box, matches.box)),
-            covered=covered,
-        )
-
-    matches = jax.lax.fori_loop(0, count, with_box, start)
+    matches = jax.lax.fori_loop(
+        0,
+        count,
+        lambda m, matches: _add_box(
+            matches, columns(anchors), columns(boxes[m]), labels[m], is_crowd[m], convention
+        ),
+        start,
+    )
     positive = matches.claimed | (matches.overlap >= positive_iou)
     background = (matches.overlap < negative_iou) & (matches.covered < _CROWD_COVERAGE)
     classes = jnp.where(positive, matches.label, jnp.where(background, BACKGROUND, IGNORE))
     deltas = encode_boxes(jnp.stack(matches.box, axis=-1), anchors)
     return Targets(classes.astype(jnp.int32), jnp.where(positive[:, None], deltas, 0.0))
+
+
+def num_used(labels: jax.Array, is_crowd: jax.Array) -> jax.Array:
+    """i32[], rows of padded boxes [..., M] up to the last one that is used."""
+    used = ((labels >= 0) | is_crowd).any(axis=range(labels.ndim - 1))  # [M]
+    return jnp.max(jnp.where(used, jnp.arange(1, used.size + 1, dtype=jnp.int32), 0), initial=0)
+
+
+def _add_box(
+    matches: _Matches,
+    anchors: Columns,
+    box: Columns,
+    label: jax.Array,
+    is_crowd: jax.Array,
+    convention: Literal["mmdetection", "torchvision"],
+) -> _Matches:
+    """The matches of the anchors [A] after one more box, whose values are scalars."""
+    iou = jnp.where(label >= 0, box_iou(anchors, box), 0.0)
+    # Compared with its own maximum: if XLA computed it twice, in two fusions that round
+    # differently, the maximum might equal none of the values.
+    iou = jax.lax.optimization_barrier(iou)
+    best = iou.max()
+    claims = (iou == best) & (best > 0)
+    learned = iou > matches.overlap
+    if convention == "mmdetection":
+        learned = claims | (learned & ~matches.claimed)
+    covered = jnp.where(is_crowd, box_coverage(anchors, box), 0.0)
+    return _Matches(
+        overlap=jnp.maximum(matches.overlap, iou),
+        claimed=matches.claimed | claims,
+        label=jnp.where(learned, label, matches.label),
+        box=jax.tree.map(lambda new, old: jnp.where(learned, new, old), box, matches.box),
+        covered=jnp.maximum(matches.covered, covered),
+    )

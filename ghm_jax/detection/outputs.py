@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ghm_jax.batch import Batch, GroundTruth, ModelInputs
+from ghm_jax.batch import Batch, ModelInputs
 from ghm_jax.config import Config
 from ghm_jax.detection.anchors import level_sizes, make_anchors
-from ghm_jax.detection.matching import IGNORE, Targets, match_anchors
+from ghm_jax.detection.matching import IGNORE, Targets, match_anchors, num_used
 from ghm_jax.detection.nms import Detections, select_detections
 from ghm_jax.models import RetinaNet
 
@@ -77,7 +77,7 @@ def make_targets(batch: Batch, config: Config) -> Targets:
         positive_iou=config.anchors.positive_iou,
         negative_iou=config.anchors.negative_iou,
         convention=config.anchors.convention,
-        num_boxes=_num_boxes(batch.truth),
+        num_boxes=num_used(batch.truth.labels, batch.truth.is_crowd),
     )
     # Without `is_crowd`, crowd regions are background.
     is_crowd = batch.truth.is_crowd if config.anchors.crowd == "ignore" else None
@@ -86,12 +86,6 @@ def make_targets(batch: Batch, config: Config) -> Targets:
     x, y = 0.5 * (anchors[:, 0] + anchors[:, 2]), 0.5 * (anchors[:, 1] + anchors[:, 3])
     inside = (y[None, :] < reach[:, :1]) & (x[None, :] < reach[:, 1:])  # [b, A]
     return targets._replace(classes=jnp.where(inside, targets.classes, IGNORE))
-
-
-def _num_boxes(truth: GroundTruth) -> jax.Array:
-    """i32[], rows of the padded boxes that any image of the batch uses."""
-    used = ((truth.labels >= 0) | truth.is_crowd).any(axis=0)  # [M]
-    return jnp.max(jnp.where(used, jnp.arange(1, used.size + 1, dtype=jnp.int32), 0), initial=0)
 
 
 def loss_inputs(

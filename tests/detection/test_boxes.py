@@ -11,6 +11,7 @@ from ghm_jax.detection.boxes import (
     box_coverage,
     box_iou,
     clip_boxes,
+    columns,
     decode_boxes,
     encode_boxes,
 )
@@ -37,26 +38,28 @@ def draw(rng, count: int) -> np.ndarray:
     ],
 )
 def test_iou_table(a, b, iou):
-    a, b = jnp.array([a], float), jnp.array([b], float)
-    np.testing.assert_allclose(box_iou(a, b), [[iou]], rtol=1e-6)
-    np.testing.assert_allclose(box_iou(b, a), [[iou]], rtol=1e-6)
+    a, b = columns(jnp.array(a, float)), columns(jnp.array([b], float))
+    np.testing.assert_allclose(box_iou(a, b), [iou], rtol=1e-6)
+    np.testing.assert_allclose(box_iou(b, a), [iou], rtol=1e-6)
 
 
 def test_iou_equals_pycocotools(rng):
     a, b = draw(rng, 40), draw(rng, 30)
     xywh = [np.concatenate([x[:, :2], x[:, 2:] - x[:, :2]], axis=1).astype(float) for x in (a, b)]
     want = pycocotools.mask.iou(*xywh, [0] * 30)
-    np.testing.assert_allclose(jax.jit(box_iou)(a, b), want, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(box_area(jnp.asarray(a)), xywh[0][:, 2] * xywh[0][:, 3], rtol=1e-5)
+    pairs = columns(a[:, None]), columns(b[None])
+    np.testing.assert_allclose(jax.jit(box_iou)(*pairs), want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(box_area(columns(a)), xywh[0][:, 2] * xywh[0][:, 3], rtol=1e-5)
 
 
 def test_coverage_equals_pycocotools_on_crowds(rng):
     a, b = draw(rng, 40), draw(rng, 30)
     xywh = [np.concatenate([x[:, :2], x[:, 2:] - x[:, :2]], axis=1).astype(float) for x in (a, b)]
     want = pycocotools.mask.iou(*xywh, [1] * 30)
-    np.testing.assert_allclose(jax.jit(box_coverage)(a, b), want, rtol=1e-4, atol=1e-6)
-    empty = jnp.array([[5.0, 5, 5, 9]])
-    np.testing.assert_array_equal(box_coverage(empty, jnp.asarray(b)), np.zeros((1, 30)))
+    pairs = columns(a[:, None]), columns(b[None])
+    np.testing.assert_allclose(jax.jit(box_coverage)(*pairs), want, rtol=1e-4, atol=1e-6)
+    empty = columns(jnp.array([5.0, 5, 5, 9]))
+    np.testing.assert_array_equal(box_coverage(empty, columns(b)), np.zeros(30))
 
 
 def test_deltas_are_shifts_and_log_ratios():

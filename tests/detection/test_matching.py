@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ghm_jax.batch import NO_CLASS
+from ghm_jax.detection.anchors import make_anchors
 from ghm_jax.detection.matching import BACKGROUND, IGNORE, match_anchors
 
 match = jax.jit(functools.partial(match_anchors, positive_iou=0.5, negative_iou=0.4))
@@ -74,6 +75,32 @@ def test_matching_equals_the_published_rule(rng, count):
         for a, m in enumerate(chosen):
             want = deltas(anchors[a], boxes[m]) if m >= 0 else np.zeros(4)
             np.testing.assert_allclose(targets.deltas[a], want, rtol=1e-5, atol=1e-6)
+
+
+def overlaps_in_float32(anchors, boxes) -> np.ndarray:
+    """IoU f32[A, M] with every operation rounded to float32."""
+    a, b = anchors[:, None], boxes[None]
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    shared = np.maximum(high - low, 0).prod(axis=-1)
+    sizes = [(x[..., 2:] - x[..., :2]).prod(axis=-1) for x in (a, b)]
+    return shared / (sizes[0] + sizes[1] - shared)
+
+
+def test_near_ties_are_decided_as_rounded_operations_decide_them(rng):
+    """With fused multiply-adds, as XLA may use, more or fewer anchors have "the" best overlap."""
+    anchors = make_anchors((96, 128), 2.0, 3, (0.5, 1.0, 2.0))
+    for count in (5, 40):
+        low = rng.uniform(0, 90, (count, 2))
+        drawn = np.float32(np.concatenate([low, low + rng.uniform(5, 60, (count, 2))], axis=1))
+        boxes, labels = padded(drawn, rng.integers(0, 20, count), size=50)
+        overlaps = overlaps_in_float32(anchors, drawn)
+        claims = overlaps == overlaps.max(axis=0)
+        last = np.where(claims, np.arange(count), -1).max(axis=1)
+        chosen = np.where(last >= 0, last, overlaps.argmax(axis=1))
+        positive = (last >= 0) | (overlaps.max(axis=1) >= 0.5)
+        rest = np.where(overlaps.max(axis=1) < 0.4, BACKGROUND, IGNORE)
+        classes = np.where(positive, labels[chosen], rest)
+        np.testing.assert_array_equal(match(anchors, boxes, labels).classes, classes)
 
 
 def test_image_without_boxes_is_all_background(rng):

@@ -15,6 +15,8 @@ from ghm_jax.losses.density import (
     count_bins,
     count_by_comparing,
     count_by_scattering,
+    look_up,
+    look_up_by_comparing,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -112,10 +114,18 @@ def test_masked_and_nonfinite_norms_have_different_indices():
 @pytest.mark.parametrize("count", [count_by_scattering, count_by_comparing, count_bins])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_every_way_of_counting_equals_bincount(rng, count, dtype):
-    index = rng.integers(0, 7, 1000).astype(dtype)
+    index = rng.integers(0, 7, (4, 250)).astype(dtype)
     counts = count(index, slots=8)
-    np.testing.assert_array_equal(counts, np.bincount(index, minlength=8))
+    np.testing.assert_array_equal(counts, np.bincount(index.ravel(), minlength=8))
     assert counts.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("look", [look_up, look_up_by_comparing])
+@pytest.mark.parametrize("size", [1, 32, 300])
+def test_every_way_of_looking_up_equals_indexing(rng, look, size):
+    table = np.float32(rng.normal(size=size))
+    index = rng.integers(0, size, (7, 30)).astype(np.uint8 if size < 256 else np.int32)
+    np.testing.assert_array_equal(jax.jit(look)(table, index), table[index])
 
 
 def test_counts_do_not_stop_at_2_to_the_24():
