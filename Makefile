@@ -1,6 +1,6 @@
 # Needs only make and Python 3.11, 3.12 or 3.13. `make` lists what it can do.
 
-.PHONY: help setup quickstart test fast lint types floor docs tables check lock clean
+.PHONY: help setup quickstart test fast lint types floor docs tables tpu check lock clean
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
@@ -43,7 +43,12 @@ docs: setup  ## the documentation's site, into site/
 tables: setup  ## write the tables of measured results into README.md and docs/
 	@$(BIN)/python .ci/tables.py
 
-check: lint types test floor  ## what CI runs
+tpu: setup  ## the tests that need the compiler for TPUs, where it can be installed (into .cache/)
+	@if $(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/libtpu "libtpu==0.0.42.*"; \
+	then PYTHONPATH=.cache/libtpu $(BIN)/python -m pytest tests/analysis/test_compiled.py; \
+	else echo 'no libtpu for this machine: tests skipped'; fi
+
+check: lint types test tpu floor  ## what CI runs
 
 lock:  ## regenerate both requirements files from pyproject.toml (the only target that needs uv)
 	uv pip compile --quiet --upgrade --universal --extra dev \

@@ -290,12 +290,65 @@ def softmax() -> str:
     return _table(("loss", *problems), [(loss, *by.values()) for loss, by in recall.items()])
 
 
+def tpu_parts() -> str:
+    """Bytes and FLOPs of the parts of a training step, before and after it was made for TPUs."""
+    key = "coco_r50_ghm train v5e:2x2"
+    before, after = (_read(name)["rows"][key] for name in ("tpu_compiled_before", "tpu_compiled"))
+    rows = []
+    for part, cost in after["parts"].items():
+        old = before["parts"][part]
+        rows.append(
+            (
+                f"`{part}`",
+                f"{old['bytes'] / 1e9:.2f} GB",
+                f"{cost['bytes'] / 1e9:.2f} GB",
+                f"{cost['flops'] / 1e9:,.0f} G",
+                f"{1e3 * old['seconds']:.2f} ms",
+                f"{1e3 * cost['seconds']:.2f} ms",
+            )
+        )
+    totals = [sum(part["bytes"] for part in row["parts"].values()) for row in (before, after)]
+    rows.append(("all", *(f"{total / 1e9:.2f} GB" for total in totals), "", "", ""))
+    temporaries = [row["memory"]["temporaries"] for row in (before, after)]
+    rows.append(("temporaries", *(f"{size / 1e9:.2f} GB" for size in temporaries), "", "", ""))
+    rows.append(
+        ("compilation", *(f"{row['compile_seconds']:.0f} s" for row in (before, after)), "", "", "")
+    )
+    head = ("part", "before", "after", "FLOPs", "bound before", "bound after")
+    return _table(head, rows, _read("tpu_compiled"))
+
+
+def tpu_recipes() -> str:
+    """Memory and lower bounds of the recipes on TPU slices."""
+    record = _read("tpu_compiled")
+    rows = [
+        (
+            f"`{key.split()[0]}`",
+            row["topology"],
+            row["chips"],
+            row["batch_per_chip"],
+            f"{_peak(row) / 2**30:.1f} of {row['memory']['chip'] / 2**30:.0f} GiB",
+            row["memory"]["largest_batch"],
+            *(f"{1e3 * row['seconds'][kind]:.1f} ms" for kind in ("compute", "memory", "links")),
+            f"{row['chips'] * row['batch_per_chip'] / row['bound']:,.0f}",
+        )
+        for key, row in record["rows"].items()
+    ]
+    head = ("recipe", "slice", "chips", "images per chip", "memory", "largest batch (estimated)")
+    head = (*head, "compute", "memory", "links", "images/s at most")
+    return _table(head, rows, record)
+
+
+def _peak(row: dict[str, Any]) -> int:
+    return sum(row["memory"][name] for name in ("arguments", "outputs", "temporaries", "code"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         *(quickstart, density_floor, bccd, calibration, calibration_bins),
         *(loss_cost, data_cost, padding, train_step, train_devices, train_losses, train_growth),
-        *(inference, faults, gradients, softmax),
+        *(inference, faults, gradients, softmax, tpu_parts, tpu_recipes),
     )
 }
 """Name in a page's comment -> its table."""

@@ -23,7 +23,7 @@ COLLECTIVES = (
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+)(?: \(.*)? \{$")
 _OPCODE = re.compile(r"^(\(?.*?[\]})]) ([a-z][a-z0-9-]*)\(")
 _NO_TRAFFIC = {
     "parameter",
