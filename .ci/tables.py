@@ -311,9 +311,6 @@ def tpu_parts() -> str:
     rows.append(("all", *(f"{total / 1e9:.2f} GB" for total in totals), "", "", ""))
     temporaries = [row["memory"]["temporaries"] for row in (before, after)]
     rows.append(("temporaries", *(f"{size / 1e9:.2f} GB" for size in temporaries), "", "", ""))
-    rows.append(
-        ("compilation", *(f"{row['compile_seconds']:.0f} s" for row in (before, after)), "", "", "")
-    )
     head = ("part", "before", "after", "FLOPs", "bound before", "bound after")
     return _table(head, rows, _read("tpu_compiled"))
 

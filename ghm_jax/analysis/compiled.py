@@ -6,6 +6,7 @@ from published limits of the chip, not measurements.
 """
 
 import functools
+import importlib.util
 import math
 import re
 import time
@@ -147,14 +148,12 @@ def find_slice(topology: str) -> Slice:
     chip = next((chip for chip in TPUS if chip.name == kind), None)
     if chip is None or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise ArgumentError("topology", f"{topology!r} is no TPU slice", f"give one {examples}")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
+    if not importlib.util.find_spec("libtpu"):
         raise ArgumentError(
             "topology",
             "needs libtpu, the compiler for TPUs, which is not installed",
             'run pip install "jax[tpu]" on x86-64 Linux; no TPU is needed',
-        ) from None
+        )
     from jax.experimental import topologies
 
     # Two cores of a chip are one device, as on a real machine; one chip is not a whole host.

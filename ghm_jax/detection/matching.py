@@ -78,14 +78,6 @@ def match_anchors(
     anchors, boxes, labels = map(jnp.asarray, (anchors, boxes, labels))
     is_crowd = jnp.zeros(labels.shape, bool) if is_crowd is None else jnp.asarray(is_crowd)
     count = num_used(labels, is_crowd) if num_boxes is None else num_boxes
-    nothing = jnp.zeros(anchors.shape[0], jnp.float32)
-    start = _Matches(
-        overlap=nothing,
-        claimed=nothing > 0,
-        label=jnp.full(anchors.shape[0], labels[0]),
-        box=columns(jnp.broadcast_to(boxes[0], anchors.shape)),
-        covered=nothing,
-    )
     # One pass per box, so that nothing of size anchors x boxes is ever in memory.
     matches = jax.lax.fori_loop(
         0,
@@ -93,13 +85,25 @@ def match_anchors(
         lambda m, matches: _add_box(
             matches, columns(anchors), columns(boxes[m]), labels[m], is_crowd[m], convention
         ),
-        start,
+        _no_matches(anchors, boxes[0], labels[0]),
     )
     positive = matches.claimed | (matches.overlap >= positive_iou)
     background = (matches.overlap < negative_iou) & (matches.covered < _CROWD_COVERAGE)
     classes = jnp.where(positive, matches.label, jnp.where(background, BACKGROUND, IGNORE))
     deltas = encode_boxes(jnp.stack(matches.box, axis=-1), anchors)
     return Targets(classes.astype(jnp.int32), jnp.where(positive[:, None], deltas, 0.0))
+
+
+def _no_matches(anchors: jax.Array, box: jax.Array, label: jax.Array) -> _Matches:
+    """Before the first box; an anchor that overlaps none learns the first one, if any."""
+    nothing = jnp.zeros(anchors.shape[0], jnp.float32)
+    return _Matches(
+        overlap=nothing,
+        claimed=nothing > 0,
+        label=jnp.full(anchors.shape[0], label),
+        box=columns(jnp.broadcast_to(box, anchors.shape)),
+        covered=nothing,
+    )
 
 
 def num_used(labels: jax.Array, is_crowd: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ def test_a_name_of_no_slice_is_one_line_with_examples(name):
 
 
 def test_without_the_compiler_there_is_one_line_with_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match="libtpu") as error:
         find_slice("v5e:2x2")
     assert "pip install" in str(error.value)
