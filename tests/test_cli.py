@@ -181,7 +181,7 @@ def fails(capsys, *args):
         ("train tiny.py --seed 1e400", ["--seed", "1e400", "--help"]),
         (f"train tiny.py --seed {'1' * 5000}", ["--seed", "..."]),
         ("train tiny.py --anchors.negative-iou 1e400", ["anchors.negative_iou", "finite"]),
-        ("data inspect tiny.py --batches 99999999999", ["--batches", "2**31"]),
+        ("describe tiny.py --size 99999999999 64", ["--size", "2**31"]),
         ("data inspect", ["usage: ghm-jax data inspect EXPERIMENT"]),
         ("data inspect nosuch.py", ["nosuch.py", "no such experiment"]),
         ("data inspect tiny.py --batches 0", ["--batches: must be positive"]),

@@ -11,6 +11,8 @@ from typing import Any
 from ghm_jax.json_text import parse_json
 from ghm_jax.runs.storage import write_text
 
+_HISTOGRAMS = ("ghm_c", "ghm_r")
+
 
 def read_history(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, by rising step.
@@ -43,18 +45,18 @@ def _is_record(value: Any) -> bool:
         isinstance(value, dict)
         and type(value.get("step")) is int
         and 0 <= value["step"] < 2**31
-        and all(_is_logged(logged) for logged in value.values())
+        and all(_is_logged(name, logged) for name, logged in value.items())
     )
 
 
-def _is_logged(value: Any) -> bool:
-    """A number, None, a histogram, or a group of numbers by name."""
-    if not isinstance(value, dict):
+def _is_logged(name: str, value: Any) -> bool:
+    """Whether a value can be what was logged under a name: a number, a histogram, or None."""
+    if value is None or name not in _HISTOGRAMS:
         return value is None or _is_number(value)
-    counts, weights = value.get("counts"), value.get("weights")
-    if isinstance(counts, list) and isinstance(weights, list):
-        return len(counts) == len(weights) and all(map(_is_number, [*counts, *weights]))
-    return all(map(_is_number, value.values()))
+    lists = [value.get("counts"), value.get("weights")] if isinstance(value, dict) else [None]
+    if not all(isinstance(inner, list) and all(map(_is_number, inner)) for inner in lists):
+        return False
+    return len(lists[0]) == len(lists[1]) > 0
 
 
 def _is_number(value: Any) -> bool:
