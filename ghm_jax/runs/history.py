@@ -18,9 +18,8 @@ def read_history(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, by rising step.
 
     A crash can leave half of a last line; lines that are not a record, a `step` and numbers by
-    name, are skipped. A run that
-    resumes from a checkpoint logs some steps again: a record whose step is not after the one before
-    it replaces everything from that step on.
+    name, are skipped. A run that resumes from a checkpoint logs some steps again: a record whose
+    step is not after the one before it replaces everything from that step on.
 
     Raises:
         OSError: the file cannot be read.
@@ -53,10 +52,12 @@ def _is_logged(name: str, value: Any) -> bool:
     """Whether a value can be what was logged under a name: a number, a histogram, or None."""
     if value is None or name not in _HISTOGRAMS:
         return value is None or _is_number(value)
-    lists = [value.get("counts"), value.get("weights")] if isinstance(value, dict) else [None]
-    if not all(isinstance(inner, list) and all(map(_is_number, inner)) for inner in lists):
+    if not isinstance(value, dict):
         return False
-    return len(lists[0]) == len(lists[1]) > 0
+    counts, weights = value.get("counts"), value.get("weights")
+    if not isinstance(counts, list) or not isinstance(weights, list):
+        return False
+    return len(counts) == len(weights) > 0 and all(map(_is_number, [*counts, *weights]))
 
 
 def _is_number(value: Any) -> bool:

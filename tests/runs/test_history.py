@@ -12,29 +12,15 @@ from ghm_jax.runs.history import read_history
 
 HISTOGRAM = {"counts": [3.0, 0.0, 1.0], "weights": [0.5, 0.0, 2.0]}
 GOOD = [{"step": s, "loss": 1.5, "seconds": 0.1 * s, "ghm_c": HISTOGRAM} for s in (1, 2, 3, 5)]
+BAD_HISTOGRAMS = [
+    {"counts": []},
+    {"counts": [1], "weights": [1, 2]},
+    {"counts": ["a"], "weights": [1]},
+    {"counts": 5},
+]
 VALUES = st.sampled_from(
-    [
-        None,
-        True,
-        "",
-        "1",
-        -1,
-        0,
-        2,
-        2.0,
-        2**31,
-        10**400,
-        float("nan"),
-        [],
-        [1],
-        {},
-        {"counts": []},
-        {"counts": [1], "weights": [1, 2]},
-        {"counts": ["a"], "weights": [1]},
-        {"counts": 5},
-        {"counts": [1.0], "weights": [1.0]},
-    ]
-)
+    [None, True, "", "1", -1, 0, 2, 2.0, 2**31, 10**400, float("nan"), [], [1], {}]
+) | st.sampled_from([*BAD_HISTOGRAMS, {"counts": [1.0], "weights": [1.0]}])
 ODD_LINES = ["", "{", "[1]", "null", "[" * 99999, '{"step": ' + "9" * 5000 + "}", '{"step": 4'] * 2
 
 
