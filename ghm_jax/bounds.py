@@ -1,10 +1,11 @@
 """Bounds declared in the type of the setting they bound, as in `bins: Positive[int] = 30`."""
 
 import functools
-import math
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from ghm_jax.json_text import shown
 
 Number = TypeVar("Number", int, float)
 
@@ -23,21 +24,24 @@ Fraction = Annotated[Number, Bound(lambda value: 0 <= value <= 1, "must be in [0
 BelowOne = Annotated[Number, Bound(lambda value: 0 <= value < 1, "must be in [0, 1)")]
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
+
+
 def problems(settings: Any) -> Iterator[tuple[str, str]]:
     """(name, problem) of the fields of a dataclass that are out of bounds.
 
     A field is bounded by each `Bound` of its type and by the choices of a `Literal`; a float must
-    also be finite. Nested dataclasses are not checked.
+    also be finite in 32 bits, which the devices compute with. Nested dataclasses are not checked.
     """
     for name, kind in _kinds(type(settings)).items():
         value = getattr(settings, name)
         if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-            yield name, f"{value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}"
-        if isinstance(value, float) and not math.isfinite(value):
-            yield name, f"must be a finite number, got {value}"
+            yield name, f"{shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
+        if isinstance(value, float) and not abs(value) <= _LARGEST:
+            yield name, f"must be a finite number of 32 bits, got {value}"
         for bound in getattr(kind, "__metadata__", ()):
             if isinstance(bound, Bound) and not bound.holds(value):
-                yield name, f"{bound.words}, got {value}"
+                yield name, f"{bound.words}, got {shown(value)}"
 
 
 @functools.cache

@@ -6,10 +6,12 @@ by its dotted name (`--loss.ghm-c.momentum 0.9`). Bounds stand beside the fields
 fields below the sections. Nothing here reads or writes a file.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import math
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from ghm_jax.exceptions import ConfigError
 # Experiment files import everything that a config consists of from this module.
 from ghm_jax.harmonizing import REFERENCE as REFERENCE
 from ghm_jax.harmonizing import Harmonizing as Harmonizing
+from ghm_jax.json_text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +272,7 @@ class Config:
         Args:
             num_devices: devices (all hosts) that the batches are split over.
         """
+        from_dict(to_dict(self))  # the types
         for error in itertools.chain(
             _out_of_bounds(self, ""),
             _broken_model_rules(self.model),
@@ -418,6 +422,8 @@ def unknown_key(key: str) -> ConfigError:
             "the published code has bias_correction False and min_count 0 in loss.ghm_c and "
             "loss.ghm_r",
         )
+    if not key.isprintable() or len(key) > 80:
+        return ConfigError(shown(key), "no such setting", "see `help` for all settings")
     known = list(flatten(Config()))
     section, _, name = key.rpartition(".")
     near = difflib.get_close_matches(key, known, 3, cutoff=0.5)
@@ -488,11 +494,31 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             return tuple(_convert(k, item, key) for k, item in zip(kinds, value, strict=True))
     elif typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
+    elif typing.get_origin(kind) is Literal:
+        choices = ", ".join(map(str, typing.get_args(kind)))
+        raise ConfigError(key, f"{shown(value)} is not one of {choices}")
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
+        raise ConfigError(key, f"{shown(value)} is too large")
     elif kind in (int, str, bool) and type(value) is kind:  # True is not a number here
+        if kind is int and not -(2**31) <= value < _INTEGERS_BELOW.get(key, 2**31):
+            raise ConfigError(key, f"{shown(value)} does not fit in 32 bits")
+        if kind is str and not _can_be_a_path(value):
+            raise ConfigError(key, f"{shown(value)} is no text that a file name can hold")
         return value
-    raise ConfigError(key, f"{value!r} is not of the type {kind}")
+    raise ConfigError(key, f"{shown(value)} is not of the type {kind}")
+
+
+_INTEGERS_BELOW = {"seed": 2**32}  # the only one that is computed with unsigned
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Whether a file could have this name; those that are no UTF-8 hold surrogates."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

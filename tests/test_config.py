@@ -116,6 +116,59 @@ def test_values_of_the_wrong_type_name_their_key(section, name, value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("anchors.negative_iou", 10**400, "is too large"),
+        ("anchors.ratios", [1, -(10**400)], "is too large"),
+        ("optimizer.steps", 2**31, "does not fit in 32 bits"),
+        ("optimizer.steps", 10**400, "does not fit in 32 bits"),
+        ("optimizer.drops", [10**20], "does not fit in 32 bits"),
+        ("data.buckets", [[2**63, 32]], "does not fit in 32 bits"),
+        ("loss.ghm_c.bins", -(2**40), "does not fit in 32 bits"),
+        ("data.dir", "a\0", "no text that a file name can hold"),
+        ("data.classes", ["a", "\ud800"], "no text that a file name can hold"),
+        pytest.param(
+            "data.dir",
+            9**9999,
+            "a value of the type int is not of the type <class 'str'>",
+            id="digits",
+        ),
+        ("data.dir", ["x" * 9999] * 99, "is not of the type <class 'str'>"),
+    ],
+)
+def test_a_value_that_nothing_can_compute_with_is_one_short_line(key, value, words):
+    values = value
+    for name in reversed(key.split(".")):
+        values = {name: values}
+    frozen = tuple(map(tuple, value)) if key == "data.buckets" else value
+    for action in (lambda: from_dict(values), changed(**{key.replace(".", "__"): frozen}).check):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: ") as error:
+            action()
+        assert words in str(error.value)
+        assert len(str(error.value)) < 250
+
+
+def test_a_seed_has_all_32_bits_and_no_more():
+    assert from_dict({"seed": 2**32 - 1}).check().seed == 2**32 - 1
+    with pytest.raises(ConfigError, match=r"^seed: .*32 bits"):
+        from_dict({"seed": 2**32})
+
+
+@pytest.mark.parametrize("value", [1e39, -1e308, math.inf])
+def test_a_float_that_devices_cannot_hold_is_refused(value):
+    with pytest.raises(ConfigError, match=r"^loss\.weight: must be a finite number of 32 bits"):
+        changed(loss__weight=value).check()
+
+
+@pytest.mark.parametrize("key", ["a\nb", "x" * 10**6, "\ud800"])
+def test_an_unknown_key_of_any_text_is_one_short_line(key):
+    with pytest.raises(ConfigError, match="no such setting") as error:
+        from_dict({key: 1})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
 def test_a_section_must_be_a_section():
     with pytest.raises(ConfigError, match=r"^loss: "):
         from_dict({"loss": 3})

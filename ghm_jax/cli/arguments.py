@@ -132,11 +132,14 @@ def _switch(given: Option, settings: Mapping[str, Any]) -> Option:
 
 
 def check_positive(**values: int | Sequence[int] | None) -> None:
-    """Raises ArgumentError for the first of the options that is given and not above zero."""
+    """Raises ArgumentError for the first of the options that is given and not above zero, or that
+    does not fit in 32 bits."""
     for name, value in values.items():
         numbers = [value] if isinstance(value, int) else value
         if numbers and min(numbers) < 1:
             raise ArgumentError(name, f"must be positive, got {value}")
+        if numbers and max(numbers) >= 2**31:
+            raise ArgumentError(name, f"must be below 2**31, got {value}")
 
 
 def _own_options(kind: type[Any]) -> Iterator[str]:
@@ -158,7 +161,9 @@ def _first_sentence(boxed: str) -> str:
         if text.startswith("─"):
             break
         lines.append(text)
-    return f"{' '.join(lines) or boxed.strip()} (--help lists all settings)"
+    said = " ".join(lines) or boxed.strip()
+    said = said if len(said) <= 500 else f"{said[:200]} ... {said[-200:]}"
+    return f"{said} (--help lists all settings)"
 
 
 def check_out(out: str) -> None:

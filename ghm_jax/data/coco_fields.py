@@ -5,7 +5,6 @@ their fields here. What a file means is decided once; what is refused is one lin
 file, the row, the field and its value. docs/data.md has the rules as a table.
 """
 
-import json
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ghm_jax.exceptions import DataError
+from ghm_jax.json_text import parse_json
 
 MAX_AREA = 1e10
 """Square pixels: COCO's evaluators count an object for nothing if its area is larger."""
@@ -171,13 +171,11 @@ def read_json(path: Path) -> Any:
         DataError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "give a file") from None
-    except RecursionError:
-        raise DataError(str(path), "is nested too deeply for COCO's form", "write it") from None
     except ValueError as error:
-        raise DataError(str(path), f"is not JSON ({error})", "write it again") from None
+        raise DataError(str(path), str(error), "write it again") from None
 
 
 def read_rows(

@@ -111,7 +111,7 @@ def report(
         facts = {"detections": str(len(evaluation.detections))}
     else:
         history = read_history(run.history) if run.history.is_file() else []
-        minutes = history[-1]["seconds"] / 60 if history else 0.0
+        minutes = (history[-1].get("seconds") or 0.0) / 60 if history else 0.0
         devices = choose_devices(config.run.devices)
         facts = {
             "steps": str(evaluation.step),

@@ -9,7 +9,6 @@ axes of kernels change: [out, in, height, width] there, [height, width, in, out]
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ghm_jax.json_text import parse_json
 from ghm_jax.models.weight_names import (
     BACKBONE,
     DETECTORS,
@@ -96,8 +96,8 @@ def class_names_of(classes: Any) -> tuple[str, ...] | None:
         return None
     names = classes
     if isinstance(classes, str):
-        with contextlib.suppress(ValueError, RecursionError):  # no JSON: no list either
-            names = json.loads(classes)
+        with contextlib.suppress(ValueError):  # no JSON: no list either
+            names = parse_json(classes)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError("gives its classes in a form that is not a list of names")
     return tuple(names)

@@ -135,9 +135,11 @@ def recent_histogram(
         counts * weights is the mean of counts * weights over the records; the steps averaged over.
         None if no record has the histogram.
     """
-    records = [record for record in history if record.get(key)][-_RECENT:]
+    records = [record for record in history if record.get(key)]
     if not records:
         return None
+    bins = len(records[-1][key]["counts"])
+    records = [record for record in records[-_RECENT:] if len(record[key]["counts"]) == bins]
     counts = np.array([record[key]["counts"] for record in records], np.float64)
     weights = np.array([record[key]["weights"] for record in records], np.float64)
     weighted = np.where(counts > 0, counts * weights, 0.0).mean(axis=0)

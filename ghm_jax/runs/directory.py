@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ghm_jax.config import Config, differences, from_dict, to_dict
 from ghm_jax.exceptions import ConfigError
+from ghm_jax.json_text import parse_json, shown
 from ghm_jax.runs.checkpoint import check_location
 from ghm_jax.runs.lock import LOCK, lock_directory
 from ghm_jax.runs.storage import set_aside, write_text
@@ -101,12 +102,12 @@ def load_run(path: str | Path, *, data_dir: str | None = None) -> tuple[RunDirec
             str(path), "not a run (it has no config.json)", "give the directory of a run"
         )
     try:
-        values = json.loads(run.config.read_text())
+        values = parse_json(run.config.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("holds no settings")
         config = from_dict(values)
-    except RecursionError as error:
-        raise ConfigError(str(run.config), "nested too deeply") from error
+    except OSError as error:
+        raise ConfigError(str(run.config), f"cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ConfigError(str(run.config), str(error)) from error
     if data_dir is not None:
@@ -193,14 +194,14 @@ def note_dataset(run: RunDirectory, images: int, checksum: str) -> str:
     """
     now = {"images": images, "checksum": checksum}
     try:
-        before = json.loads(run.dataset.read_text())
-    except (OSError, ValueError, RecursionError):
+        before = parse_json(run.dataset.read_bytes())
+    except (OSError, ValueError):
         before = now
     write_text(run.dataset, json.dumps(now) + "\n")
     if before == now or not isinstance(before, dict):
         return ""
     return (
         f"warning: {run.path}: the data set was prepared again, from other files, since the run "
-        f"started ({before.get('images')} images then, {images} now); training continues on what "
-        "is there now, `restart` trains from scratch"
+        f"started ({shown(before.get('images'))} images then, {images} now); training continues on "
+        "what is there now, `restart` trains from scratch"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ghm_jax.config import Config
+from ghm_jax.config import Config, from_dict, to_dict
 from ghm_jax.exceptions import ConfigError
 
 
@@ -26,8 +26,7 @@ def load_experiment(path: str | Path) -> Config:
         with _neighbours(Path(file).resolve().parent):
             defined = runpy.run_path(file)
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(file, what, "fix the file") from error
+        raise ConfigError(file, _first_line(error), "fix the file") from error
     config, configs = defined.get("config"), defined.get("configs")
     if isinstance(configs, dict):
         choice = f"choose from {', '.join(f'{file}:{name}' for name in configs)}"
@@ -43,7 +42,20 @@ def load_experiment(path: str | Path) -> Config:
         raise ConfigError(
             str(path), "defines no 'config = Config(...)'", "see experiments/quickstart.py"
         )
-    return config
+    try:
+        return from_dict(to_dict(config))  # lists become tuples; Python itself checks no types
+    except ConfigError as error:
+        raise ConfigError(str(path), str(error), "fix the file") from None
+    except Exception as error:  # an object that cannot be copied
+        raise ConfigError(str(path), _first_line(error), "fix the file") from error
+
+
+def _first_line(error: BaseException) -> str:
+    try:
+        said = str(error)
+    except Exception:  # its own __str__ fails
+        said = ""
+    return f"{type(error).__name__}: {(said.splitlines() or [''])[0][:300]}"
 
 
 @contextlib.contextmanager

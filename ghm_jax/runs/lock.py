@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ghm_jax.exceptions import ConfigError
+from ghm_jax.json_text import parse_json
 
 LOCK = "training.lock"
 """Name of the file."""
@@ -144,8 +145,8 @@ def _read(file: Path) -> str | None:
 
 def _parse(text: str) -> _Holder | None:
     """The process that a lock names; None if it does not, because it is only half written."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        holder = _Holder(**json.loads(text))
+    with contextlib.suppress(ValueError, TypeError):
+        holder = _Holder(**parse_json(text))
         if all(type(a) is type(b) for a, b in zip(holder, _this_process(), strict=True)):
             return holder
     return None

@@ -62,8 +62,8 @@ class TrainingLog:
             self._writers.append(WeightsAndBiases(run, config))
         self._warned = False
         # Skipped updates that were already reported.
-        self._skipped = history[-1].get("skipped", 0) if history else 0
-        self._seconds = history[-1]["seconds"] if history else 0.0
+        self._skipped = history[-1].get("skipped") or 0 if history else 0
+        self._seconds = history[-1].get("seconds") or 0.0 if history else 0.0
         self._pending: tuple[int, Any, float] | None = None
         self._since = time.perf_counter()
         self._last_step = start

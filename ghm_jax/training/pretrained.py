@@ -57,9 +57,10 @@ def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            str(path), str(error.strerror), f"give the path of weights, or {HUB}OWNER/NAME"
+            str(path), why, f"give the path of weights, or {HUB}OWNER/NAME"
         ) from error
 
 

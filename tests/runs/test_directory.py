@@ -103,6 +103,10 @@ def test_moving_aside_twice_in_a_second_loses_nothing(tmp_path):
         ('{"sed": 1}', "sed: no such setting"),
         ('{"seed": "one"}', "seed: 'one'"),
         ("[1]", "config.json"),
+        ("[" * 10**5, "is nested too deeply"),
+        ('{"seed": ' + "1" * 5000 + "}", "an integer has thousands of digits"),
+        ('{"anchors": {"negative_iou": 1' + "0" * 400 + "}}", "negative_iou"),
+        ('{"data": {"dir": "\\ud800"}}', "data.dir"),
     ],
 )
 def test_a_directory_that_is_not_a_run_cannot_be_loaded(tmp_path, content, words):
@@ -119,11 +123,18 @@ def not_a_config(draw, whole):
     place = whole
     if isinstance(whole[section], dict):
         place, section = whole[section], draw(st.sampled_from(sorted(whole[section])))
-    odd = st.sampled_from(
-        [None, True, "", "nan", -1, 0, 10**400, 2**63, 1e308, float("nan"), float("inf")]
+    odd = st.sampled_from([None, True, "", "nan", "\ud800", "\0", "a\nb", "x" * 500, -1, 0, 2])
+    odd |= st.sampled_from([2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf")])
+    values = st.recursive(
+        odd,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
+        max_leaves=5,
     )
-    values = st.recursive(odd, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
-    match draw(st.sampled_from(["value", "missing", "cut", "bytes"])):
+    match draw(st.sampled_from(["value", "key", "double", "missing", "cut", "bytes"])):
+        case "key":
+            place[draw(st.text(max_size=4) | st.sampled_from(["x" * 999, "bins"]))] = place[section]
+        case "double":
+            return (json.dumps(whole)[:-1] + f', "seed": {json.dumps(draw(odd))}}}').encode()
         case "value":
             place[section] = draw(values)
         case "missing":
@@ -149,6 +160,7 @@ def test_a_config_of_any_content_is_read_or_refused_in_one_line(tmp_path_factory
     except ConfigError as error:
         line = str(error)
     assert "\n" not in line
+    assert len(line) < 400 + len(str(path))
     if config is None:
         return
     assert to_dict(config).keys() == to_dict(Config()).keys()
