@@ -502,9 +502,9 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             return float(value)
         raise ConfigError(key, f"{shown(value)} is too large")
     elif kind in (int, str, bool) and type(value) is kind:  # True is not a number here
-        if kind is int and not -(2**31) <= value < _INTEGERS_BELOW.get(key, 2**31):
+        if isinstance(value, int) and not -(2**31) <= value < _INTEGERS_BELOW.get(key, 2**31):
             raise ConfigError(key, f"{shown(value)} does not fit in 32 bits")
-        if kind is str and not _can_be_a_path(value):
+        if isinstance(value, str) and not _can_be_a_path(value):
             raise ConfigError(key, f"{shown(value)} is no text that a file name can hold")
         return value
     raise ConfigError(key, f"{shown(value)} is not of the type {kind}")

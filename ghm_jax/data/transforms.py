@@ -91,6 +91,8 @@ def _decode(encoded: bytes) -> np.ndarray:
     if encoded.startswith(b"\xff\xd8"):
         image = _by_opencv(encoded)
         check_jpeg(encoded, image)
+        if encoded_size(encoded) != image.shape[:2]:  # raises as well where Pillow sees no image
+            raise ValueError("its header is damaged")
         return image
     if (
         encoded.startswith(b"\x89PNG")  # of which Pillow does not check all checksums

@@ -402,3 +402,11 @@ def test_a_damaged_png_is_the_same_image_or_one_line(changes, bits, seed):
 def test_a_part_of_a_file_is_refused(name):
     for share in (0.3, 0.5, 0.8, 0.95):
         refusal(FILES[name][: int(share * len(FILES[name]))])
+
+
+def test_a_jpeg_whose_size_only_one_library_reads_is_refused():
+    """OpenCV decodes it without the bytes that Pillow needs."""
+    encoded = changed(FILES["jpeg L {'quality': 90}"], [("remove", 0.0390625, 9, b"\0")])
+    with pytest.raises(ValueError, match="not an image"):
+        encoded_size(encoded)
+    refusal(encoded)
