@@ -157,7 +157,7 @@ def _places(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
     missing = [name for name in wanted if name not in names]
     if missing:
         raise ValueError(
-            f"is of the classes {_some(names)}; the data set has others: {_some(missing)}"
+            f"has the classes {_some(names)}, and lacks those of the data set: {_some(missing)}"
         )
     twice = [name for name in wanted if names.count(name) > 1]
     if twice:

@@ -122,7 +122,7 @@ def _acquire(directory: Path, say: Callable[[str], None]) -> Lock:
         holder = _parse(text)
         _refuse_if_in_use(directory, file, holder)
         if _remove(file, text):
-            say(f"{directory}: {_name(holder)} has left its lock, which is taken over")
+            say(f"{directory}: took over the stale lock of {_name(holder)}")
 
 
 def _refuse_if_in_use(directory: Path, file: Path, holder: _Holder | None) -> None:
