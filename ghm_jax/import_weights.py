@@ -76,7 +76,7 @@ def _matching(
         return ""
     pairs = [f"{name} from {row}" for name, row in zip(classes, rows, strict=True)]
     more = f" and {len(pairs) - most} more" if len(pairs) > most else ""
-    how = "classes matched by name" if names else "names no classes; taken by place"
+    how = "classes matched by name" if names else "holds no class names; classes matched by index"
     return f"{how} (from 0): {', '.join(pairs[:most])}{more}"
 
 

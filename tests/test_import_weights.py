@@ -98,11 +98,11 @@ def test_floats_of_every_size_become_float32(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("cut.safetensors", lambda whole: whole[:-5], ["cut off or damaged"]),
-        ("cut.safetensors", lambda whole: whole[:20], ["cut off or damaged"]),
-        ("empty.safetensors", lambda whole: b"", ["cut off or damaged"]),
-        ("noise.safetensors", lambda whole: bytes(range(256)) * 9, ["cut off or damaged"]),
-        ("other.safetensors", lambda whole: pickle.dumps({"a": 1}), ["cut off or damaged"]),
+        ("cut.safetensors", lambda whole: whole[:-5], ["truncated or damaged"]),
+        ("cut.safetensors", lambda whole: whole[:20], ["truncated or damaged"]),
+        ("empty.safetensors", lambda whole: b"", ["truncated or damaged"]),
+        ("noise.safetensors", lambda whole: bytes(range(256)) * 9, ["truncated or damaged"]),
+        ("other.safetensors", lambda whole: pickle.dumps({"a": 1}), ["truncated or damaged"]),
         ("none.safetensors", lambda whole: safetensors.numpy.save({}), ["holds no tensors"]),
         ("weights.h5", lambda whole: whole, ["not one of .safetensors, .pth"]),
     ],
@@ -143,7 +143,7 @@ def test_a_pickle_of_torch_gives_its_state_dict(tmp_path, rng, nested, old_forma
     path.write_bytes(path.read_bytes()[:-100])
     line = error_of(load_weights, path)
     assert str(path) in line
-    assert "cut off or damaged" in line
+    assert "truncated or damaged" in line
 
 
 class Bomb:

@@ -46,7 +46,8 @@ def doctor_command(arguments: Arguments) -> None:
             faults, source = 1, ""
     use_cpu_cores((a.config.optimizer.batch_size, a.config.predict.batch_size))
     given = any(option.name == "data.dir" for option in arguments.options)
-    for finding in examine(a.config, source, data_given=given, images=a.images):
+    shown = {"images": a.images, "encoding": getattr(sys.stdout, "encoding", None) or "utf-8"}
+    for finding in examine(a.config, source, data_given=given, **shown):
         print(_line(finding), flush=True)
         faults += not finding.good
     if faults:

@@ -52,7 +52,7 @@ def predict_command(arguments: Arguments) -> None:
             data_dir=a.data.dir or None,
             progress=bar,
         )
-    others = [f"{p}: no image by its ending, {p.suffix or 'none'}" for p in done.not_images]
+    others = [f"{p}: unsupported image format {p.suffix or '(no suffix)'}" for p in done.not_images]
     skipped = [*done.unreadable, *others]
     for line in skipped[:10]:
         print(f"skipped {line}", file=sys.stderr)

@@ -160,7 +160,9 @@ DETECTION: Mapping[str, Field] = {
     "image_id": _IMAGE_ID,
     "category_id": _CATEGORY_ID,
     "bbox": _BBOX,
-    "score": Field(_score, "a number from 0 to 1"),
+    "score": Field(
+        _score, "a number from 0 to 1 (apply the sigmoid to logits, divide percentages by 100)"
+    ),
 }
 
 

@@ -51,7 +51,7 @@ def check_jpeg(encoded: bytes, image: np.ndarray) -> None:
     except LookupError:
         raise ValueError("one of its segments is too short") from None
     if ends_grey and _differ(image, _decode_quietly(encoded[:end] + _MORE_DATA + END)):
-        raise ValueError("it ends too early")
+        raise ValueError("it is truncated")
 
 
 def _decode_quietly(encoded: bytes) -> np.ndarray:

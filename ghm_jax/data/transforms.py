@@ -154,7 +154,7 @@ def _by_pillow(opened: Image.Image) -> np.ndarray:
         raise ValueError("EPS holds a drawing, not pixels")  # Pillow would start a program
     wide = opened.format == "TIFF" and opened.mode.startswith("I;16")
     if not (wide or opened.mode in _EIGHT_BITS):
-        raise ValueError(f"no rule for samples of its kind (Pillow's mode {opened.mode})")
+        raise ValueError(f"unsupported sample type (Pillow's mode {opened.mode})")
     image = opened
     if turned in _TO_STORED:  # Pillow applies the tag of a TIFF when it decodes
         image.load()

@@ -176,13 +176,15 @@ def choose_devices(count: int) -> list[Device]:
     try:
         devices = jax.devices()
     except Exception as error:  # RuntimeError, AssertionError: whatever a backend does
-        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
         asked = os.environ.get("JAX_PLATFORMS", "")
-        raise ConfigError(
-            "devices",
-            f"JAX finds none that works with JAX_PLATFORMS={asked!r} ({reason})",
-            "try JAX_PLATFORMS=cpu, or reinstall jax for this machine",
-        ) from error
+        if asked:
+            problem = f"JAX has no device for JAX_PLATFORMS={asked!r}"
+            remedy = "set JAX_PLATFORMS=cpu, or install JAX for that platform"
+        else:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            problem = f"JAX cannot start a device ({reason[:150]})"
+            remedy = "set JAX_PLATFORMS=cpu, or reinstall JAX for this machine"
+        raise ConfigError("devices", problem, remedy) from error
     return devices[: count or len(devices)] if jax.process_count() == 1 else devices
 
 

@@ -1,7 +1,7 @@
 """A run's network as a function from batches to detections, and detections in COCO's form."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,20 @@ def coco_results(
     ]
 
 
-def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainState:
-    """The state in a run's newest checkpoint, on one device.
+def restore_state(
+    run: RunDirectory,
+    config: Config,
+    device: Device,
+    *,
+    skipped: Callable[[int, str], None] = lambda step, why: None,
+) -> TrainState:
+    """The state in a run's newest checkpoint that can be read, on one device.
+
+    Args:
+        run: with its checkpoints.
+        config: of the run.
+        device: for the state.
+        skipped: called with the step and the reason for every damaged checkpoint that is newer.
 
     Raises:
         ConfigError: there is none that can be read.
@@ -114,7 +126,7 @@ def restore_state(run: RunDirectory, config: Config, device: Device) -> TrainSta
         build(config, len(config.data.classes)).abstract_state,
     )
     with Checkpoints(run.checkpoints) as checkpoints:
-        return checkpoints.restore(like)
+        return checkpoints.restore(like, skipped=skipped)
 
 
 def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ def _places(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
     missing = [name for name in wanted if name not in names]
     if missing:
         raise ValueError(
-            f"is of the classes {_some(names)}; the data set has others: {_some(missing)}"
+            f"has the classes {_some(names)}, and lacks those of the data set: {_some(missing)}"
         )
     twice = [name for name in wanted if names.count(name) > 1]
     if twice:
@@ -204,7 +204,7 @@ def _import(
         tensor = np.asarray(tensors[name])
         if not is_float(tensor.dtype):
             raise ValueError(
-                f"{name} is {tensor.dtype}, not floating-point: quantized weights are not read"
+                f"{name} is {tensor.dtype}, not floating-point: quantized weights are not supported"
             )
         tensor = tensor.astype(np.float32)
         if class_rows is not None and path[1:3] == _CLASS_OUTPUT:

@@ -143,7 +143,7 @@ def _as_float32(tensor: np.ndarray) -> np.ndarray:
 
 def _quantized(path: Path, what: str) -> ConfigError:
     return ConfigError(
-        str(path), f"{what}: quantized weights are not read", "give them as they were before"
+        str(path), f"{what}: quantized weights are not supported", "give the unquantized weights"
     )
 
 
@@ -151,7 +151,7 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
     if isinstance(error, OSError) and error.strerror:
         return ConfigError(str(path), f"cannot be read ({error.strerror})")
     what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-    return ConfigError(str(path), f"cut off or damaged ({what})", "get the file again")
+    return ConfigError(str(path), f"truncated or damaged ({what})", "get the file again")
 
 
 def locate(source: str) -> Path:

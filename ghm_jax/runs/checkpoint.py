@@ -1,6 +1,7 @@
 """Checkpoints of a state, a named tuple of arrays, by Orbax. All use of Orbax is in this file."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -66,11 +67,22 @@ class Checkpoints:
         self._verified = False
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self._directory,
-            options=self._options,
-            item_handlers=ocp.StandardCheckpointHandler(),
-        )
+        try:
+            return ocp.CheckpointManager(
+                self._directory,
+                options=self._options,
+                item_handlers=ocp.StandardCheckpointHandler(),
+            )
+        except ValueError as error:  # it reads the metrics of every checkpoint
+            for file in sorted(self._directory.glob("*/metrics/metrics")):
+                try:
+                    json.loads(file.read_bytes())
+                except ValueError:
+                    step = file.parent.parent
+                    raise ConfigError(
+                        str(step), "this checkpoint is damaged (its metrics)", f"delete {step}"
+                    ) from error
+            raise
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -192,16 +192,30 @@ def note_dataset(run: RunDirectory, images: int, checksum: str) -> str:
     Returns:
         A warning if the run was trained on another one before; else empty.
     """
-    now = {"images": images, "checksum": checksum}
+    changed = dataset_change(run, images, checksum)
+    write_text(run.dataset, json.dumps({"images": images, "checksum": checksum}) + "\n")
+    if not changed:
+        return ""
+    return (
+        f"warning: {run.path}: {changed}; training continues on what is there now, `restart` "
+        "trains from scratch"
+    )
+
+
+def dataset_change(run: RunDirectory, images: int, checksum: str) -> str:
+    """Whether a run was trained on another data set than this one; empty: no, or not known.
+
+    Args:
+        run: with the note of `note_dataset`, if it was ever trained.
+        images, checksum: as for `note_dataset`.
+    """
     try:
         before = parse_json(run.dataset.read_bytes())
     except (OSError, ValueError):
-        before = now
-    write_text(run.dataset, json.dumps(now) + "\n")
-    if before == now or not isinstance(before, dict):
+        return ""
+    if not isinstance(before, dict) or before == {"images": images, "checksum": checksum}:
         return ""
     return (
-        f"warning: {run.path}: the data set was prepared again, from other files, since the run "
-        f"started ({shown(before.get('images'))} images then, {images} now); training continues on "
-        "what is there now, `restart` trains from scratch"
+        "the data set was prepared again, from other files, since the run started "
+        f"({shown(before.get('images'))} images then, {images} now)"
     )

@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,28 @@ def lock_directory(directory: Path, say: Callable[[str], None]) -> Iterator[Lock
         lock.release()
 
 
+def describe_lock(directory: Path) -> tuple[bool, str]:
+    """Whether a job may be training in a run's directory, and one line about its lock, empty if
+    there is none. Nothing is written.
+
+    Raises:
+        OSError: the lock cannot be read.
+    """
+    file = directory / LOCK
+    text = _read(file)
+    if text is None:
+        return False, ""
+    holder = _parse(text)
+    if holder is not None and holder.place == _this_process().place:
+        in_use, seen = _is_running(holder), ""
+    else:
+        age = max(0.0, time.time() - file.stat().st_mtime)
+        in_use, seen = age < SILENCE, f" (last sign of life {age:.0f} s ago)"
+    if in_use:
+        return True, f"is being trained by {_name(holder)}{seen}"
+    return False, f"stale lock of {_name(holder)}{seen}; the next job takes it over"
+
+
 def _acquire(directory: Path, say: Callable[[str], None]) -> Lock:
     file = directory / LOCK
     while True:
@@ -100,7 +123,7 @@ def _acquire(directory: Path, say: Callable[[str], None]) -> Lock:
         holder = _parse(text)
         _refuse_if_in_use(directory, file, holder)
         if _remove(file, text):
-            say(f"{directory}: {_name(holder)} has left its lock, which is taken over")
+            say(f"{directory}: took over the stale lock of {_name(holder)}")
 
 
 def _refuse_if_in_use(directory: Path, file: Path, holder: _Holder | None) -> None:

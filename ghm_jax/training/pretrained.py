@@ -43,14 +43,19 @@ def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 str(entry), "cached weights that cannot be read", "delete this directory"
             ) from error
-    tensors = load_weights(path).tensors
-    try:
-        variables = import_backbone(tensors, like)
-    except ValueError as error:
-        raise ConfigError(str(path), f"{error}", f"model.backbone is {model.backbone}") from error
+    variables = read_backbone(model, path, like)
     if entry:
         _keep(entry, variables)
     return variables
+
+
+def read_backbone(model: Model, path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of weights holds; see `load_backbone`. The cache is neither read nor written."""
+    tensors = load_weights(path).tensors
+    try:
+        return import_backbone(tensors, like)
+    except ValueError as error:
+        raise ConfigError(str(path), f"{error}", f"model.backbone is {model.backbone}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -54,6 +54,7 @@ def findings(
     names=("a", "b", "c"),
     ids=(1, 2, 3),
     like_corners=False,
+    encoding="utf-8",
     **data,
 ):
     """The findings for a data set of these records, which exists only in memory."""
@@ -61,7 +62,7 @@ def findings(
     monkeypatch.setattr("ghm_jax.analysis.doctor.data.open_dataset", lambda data, split: dataset)
     chosen = {"validation_split": "train", "short_side": 40, "long_side": 80} | data
     chosen = Data(name="mine", dir=str(tmp_path), buckets=((64, 96), (96, 64)), **chosen)
-    return list(examine_data(dataclasses.replace(Config(), data=chosen), True, True, 100))
+    return list(examine_data(dataclasses.replace(Config(), data=chosen), True, True, 100, encoding))
 
 
 def change_boxes(function):
@@ -198,6 +199,26 @@ def test_broken_annotations_are_a_fault(rng, monkeypatch, tmp_path, text, words)
 def test_each_fault_of_the_settings_is_named(rng, monkeypatch, tmp_path, words, settings):
     found = findings(valid(rng), monkeypatch, tmp_path, **settings)
     assert any(words in f.says and f.remedy for f in found if not f.good)
+
+
+def test_class_names_that_the_terminal_cannot_show_are_a_fault(rng, monkeypatch, tmp_path):
+    names = ("été", "猫", "cat")
+    for encoding, said in (("ascii", "2 class names (été)"), ("latin-1", "1 class names (猫)")):
+        found = findings(valid(rng), monkeypatch, tmp_path, names=names, encoding=encoding)
+        (fault,) = (f for f in found if not f.good)
+        assert said in fault.says
+        assert "PYTHONUTF8" in fault.remedy
+    assert all(f.good for f in findings(valid(rng), monkeypatch, tmp_path, names=names))
+
+
+@pytest.mark.parametrize("labels", ["dark\n\nabsent\n", "dark\ndark \nabsent\n"])
+def test_class_names_of_older_data_that_were_not_kept_are_a_fault(dataset_dir, tmp_path, labels):
+    shutil.copytree(dataset_dir, tmp_path / "data")
+    (file,) = (tmp_path / "data").rglob("*label.labels.txt")
+    file.write_text(labels)
+    faults = [f for f in examine_data(tiny_config(tmp_path / "data"), True, True, 10) if not f.good]
+    assert len(faults) == 2  # one of each split
+    assert all("prepare it again" in f.remedy for f in faults)
 
 
 def test_a_broken_directory_is_a_fault_and_not_a_crash(dataset_dir, tmp_path):

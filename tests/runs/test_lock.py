@@ -148,7 +148,7 @@ def test_another_machine_is_believed_while_it_gives_signs_of_life(tmp_path, mine
     for words in (f"process {os.getpid()} on far", "sign of life", f"delete {tmp_path / LOCK}"):
         assert words in line
     leave(tmp_path, other, age=SILENCE + 5)
-    assert "on far has left its lock" in taken_over(tmp_path)
+    assert "took over the stale lock of process" in taken_over(tmp_path)
 
 
 def test_a_lock_gives_signs_of_life(tmp_path, monkeypatch):

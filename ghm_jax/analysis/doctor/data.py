@@ -69,7 +69,9 @@ _HARMLESS = ("degenerate", "crowded", "cut")
 """A few of them are normal: a fault only from 1% on."""
 
 
-def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Iterator[Finding]:
+def examine_data(
+    config: Config, chosen: bool, needed: bool, images: int, encoding: str = "utf-8"
+) -> Iterator[Finding]:
     """Findings about the data of a config.
 
     Args:
@@ -77,6 +79,7 @@ def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Ite
         chosen: check only `data.name`, with the classes of the config; else all in `data.dir`.
         needed: missing data is a fault.
         images: most records to read per split.
+        encoding: of the terminal.
     """
     data = config.data
     directory = Path(data.dir)
@@ -100,13 +103,16 @@ def examine_data(config: Config, chosen: bool, needed: bool, images: int) -> Ite
         if not chosen:
             of_one = dataclasses.replace(of_one, classes=(), annotations="")
         for split in dict.fromkeys((data.train_split, data.validation_split)):
-            yield from guarded(f"{name} {split}", lambda d=of_one, s=split: _split(d, s, images))
+            yield from guarded(
+                f"{name} {split}", lambda d=of_one, s=split: _split(d, s, images, encoding)
+            )
 
 
-def _split(data: Data, split: str, images: int) -> Iterator[Finding]:
+def _split(data: Data, split: str, images: int, encoding: str) -> Iterator[Finding]:
     what = f"{data.name} {split}"
     dataset = open_dataset(data, split)
     yield from _classes(what, dataset, data)
+    yield from _printable(what, dataset, encoding)
     if data.annotations and split == data.validation_split:
         yield _annotations(what, dataset, data)
     found = _count(dataset, data, images)
@@ -150,6 +156,14 @@ def _classes(what: str, dataset: Dataset, data: Data) -> Iterator[Finding]:
         yield Finding(what, False, said, "choose the data set that it was trained on")
     else:
         yield Finding(what, True, f"{len(names)} classes, ids {min(ids)} to {max(ids)}")
+
+
+def _printable(what: str, dataset: Dataset, encoding: str) -> Iterator[Finding]:
+    """Whether the terminal can print the class names; what it cannot becomes `?`."""
+    lost = [n for n in dataset.class_names if n.encode(encoding, "replace").decode(encoding) != n]
+    if lost:
+        said = f"the terminal's encoding, {encoding}, cannot show {len(lost)} class names"
+        yield Finding(what, False, f"{said} ({lost[0]})", "set PYTHONUTF8=1 and a UTF-8 locale")
 
 
 def _annotations(what: str, dataset: Dataset, data: Data) -> Finding:

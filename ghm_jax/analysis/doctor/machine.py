@@ -15,13 +15,19 @@ from packaging.requirements import Requirement
 
 from ghm_jax.analysis.doctor.data import examine_data
 from ghm_jax.analysis.doctor.finding import Finding, guarded
+from ghm_jax.analysis.doctor.run import examine_directory, examine_weights
 from ghm_jax.config import Config
 
 _NEEDED_BYTES = 2_000_000_000  # checkpoints of an R50 run, with a margin
 
 
 def examine(
-    config: Config, source: str = "", *, data_given: bool = False, images: int = 2000
+    config: Config,
+    source: str = "",
+    *,
+    data_given: bool = False,
+    images: int = 2000,
+    encoding: str = "utf-8",
 ) -> Iterator[Finding]:
     """Checks this machine and the data of a config, one finding after the other.
 
@@ -33,6 +39,7 @@ def examine(
             `data.dir` are checked.
         data_given: missing data is a fault, even without a `source`.
         images: most records to read per split.
+        encoding: of the terminal.
     """
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
@@ -45,8 +52,12 @@ def examine(
     ]
     if source:
         checks.append(("settings", lambda: _settings(config, source)))
+        if Path(source).is_dir():
+            checks.append(("run", lambda: examine_directory(Path(source), config)))
+        else:
+            checks.append(("weights", lambda: examine_weights(config)))
     needed = data_given or bool(source)
-    checks.append(("data", lambda: examine_data(config, bool(source), needed, images)))
+    checks.append(("data", lambda: examine_data(config, bool(source), needed, images, encoding)))
     for what, check in checks:
         yield from guarded(what, check)
 
@@ -161,11 +172,13 @@ def _disk(config: Config) -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from ghm_jax.runs.storage import cache_directory
+    from ghm_jax.runs.storage import cache_directory, why_not_writable
 
-    if cache_directory("programs") is None:
-        said = "no home directory: compiled programs and converted weights are not kept"
-        yield Finding("cache", False, said, "set HOME or GHM_JAX_CACHE to a directory")
+    cache = cache_directory("programs")
+    why = "no home directory" if cache is None else why_not_writable(cache / "any")
+    if why:
+        said = f"compiled programs and converted weights are not kept ({why})"
+        yield Finding("cache", False, said, "set HOME or GHM_JAX_CACHE to a writable directory")
 
 
 def _shared_memory(config: Config) -> Iterator[Finding]:
@@ -181,12 +194,8 @@ def _shared_memory(config: Config) -> Iterator[Finding]:
 
 def _settings(config: Config, source: str) -> Iterator[Finding]:
     from ghm_jax.distributed.devices import choose_devices
-    from ghm_jax.runs.directory import RunDirectory
 
+    config.check()  # first: the devices are a finding of their own
     config.check(len(choose_devices(config.run.devices)))
     said = f"{source}: {config.model.backbone}, {config.loss.classification}, {config.loss.box}"
     yield Finding("settings", True, said)
-    if Path(source).is_dir():
-        good = RunDirectory(Path(source)).has_checkpoint
-        said = f"{source}: {'has a' if good else 'no'} checkpoint"
-        yield Finding("checkpoint", good, said, "" if good else "train the run first")
