@@ -1,7 +1,6 @@
 """Checkpoints of a state, a named tuple of arrays, by Orbax. All use of Orbax is in this file."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import tensorstore as ts
 
 from ghm_jax.distributed.processes import is_first, raise_together
 from ghm_jax.exceptions import ConfigError
+from ghm_jax.json_text import parse_json
 
 State = TypeVar("State", bound=Any)
 """A named tuple of arrays."""
@@ -76,7 +76,7 @@ class Checkpoints:
         except ValueError as error:  # it reads the metrics of every checkpoint
             for file in sorted(self._directory.glob("*/metrics/metrics")):
                 try:
-                    json.loads(file.read_bytes())
+                    parse_json(file.read_bytes())
                 except ValueError:
                     step = file.parent.parent
                     raise ConfigError(

@@ -186,4 +186,4 @@ def test_a_lock_of_any_content_is_in_use_until_it_is_old(tmp_path_factory, conte
     (folder / LOCK).write_bytes(content.encode("utf-8", "surrogatepass"))
     assert "is being trained by" in refusal(folder)
     os.utime(folder / LOCK, times=(0, 0))
-    assert "taken over" in taken_over(folder)
+    assert "took over" in taken_over(folder)
