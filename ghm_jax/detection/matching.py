@@ -108,7 +108,7 @@ def _no_matches(anchors: jax.Array, box: jax.Array, label: jax.Array) -> _Matche
 
 def num_used(labels: jax.Array, is_crowd: jax.Array) -> jax.Array:
     """i32[], rows of padded boxes [..., M] up to the last one that is used."""
-    used = ((labels >= 0) | is_crowd).any(axis=range(labels.ndim - 1))  # [M]
+    used = jnp.any((labels >= 0) | is_crowd, axis=tuple(range(labels.ndim - 1)))  # [M]
     return jnp.max(jnp.where(used, jnp.arange(1, used.size + 1, dtype=jnp.int32), 0), initial=0)
 
 

@@ -178,7 +178,7 @@ def count_by_comparing(index: jax.Array, *, slots: int) -> jax.Array:
     # Slots first, and no reshape: the index then needs no copy in another layout.
     numbers = jnp.arange(slots, dtype=index.dtype).reshape(-1, *[1] * index.ndim)
     equal = index[None] == numbers
-    return jnp.sum(equal, axis=range(1, equal.ndim), dtype=jnp.int32)
+    return jnp.sum(equal, axis=tuple(range(1, equal.ndim)), dtype=jnp.int32)
 
 
 def shares(values: np.ndarray) -> np.ndarray:
