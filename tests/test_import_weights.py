@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from published_tensors import leaves_by_tensor, random_tensors
 from tiny import Listener, tiny_config
 
@@ -229,6 +232,84 @@ def test_another_content_or_architecture_gets_another_cache_entry(tmp_path, rng,
     line = error_of(load_backbone, model, like_of(tiny_config(model=model)))
     assert "bn1.bias is (8,), in the model (4,)" in line
     assert str(path) in line
+
+
+SAFE = safetensors.numpy.save(
+    {
+        "layer1.weight": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
+        "layer1.bias": np.arange(4, dtype=np.float16),
+        "count": np.array([3], np.int64),
+        "mask": np.array([True, False]),
+    },
+    {"classes": '["ant", "bee"]'},
+)
+NUMPY = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 40), st.just(2**64), st.floats(), st.text(max_size=3),
+    st.sampled_from([*NUMPY, "F8_E4M3", "BF16", "I4", "layer1.bias"]),
+    st.lists(st.integers(-1, 30), max_size=3),
+)  # fmt: skip
+
+
+@st.composite
+def changed_safetensors(draw) -> bytes:
+    """A good file with a changed header, or with changed bytes."""
+    size = int.from_bytes(SAFE[:8], "little")
+    header, data = json.loads(SAFE[8 : 8 + size]), SAFE[8 + size :]
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from(sorted(header)))
+        what = draw(st.sampled_from(["field", "entry", "rename", "remove", "double"]))
+        if what == "field" and isinstance(header[name], dict):
+            field = draw(st.sampled_from([*header[name], "more"]))
+            header[name] = {**header[name], field: draw(ODD)}
+        elif what == "entry":
+            header[name] = draw(ODD)
+        elif what == "remove" and len(header) > 1:
+            del header[name]
+        elif what == "rename":
+            header[draw(st.text(max_size=3))] = header.pop(name)
+        elif what == "double":
+            header[f"{name}.2"] = header[name]
+    text = json.dumps(header).encode()
+    whole = len(text).to_bytes(8, "little") + text + data
+    place = draw(st.integers(0, len(whole)))
+    tail = draw(st.sampled_from([whole[place:]] * 3 + [b"", draw(st.binary(max_size=9))]))
+    return whole[:place] + tail
+
+
+def by_hand(encoded: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, read as its format is described."""
+    size = int.from_bytes(encoded[:8], "little")
+    header, data = json.loads(encoded[8 : 8 + size]), encoded[8 + size :]
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            flat = np.frombuffer(data[first:last], NUMPY[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+@settings(max_examples=int(os.environ.get("GHM_FUZZ_EXAMPLES", "150")), deadline=None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(encoded=changed_safetensors())
+def test_a_changed_safetensors_file_means_what_its_header_says_or_is_one_line(tmp_path, encoded):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(encoded)
+    found, line = None, str(path)
+    try:
+        found = load_weights(path).tensors
+    except UserError as error:
+        line = str(error)
+    assert str(path) in line
+    assert "\n" not in line
+    if found is None:
+        return
+    expected = by_hand(encoded)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        as_read = tensor.astype(np.float32) if tensor.dtype.kind == "f" else tensor
+        np.testing.assert_array_equal(found[name], as_read)
 
 
 def test_bad_weights_do_not_change_the_cache(tmp_path, rng, cache):
