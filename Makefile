@@ -45,7 +45,7 @@ tables: setup  ## write the tables of measured results into README.md and docs/
 
 tpu: setup  ## the tests that need the compiler for TPUs, where it can be installed (into .cache/)
 	@if $(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/libtpu "libtpu==0.0.42.*"; \
-	then PYTHONPATH=.cache/libtpu $(BIN)/python -m pytest tests/analysis/test_compiled.py; \
+	then PYTHONPATH=$(CURDIR)/.cache/libtpu $(BIN)/python -m pytest tests/analysis/test_compiled.py; \
 	else echo 'no libtpu for this machine: tests skipped'; fi
 
 check: lint types test tpu floor  ## what CI runs
