@@ -7,7 +7,6 @@ Each program takes minutes to compile on a few cores. Finished ones are kept in
 experiments/results/tpu_compiled.json and not compiled again.
 """
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import tyro
 
-from ghm_jax.analysis.compiled import ENVIRONMENT, CompiledStep, compile_step, find_slice
+from ghm_jax.analysis.compiled import ENVIRONMENT, CompiledStep, compile_for, find_slice
 from ghm_jax.runs.experiments import load_experiment
 from ghm_jax.runs.records import write_record
 
@@ -40,8 +39,7 @@ def main(
     program: str = "train",
 ) -> None:
     """Compiles what is not there yet, and writes the table after each program."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**ENVIRONMENT, **os.environ})  # what the user set wins
     jax.config.update("jax_platforms", "cpu")
     rows: dict[str, Any] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
     for topology in topologies:
@@ -50,7 +48,7 @@ def main(
             if key in rows:
                 continue
             step = compile_recipe(recipe, topology, program)
-            rows[key] = {**dataclasses.asdict(step), "fits": step.memory.fits, "bound": step.bound}
+            rows[key] = step.as_record()
             write_record(
                 RESULT,
                 "python -m experiments.tpu_compiled",
@@ -70,7 +68,7 @@ def compile_recipe(recipe: str, topology: str, program: Any) -> CompiledStep:
     config = load_experiment(str(Path(__file__).parent / f"{recipe}.py"))
     target = find_slice(topology)
     batch = max(1, config.optimizer.batch_size // len(target.devices))
-    return compile_step(config, CLASSES, SIZE, target, program=program, batch_per_chip=batch)
+    return compile_for(config, CLASSES, SIZE, target, program=program, batch_per_chip=batch)
 
 
 if __name__ == "__main__":

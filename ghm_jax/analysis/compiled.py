@@ -5,6 +5,7 @@ operations and collectives are those of the program that a pod would run; times 
 from published limits of the chip, not measurements.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -39,7 +40,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
-"""To be set before JAX is imported."""
+"""To be set before `find_slice`, which loads libtpu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,11 @@ class CompiledStep:
         """Seconds per step at least, if compute, memory and links overlapped perfectly."""
         return max(self.seconds.values())
 
+    def as_record(self) -> dict[str, Any]:
+        """All figures by name, for JSON."""
+        derived = {"peak": self.memory.peak, "fits": self.memory.fits, "bound": self.bound}
+        return {**dataclasses.asdict(self), **derived}
+
 
 def find_slice(topology: str) -> Slice:
     """The slice of a name such as "v5e:4x4" or "v4:2x2x2".
@@ -168,7 +174,7 @@ def find_slice(topology: str) -> Slice:
     return Slice(name=topology, chip=chip, devices=devices)
 
 
-def compile_step(
+def compile_for(
     config: Config,
     num_classes: int,
     padded_size: tuple[int, int],

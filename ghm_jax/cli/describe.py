@@ -1,7 +1,7 @@
 """`ghm-jax describe`."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,12 +59,11 @@ def describe_command(arguments: Arguments) -> None:
 
 def _describe_compiled(a: Describe, num_classes: int, words: str) -> None:
     """Compiles the step for `a.topology` and prints what it needs."""
-    from ghm_jax.analysis.compiled import ENVIRONMENT, compile_step, find_slice
+    from ghm_jax.analysis.compiled import ENVIRONMENT, compile_for, find_slice
     from ghm_jax.cli.tables import compiled_table
     from ghm_jax.runs.records import write_record
 
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**ENVIRONMENT, **os.environ})  # what the user set wins
     target = find_slice(a.topology)
     batch = a.batch_per_chip or _batch_per_chip(a, len(target.devices))
     if a.program == "train" and batch % a.config.optimizer.accumulate:
@@ -73,17 +72,15 @@ def _describe_compiled(a: Describe, num_classes: int, words: str) -> None:
         )
     check_out(a.out)
     print(f"compiling for {a.topology}, which can take many minutes ...", flush=True)
-    step = compile_step(
+    step = compile_for(
         a.config, num_classes, a.size, target, program=a.program, batch_per_chip=batch
     )
     print(f"{a.config.model.backbone}, {compiled_table(step)}")
     if a.out:
-        derived = {"peak": step.memory.peak, "fits": step.memory.fits, "bound": step.bound}
-        contents = {**asdict(step), **derived}
         write_record(
             a.out,
             f"ghm-jax describe {words}",
-            contents,
+            step.as_record(),
             packages=("jax", "jaxlib", "libtpu"),
             device=f"compiled for {a.topology}, not run",
         )

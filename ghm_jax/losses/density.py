@@ -141,6 +141,9 @@ def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
     )
 
 
+_UNROLLED = 64  # a longer table is a loop: programs would take long to compile
+
+
 def look_up_by_comparing(table: jax.Array, index: jax.Array) -> jax.Array:
     found = jnp.broadcast_to(table[0], index.shape)
     if table.size > _UNROLLED:
@@ -150,9 +153,6 @@ def look_up_by_comparing(table: jax.Array, index: jax.Array) -> jax.Array:
     for k in range(1, table.size):
         found = jnp.where(index == k, table[k], found)
     return found
-
-
-_UNROLLED = 64
 
 
 def count_by_scattering(index: jax.Array, *, slots: int) -> jax.Array:

@@ -101,11 +101,7 @@ def describe_lock(directory: Path) -> tuple[bool, str]:
     if text is None:
         return False, ""
     holder = _parse(text)
-    if holder is not None and holder.place == _this_process().place:
-        in_use, seen = _is_running(holder), ""
-    else:
-        age = max(0.0, time.time() - file.stat().st_mtime)
-        in_use, seen = age < SILENCE, f" (last sign of life {age:.0f} s ago)"
+    in_use, seen = _may_be_there(holder, lambda: max(0.0, time.time() - file.stat().st_mtime))
     if in_use:
         return True, f"is being trained by {_name(holder)}{seen}"
     return False, f"stale lock of {_name(holder)}{seen}; the next job takes it over"
@@ -128,20 +124,27 @@ def _acquire(directory: Path, say: Callable[[str], None]) -> Lock:
 
 def _refuse_if_in_use(directory: Path, file: Path, holder: _Holder | None) -> None:
     """Raises ConfigError if the process that holds the lock may still be there."""
-    remedy = "wait for its end, or choose another `run_dir`"
-    problem = f"is being trained by {_name(holder)}"
-    if holder is not None and holder.place == _this_process().place:
-        if _is_running(holder):
-            raise ConfigError(str(directory), problem, remedy)
+    in_use, seen = _may_be_there(holder, lambda: _age(file))
+    if not in_use:
         return
-    age = _age(file)
-    if age < SILENCE:
-        raise ConfigError(
-            str(directory),
-            f"{problem} (last sign of life {age:.0f} s ago)",
-            f"{remedy}; if that job is gone, try again in {SILENCE / 60:.0f} minutes or delete "
-            f"{file}",
-        )
+    remedy = "wait for its end, or choose another `run_dir`"
+    if seen:
+        remedy += f"; if that job is gone, try again in {SILENCE / 60:.0f} minutes or delete {file}"
+    raise ConfigError(str(directory), f"is being trained by {_name(holder)}{seen}", remedy)
+
+
+def _may_be_there(holder: _Holder | None, age: Callable[[], float]) -> tuple[bool, str]:
+    """Whether the process that holds a lock may still be there, and what tells so in words.
+
+    Args:
+        holder: as the lock names it.
+        age: seconds since its last sign of life, which is asked for only where the process cannot
+            be looked up: it is on another machine, or unknown.
+    """
+    if holder is not None and holder.place == _this_process().place:
+        return _is_running(holder), ""
+    seconds = age()
+    return seconds < SILENCE, f" (last sign of life {seconds:.0f} s ago)"
 
 
 def _remove(file: Path, text: str) -> bool:
