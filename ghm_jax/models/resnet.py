@@ -42,11 +42,10 @@ NormKind = Literal["frozen", "batch", "group"]
 
 
 class Norm(nn.Module):
-    """The backbone's normalization: [..., C] -> [..., C].
+    """The backbone's normalization, [..., C] -> [..., C], where it depends on the activations.
 
-    kind: "frozen" is BatchNorm with fixed stored statistics (scale and bias are trained, as in the
-    published recipes); "batch" is BatchNorm over all replicas of `axis_name`; "group" is GroupNorm,
-    see `num_groups_for`.
+    kind: "batch" is BatchNorm over all replicas of `axis_name`; "group" is GroupNorm, see
+    `num_groups_for`.
     epsilon: added to the variance.
     """
 
@@ -56,16 +55,15 @@ class Norm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "group":
             groups = num_groups_for(x.shape[-1])
             return nn.GroupNorm(groups, epsilon=self.epsilon, dtype=self.dtype)(x)
-        running = self.kind == "frozen" or not train
         return nn.BatchNorm(
-            use_running_average=running,
+            use_running_average=False,
             momentum=0.9,
             epsilon=self.epsilon,
-            axis_name=None if running else self.axis_name,
+            axis_name=self.axis_name,
             dtype=self.dtype,
         )(x)
 
@@ -75,8 +73,76 @@ def num_groups_for(channels: int) -> int:
     return min(32, max(1, channels // 2))
 
 
+class Affine(NamedTuple):
+    """`x * factor + offset` for each channel, f32[C] each."""
+
+    factor: jax.Array
+    offset: jax.Array
+
+
+class _Stored(nn.Module):
+    """What BatchNorm with stored statistics does; has the variables of `nn.BatchNorm`."""
+
+    features: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self) -> Affine:
+        shape = (self.features,)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32).value
+        variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32).value
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+        return Affine(factor, bias - mean * factor)
+
+
+class StoredNorm(nn.Module):
+    """BatchNorm with stored statistics, before it is folded into a convolution."""
+
+    features: int
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self) -> Affine:
+        return _Stored(self.features, self.epsilon, name="BatchNorm_0")()
+
+
+class _Convolution(nn.Module):
+    """Has the variables of `nn.Conv`."""
+
+    features: int
+    size: int
+    stride: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, affine: Affine | None) -> jax.Array:
+        shape = self.size, self.size, x.shape[-1] // self.groups, self.features
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        if affine is not None:
+            kernel = kernel * affine.factor[None, None, None]
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            [(self.size // 2, self.size // 2)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        if affine is None:
+            return y
+        return (y.astype(jnp.float32) + affine.offset[None, None, None]).astype(self.dtype)
+
+
 class Conv(nn.Module):
-    """Convolution without bias, padded by half its kernel on each side as in PyTorch."""
+    """Convolution without bias, padded by half its kernel on each side as in PyTorch.
+
+    An `affine` that follows is folded into the kernel. It costs nothing then, and its gradient is
+    that of the kernel, times the kernel: no activation is kept for it.
+    """
 
     features: int
     size: int
@@ -85,17 +151,28 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Conv(
-            self.features,
-            (self.size, self.size),
-            self.stride,
-            padding=self.size // 2,
-            feature_group_count=self.groups,
-            use_bias=False,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            dtype=self.dtype,
-        )(x)
+    def __call__(self, x: jax.Array, affine: Affine | None = None) -> jax.Array:
+        convolution = _Convolution(
+            self.features, self.size, self.stride, self.groups, self.dtype, name="Conv_0"
+        )
+        return convolution(x, affine)
+
+
+class Normalization(NamedTuple):
+    """How the convolutions of a backbone are normalized; called inside of a Flax module."""
+
+    kind: NormKind
+    """"frozen" is BatchNorm with fixed stored statistics (scale and bias are trained, as in the
+    published recipes); for the others see `Norm`."""
+    axis_name: str | None
+    dtype: Any
+    epsilon: float
+
+    def __call__(self, conv: Conv, name: str, x: jax.Array, *, train: bool) -> jax.Array:
+        """`conv` of x, normalized by a module of that name."""
+        if self.kind == "frozen" or (self.kind == "batch" and not train):
+            return conv(x, StoredNorm(conv.features, self.epsilon, name=name)())
+        return Norm(*self, name=name)(conv(x))
 
 
 class Block(nn.Module):
@@ -108,17 +185,11 @@ class Block(nn.Module):
     architecture: Architecture
     features: int
     stride: int
-    norm: NormKind
-    axis_name: str | None
-    dtype: Any
-    norm_epsilon: float
+    norm: Normalization
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = functools.partial(Conv, dtype=self.dtype)
-        norm = functools.partial(
-            Norm, self.norm, self.axis_name, self.dtype, epsilon=self.norm_epsilon
-        )
+        conv = functools.partial(Conv, dtype=self.norm.dtype)
         bottleneck, _, groups, group_width = self.architecture
         out = self.features * (4 if bottleneck else 1)
         # (features, kernel size, stride, groups) of the convolutions of the residual branch
@@ -129,13 +200,13 @@ class Block(nn.Module):
 
         y = x
         for i, (features, size, stride, groups) in enumerate(branch, 1):
-            y = conv(features, size, stride, groups, name=f"conv{i}")(y)
-            y = norm(name=f"norm{i}")(y, train=train)
+            of_branch = conv(features, size, stride, groups, name=f"conv{i}")
+            y = self.norm(of_branch, f"norm{i}", y, train=train)
             if i < len(branch):
                 y = nn.relu(y)
         if x.shape != y.shape:
-            x = conv(out, 1, self.stride, name="conv_shortcut")(x)
-            x = norm(name="norm_shortcut")(x, train=train)
+            shortcut = conv(out, 1, self.stride, name="conv_shortcut")
+            x = self.norm(shortcut, "norm_shortcut", x, train=train)
         return nn.relu(x + y)
 
 
@@ -175,10 +246,10 @@ class ResNet(nn.Module):
 
     def _stage(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
         """The stem (stage 0) or one of the stages 1 to 4."""
+        norm = Normalization(self.norm, self.axis_name, self.dtype, self.norm_epsilon)
         if stage == 0:
-            x = Conv(self.width, self.stem_kernel, 2, dtype=self.dtype, name="stem_conv")(x)
-            norm = Norm(self.norm, self.axis_name, self.dtype, self.norm_epsilon, name="stem_norm")
-            x = norm(x, train=train)
+            conv = Conv(self.width, self.stem_kernel, 2, dtype=self.dtype, name="stem_conv")
+            x = norm(conv, "stem_norm", x, train=train)
             padding: Any = ((1, 1), (1, 1))
             return nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=padding)
         architecture = ARCHITECTURES[self.architecture]
@@ -187,10 +258,7 @@ class ResNet(nn.Module):
                 architecture,
                 features=self.width * 2 ** (stage - 1),
                 stride=2 if i == 0 and stage > 1 else 1,
-                norm=self.norm,
-                axis_name=self.axis_name,
-                dtype=self.dtype,
-                norm_epsilon=self.norm_epsilon,
+                norm=norm,
                 name=f"stage{stage}_block{i + 1}",
             )(x, train=train)
         return x
