@@ -13,6 +13,8 @@ from tiny import Listener, tiny_config
 
 from ghm_jax.config import Run
 from ghm_jax.data import coco_ground_truth, open_dataset, validation_batches
+from ghm_jax.detection.anchors import level_sizes
+from ghm_jax.detection.levels import split_levels
 from ghm_jax.detection.outputs import make_targets
 from ghm_jax.distributed.devices import choose_devices
 from ghm_jax.evaluate import evaluate, evaluate_file
@@ -212,7 +214,8 @@ def test_a_perfect_network_finds_the_annotated_boxes_in_the_original_pixels(
         number = same.all(axis=(2, 3, 4)).argmax(axis=1)
         classes, deltas = make_targets(jax.tree.map(lambda x: x[number], known), config)
         logits = jnp.where(classes[..., None] == jnp.arange(3)[None, None], 9.0, -9.0)
-        return (logits, deltas), {}
+        sizes = level_sizes(inputs.padded_size, model.anchors_per_cell)
+        return (split_levels(logits, sizes), split_levels(deltas, sizes)), {}
 
     monkeypatch.setattr("ghm_jax.detection.outputs.apply_network", apply_perfectly)
     variables = {"params": {"unused": jnp.zeros(1)}, "batch_stats": {}}

@@ -5,15 +5,13 @@ not load, and neither does the package. Of these its RetinaNet needs only suppre
 names are declared, and suppression is written here in five lines.
 """
 
-import importlib
 import math
-import sys
 import warnings
 
 import numpy as np
 import pytest
 
-from ghm_jax.bench.inference import declare_operators
+from ghm_jax.bench import torchvision as torchvision_import
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`", exc_type=ImportError)
 
@@ -23,17 +21,12 @@ def import_torchvision():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return importlib.import_module("torchvision")
-        except ModuleNotFoundError:
+            module, complete = torchvision_import.import_torchvision()
+        except ImportError:
             pytest.skip("needs the extra `parity`: torchvision", allow_module_level=True)
-        except (ImportError, RuntimeError):  # missing operators
-            for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            operators = declare_operators(torch)
-            module = importlib.import_module("torchvision")
-            module.declared = operators  # declarations live as long as the module
-            module.ops.boxes.nms = nms
-            return module
+    if not complete:
+        module.ops.boxes.nms = nms
+    return module
 
 
 def nms(boxes, scores, iou_threshold):

@@ -24,6 +24,7 @@ from ghm_jax.config import Config
 from ghm_jax.data.dataset import Dataset, open_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.detection.anchors import level_sizes
+from ghm_jax.detection.levels import split_levels
 from ghm_jax.detection.loss import GHMStates, detection_loss
 from ghm_jax.detection.matching import IGNORE, Targets
 from ghm_jax.detection.outputs import loss_inputs
@@ -215,8 +216,8 @@ def _measure(
 
     def ours(logits: jax.Array, deltas: jax.Array) -> tuple[jax.Array, Any]:
         terms, _, stats = detection_loss(
-            logits, deltas, targets, state["ghm"],
-            config=config, level_sizes=sizes, axis_name=REPLICA,
+            split_levels(logits, sizes), split_levels(deltas, sizes), targets, state["ghm"],
+            config=config, axis_name=REPLICA,
         )  # fmt: skip
         return terms.classification + terms.box, stats  # each depends on only one of the inputs
 

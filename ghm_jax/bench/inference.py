@@ -7,7 +7,6 @@ all of them, the worst case after GHM.
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.bench.timing import time_rounds
+from ghm_jax.bench.torchvision import import_torchvision
 from ghm_jax.config import Config, Predict
 from ghm_jax.data.batching import Example, collate
 from ghm_jax.detection.outputs import choose_detections, network_outputs
@@ -31,16 +31,6 @@ from ghm_jax.evaluation.detector import Detector
 from ghm_jax.training.build import build
 
 _PEAKED = 300  # (anchor, class) pairs per image above the threshold, unless all are
-
-_OPERATORS = (  # of torchvision: looked up when it is imported
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-    "int pooled_width, int sampling_ratio, bool aligned) -> Tensor",
-    "_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, int pooled_height, "
-    "int pooled_width, int batch_size, int channels, int height, int width, "
-    "int sampling_ratio, bool aligned) -> Tensor",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +168,12 @@ def _ours(case: InferenceCase, devices: Sequence[Device]) -> list[_Detector]:
         changed["params"]["class_head"]["output"] = {"kernel": kernel, "bias": zeros + bias}
         return changed
 
-    logits = np.asarray(network(with_last(1, 0), on_devices)[0]).reshape(case.batch_size, -1)
-    factor, biases = last_layer(logits, threshold)
+    def flat(outputs: Any) -> np.ndarray:
+        """Logits of all levels, a row per image."""
+        rows = [np.asarray(level).reshape(case.batch_size, -1) for level in outputs[0]]
+        return np.concatenate(rows, axis=1)
+
+    factor, biases = last_layer(flat(network(with_last(1, 0), on_devices)), threshold)
     detectors = []
     for scores, bias in biases.items():
         shifted = with_last(factor, bias)
@@ -189,7 +183,7 @@ def _ours(case: InferenceCase, devices: Sequence[Device]) -> list[_Detector]:
             _Detector(
                 name="ghm-jax",
                 scores=scores,
-                candidates=_count_passing(outputs[0], case.batch_size, threshold),
+                candidates=_count_passing(flat(outputs), case.batch_size, threshold),
                 detections=float(np.sum(found.labels >= 0)) / case.batch_size,
                 calls=(
                     functools.partial(detector, shifted, loaded),
@@ -215,10 +209,14 @@ def _torchvision(case: InferenceCase) -> list[_Detector]:
     if case.backbone != "resnet50" or case.channels != 256:
         return []
     try:
-        torch: Any = importlib.import_module("torch")
-        torchvision, label = _import_torchvision(torch)
+        torchvision, complete = import_torchvision()
     except ImportError:
         return []
+    torch: Any = importlib.import_module("torch")
+    label = "torchvision"
+    if not complete:  # its suppression is omitted: an advantage in time
+        label = "torchvision without suppression"
+        torchvision.ops.boxes.nms = lambda boxes, scores, iou: scores.argsort(descending=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = torchvision.models.detection.retinanet_resnet50_fpn(
@@ -258,30 +256,3 @@ def _torchvision(case: InferenceCase) -> list[_Detector]:
         detectors.append(_Detector(label, scores, candidates, found, (call,)))
     head._forward_hooks.clear()
     return detectors
-
-
-def _import_torchvision(torch: Any) -> tuple[Any, str]:
-    """torchvision, and its name in the table.
-
-    GPU builds cannot be imported on machines without a GPU, as their compiled operators are
-    missing. RetinaNet only needs NMS of these, which is then omitted: an advantage in time.
-    """
-    try:
-        return importlib.import_module("torchvision"), "torchvision"
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = declare_operators(torch)
-        torchvision: Any = importlib.import_module("torchvision")
-        torchvision.declared = library  # keeps the declarations alive
-        torchvision.ops.boxes.nms = lambda boxes, scores, iou: scores.argsort(descending=True)
-        return torchvision, "torchvision without suppression"
-
-
-def declare_operators(torch: Any) -> Any:
-    """Declares torchvision's compiled operators, so that it can be imported without them, for as
-    long as the returned library is alive."""
-    library = torch.library.Library("torchvision", "DEF")
-    for schema in _OPERATORS:
-        library.define(schema)
-    return library

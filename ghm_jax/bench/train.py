@@ -19,9 +19,8 @@ from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.bench.case import DetectorCase
 from ghm_jax.bench.timing import time_rounds
 from ghm_jax.config import Config, Loss, Optimizer
-from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import detection_loss
-from ghm_jax.detection.outputs import loss_inputs, make_targets
+from ghm_jax.detection.outputs import make_targets, network_outputs
 from ghm_jax.distributed.devices import REPLICA, jit_init, parallelize, split_batch
 from ghm_jax.training.build import build
 from ghm_jax.training.state import TrainState
@@ -104,7 +103,7 @@ def measure_train(
     """
     # States and programs that several comparisons share are made once.
     first_state = functools.cache(_first_state)
-    prepare = functools.cache(functools.partial(_prepare, first_state))
+    prepare = functools.cache(functools.partial(prepare_step, first_state=first_state))
     peak = _peak(base)
     for comparison, cases in _cases(base, backbones, device_counts).items():
         if comparison not in comparisons:
@@ -189,21 +188,34 @@ def _cases(
 
 
 @dataclass(frozen=True)
-class _Call:
+class PreparedStep:
+    """A compiled step on random images that continues from the state of its last call, as in
+    training."""
+
     run: Callable[[], Any]
+    """One step; waits for its end."""
     memory: int | None
+    """As in `StepTime`."""
     dispatches: list[float]
     """Milliseconds until the call of the step returned, for each run."""
 
 
-def _prepare(first_state: Callable[[Config, int], TrainState], case: TrainCase) -> _Call:
-    """A compiled step that continues from the state of its last call, as in training."""
+def prepare_step(
+    case: TrainCase, *, first_state: Callable[[Config, int], TrainState] | None = None
+) -> PreparedStep:
+    """Compiles the step of a case and puts its batch on the devices.
+
+    Args:
+        case: what to time.
+        first_state: from config and number of classes to the state before the first step, if
+            several cases share it.
+    """
     config, devices = case.config, jax.devices()[: case.devices]
     axis_name = REPLICA if case.collectives else None
     trainer = build(config, case.num_classes, axis_name)
     replicated: Any = parallelize(trainer.step, devices, config.run.wrapper, donate=True)
     batch = split_batch(random_batch(case), case.devices)
-    state = first_state(config, case.num_classes)
+    state = (first_state or _first_state)(config, case.num_classes)
     compiled = replicated.lower(state, batch).compile()
     # The batch is on the devices before the step starts; the transfer is timed in the split.
     batch = jax.device_put(batch, compiled.input_shardings[0][1])
@@ -217,7 +229,7 @@ def _prepare(first_state: Callable[[Config, int], TrainState], case: TrainCase) 
         dispatches.append(1e3 * (time.perf_counter() - start))
         jax.block_until_ready((held[0], metrics))
 
-    return _Call(run, _planned_bytes(plan), dispatches)
+    return PreparedStep(run, _planned_bytes(plan), dispatches)
 
 
 def _first_state(config: Config, num_classes: int) -> TrainState:
@@ -261,11 +273,10 @@ def _split(case: TrainCase, state: TrainState, repeats: int, step: float) -> dic
     host_batch = random_batch(case)
     batch = jax.device_put(host_batch)
     variables = state.variables
-    sizes = level_sizes(case.padded_size, model.anchors_per_cell)
 
     @jax.jit
-    def forward(variables: Any, batch: Any) -> Any:
-        return loss_inputs(variables, batch, config=config, model=model)[:2]
+    def forward(variables: Any, batch: Batch) -> Any:
+        return network_outputs(variables, batch.model_inputs(), model=model)
 
     @jax.jit
     def loss(outputs: Any, batch: Any) -> Any:
@@ -273,9 +284,7 @@ def _split(case: TrainCase, state: TrainState, repeats: int, step: float) -> dic
 
         def total(outputs: Any) -> tuple[jax.Array, Any]:
             logits, deltas = outputs
-            terms, *rest = detection_loss(
-                logits, deltas, targets, state.ghm, config=config, level_sizes=sizes
-            )
+            terms, *rest = detection_loss(logits, deltas, targets, state.ghm, config=config)
             return terms.total, rest
 
         return jax.value_and_grad(total, has_aux=True)(outputs)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ghm_jax import losses
 from ghm_jax.config import Config, Loss
+from ghm_jax.detection.levels import Levels, split_levels
 from ghm_jax.detection.matching import Targets
 from ghm_jax.losses import GHMState, Harmonizing, LossStats
 
@@ -37,24 +38,22 @@ def init_ghm_states(config: Config) -> GHMStates:
 
 
 def detection_loss(
-    logits: jax.Array,
-    deltas: jax.Array,
+    logits: Levels,
+    deltas: Levels,
     targets: Targets,
     states: GHMStates,
     *,
     config: Config,
-    level_sizes: tuple[int, ...],
     axis_name: str | None = None,
 ) -> tuple[LossTerms, GHMStates, tuple[LossStats, LossStats]]:
     """Classification loss of all anchors that are not ignored, box loss of the positive ones.
 
     Args:
-        logits: f32[b, A, K].
-        deltas: f32[b, A, 4].
-        targets: [b, A] and [b, A, 4].
+        logits: f32[b, A_l, K] of each pyramid level.
+        deltas: f32[b, A_l, 4].
+        targets: [b, A] and [b, A, 4], of all levels.
         states: histograms so far.
         config: the losses, their settings and weights.
-        level_sizes: how many of the A anchors belong to each pyramid level.
         axis_name: replica axis, for histograms and counts.
 
     Returns:
@@ -63,17 +62,19 @@ def detection_loss(
     classify, regress = _classification_loss(config.loss), _box_loss(config.loss)
     if config.loss.ghm_scope == "level":  # other losses average over all levels, as published
         if config.loss.classification == "ghm_c":
-            classify = _by_level(classify, level_sizes)
+            classify = _by_level(classify)
         if config.loss.box == "ghm_r":
-            regress = _by_level(regress, level_sizes)
-    positive = (targets.classes >= 0)[..., None]
+            regress = _by_level(regress)
+    sizes = [level.shape[1] for level in logits]
+    classes, wanted = (split_levels(x, sizes) for x in targets)
+    positive = tuple((x >= 0)[..., None] for x in classes)
     with jax.named_scope("classification_loss"):
         loss_class, state_class, stats_class = classify(
-            logits, targets.classes, None, states.classification, axis_name=axis_name
+            logits, classes, None, states.classification, axis_name=axis_name
         )
     with jax.named_scope("box_loss"):
         loss_box, state_box, stats_box = regress(
-            deltas, targets.deltas, positive, states.box, axis_name=axis_name
+            deltas, wanted, positive, states.box, axis_name=axis_name
         )
     total = config.loss.weight * loss_class + config.loss.box_weight * loss_box
     terms = LossTerms(total, loss_class, loss_box)
@@ -109,7 +110,7 @@ def _harmonized(function: LossFunction, settings: Harmonizing) -> LossFunction:
         return harmonized
 
     def exact(
-        values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
+        values: Levels, targets: Levels, mask: Levels | None, state: GHMState, **axis: Any
     ) -> tuple[jax.Array, GHMState, LossStats]:
         # The density of each batch alone: the state stays unchanged.
         result, _, stats = harmonized(values, targets, mask, None, **axis)
@@ -118,22 +119,16 @@ def _harmonized(function: LossFunction, settings: Harmonizing) -> LossFunction:
     return exact
 
 
-def _by_level(function: LossFunction, level_sizes: tuple[int, ...]) -> LossFunction:
+def _by_level(function: LossFunction) -> LossFunction:
     """As in the published code: one call per pyramid level, each with its own mean, the losses
     summed; all calls share one moving histogram, so a step updates it once per level."""
 
     def over_levels(
-        values: jax.Array, targets: jax.Array, mask: jax.Array | None, state: GHMState, **axis: Any
+        values: Levels, targets: Levels, mask: Levels | None, state: GHMState, **axis: Any
     ) -> tuple[jax.Array, GHMState, LossStats]:
-        total, all_stats, start = jnp.zeros((), jnp.float32), [], 0
-        current = state
-        for size in level_sizes:
-            level = slice(start, start + size)
-            start += size
-            level_mask = None if mask is None else mask[:, level]
-            loss, current, stats = function(
-                values[:, level], targets[:, level], level_mask, current, **axis
-            )
+        total, all_stats, current = jnp.zeros((), jnp.float32), [], state
+        for level in zip(values, targets, mask or [None] * len(values), strict=True):
+            loss, current, stats = function(*level, current, **axis)
             total += loss
             all_stats.append(stats)
         return total, current, _merge(all_stats)

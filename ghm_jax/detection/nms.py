@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ghm_jax.detection.boxes import box_iou, clip_boxes, columns, decode_boxes
+from ghm_jax.detection.levels import Levels
 
 
 class Detections(NamedTuple):
@@ -80,12 +81,11 @@ def suppress(
 
 
 def select_detections(
-    logits: jax.Array,
-    deltas: jax.Array,
+    logits: Levels,
+    deltas: Levels,
     anchors: jax.Array,
     image_size: jax.Array,
     *,
-    level_sizes: tuple[int, ...],
     score_threshold: float,
     candidates: int,
     nms_iou: float,
@@ -100,27 +100,21 @@ def select_detections(
     on how many scores pass the threshold. NaN scores are never detections.
 
     Args:
-        logits: f32[A, K]. deltas: f32[A, 4]. anchors: f32[A, 4].
+        logits: f32[A_l, K] of each pyramid level. deltas: f32[A_l, 4]. anchors: f32[A, 4].
         image_size: [2], (height, width) of the image inside its padding; boxes are clipped to it.
-        level_sizes: anchors per pyramid level; their sum is A.
         score_threshold: detections have scores above it.
         candidates: pairs kept per level.
         nms_iou, soft_sigma, agnostic: see `suppress`.
         max_detections: D.
     """
-    num_classes = logits.shape[-1]
     with jax.named_scope("decoding"):
-        highest = _highest(logits)
-        logit, pair, start = [], [], 0
-        for size in level_sizes:
-            best = _best_pairs(logits, highest[start : start + size], start, candidates)
-            logit.append(best[0])
-            pair.append(best[1])
-            start += size
-        score, pair = jax.nn.sigmoid(jnp.concatenate(logit)), jnp.concatenate(pair)  # [N]
-        anchor, label = pair // num_classes, pair % num_classes
-        boxes = decode_boxes(deltas[anchor], anchors[anchor])  # [N, 4]
-        boxes = clip_boxes(boxes, image_size[None])
+        best, start = [], 0
+        for of_logits, of_deltas in zip(logits, deltas, strict=True):
+            end = start + len(of_logits)
+            best.append(_best_boxes(of_logits, of_deltas, anchors[start:end], candidates))
+            start = end
+        logit, label, boxes = map(jnp.concatenate, zip(*best, strict=True))  # [N], [N], [N, 4]
+        score, boxes = jax.nn.sigmoid(logit), clip_boxes(boxes, image_size[None])
 
     picks, score = suppress(
         boxes,
@@ -139,6 +133,15 @@ def select_detections(
     )
 
 
+def _best_boxes(
+    logits: jax.Array, deltas: jax.Array, anchors: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits [count], classes [count] and boxes [count, 4] of the best pairs of a level."""
+    logit, pair = _best_pairs(logits, count)
+    anchor, label = pair // logits.shape[1], pair % logits.shape[1]
+    return logit, label, decode_boxes(deltas[anchor], anchors[anchor])
+
+
 def _highest(logits: jax.Array) -> jax.Array:
     """The highest logit of each anchor, [A]; NaN logits are skipped.
 
@@ -150,23 +153,19 @@ def _highest(logits: jax.Array) -> jax.Array:
     return jax.lax.reduce(logits, lowest, lambda a, b: jnp.where(b > a, b, a), (1,))
 
 
-def _best_pairs(
-    logits: jax.Array, highest: jax.Array, start: int, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """The highest logits of a level and their indices in the raveled logits f32[A, K], [count].
+def _best_pairs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The highest logits of a level and their indices in its raveled logits, [count].
 
     Equal logits are ordered by index. The best `count` pairs lie on the `count` anchors with the
     highest maxima, so only the pairs of these anchors are sorted.
 
     Args:
-        logits: of all levels.
-        highest: highest logit of each anchor of the level.
-        start: the level's first anchor.
+        logits: f32[A, K].
         count: number of pairs; fewer if the level has fewer.
     """
-    num_classes = logits.shape[1]
-    _, anchor = jax.lax.top_k(highest, min(count, highest.size))
-    anchor = start + jnp.sort(anchor)  # sorted, so that equal logits stay ordered by index
+    num_anchors, num_classes = logits.shape
+    _, anchor = jax.lax.top_k(_highest(logits), min(count, num_anchors))
+    anchor = jnp.sort(anchor)  # sorted, so that equal logits stay ordered by index
     few = logits[anchor].ravel()
     few = jnp.where(jnp.isnan(few), -jnp.inf, few)
     best, index = jax.lax.top_k(few, min(count, few.size))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from ghm_jax.batch import Batch, ModelInputs
 from ghm_jax.config import Config
-from ghm_jax.detection.anchors import level_sizes, make_anchors
+from ghm_jax.detection.anchors import make_anchors
+from ghm_jax.detection.levels import Levels, join_levels
 from ghm_jax.detection.matching import IGNORE, Targets, match_anchors, num_used
 from ghm_jax.detection.nms import Detections, select_detections
 from ghm_jax.models import RetinaNet
@@ -36,10 +37,14 @@ def normalize(images: jax.Array, image_size: jax.Array) -> jax.Array:
     return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], values, 0.0)
 
 
+Outputs = tuple[Levels, Levels]
+"""What the heads give: logits f32[b, A_l, K] and box deltas f32[b, A_l, 4] of each level."""
+
+
 def apply_network(
     model: RetinaNet, params: Any, batch_stats: Any, inputs: ModelInputs, *, train: bool
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """Logits f32[b, A, K] and deltas f32[b, A, 4], and the updated batch statistics."""
+) -> tuple[Outputs, Any]:
+    """The network's outputs and the updated batch statistics."""
     with jax.named_scope("normalize"):
         images = normalize(inputs.images, inputs.image_size)
     variables = {"params": params, "batch_stats": batch_stats}
@@ -48,10 +53,8 @@ def apply_network(
     return outputs, changed.get("batch_stats", batch_stats)
 
 
-def network_outputs(
-    variables: dict[str, Any], inputs: ModelInputs, *, model: RetinaNet
-) -> tuple[jax.Array, jax.Array]:
-    """Logits f32[b, A, K] and deltas f32[b, A, 4] in inference mode.
+def network_outputs(variables: dict[str, Any], inputs: ModelInputs, *, model: RetinaNet) -> Outputs:
+    """The network's outputs in inference mode.
 
     Args:
         variables: `params` and `batch_stats`.
@@ -98,22 +101,17 @@ def loss_inputs(
         batch: as for `train_step`.
 
     Returns:
-        Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4].
+        Logits f32[b, A, K], deltas f32[b, A, 4], targets [b, A] and [b, A, 4], of all levels.
     """
-    outputs = network_outputs(variables, batch.model_inputs(), model=model)
-    return *outputs, make_targets(batch, config)
+    logits, deltas = network_outputs(variables, batch.model_inputs(), model=model)
+    return join_levels(logits), join_levels(deltas), make_targets(batch, config)
 
 
-def choose_detections(
-    outputs: tuple[jax.Array, jax.Array], inputs: ModelInputs, *, config: Config
-) -> Detections:
+def choose_detections(outputs: Outputs, inputs: ModelInputs, *, config: Config) -> Detections:
     """Detections [b, D] from the network's outputs, in pixels of the padded image."""
-    size = inputs.padded_size
-    per_cell = config.anchors.octaves * len(config.anchors.ratios)
     select = functools.partial(
         select_detections,
-        anchors=_anchors(config, size),
-        level_sizes=level_sizes(size, per_cell),
+        anchors=_anchors(config, inputs.padded_size),
         score_threshold=config.predict.score_threshold,
         candidates=config.predict.candidates,
         nms_iou=config.predict.nms_iou,

@@ -54,6 +54,29 @@ def read_array(name: str, values: Any) -> Array:
     return values
 
 
+Example = tuple[Any, Any, Any]
+"""Predictions, targets and mask that belong together."""
+
+
+def read_levels(predictions: Any, targets: Any, mask: Any) -> list[Example]:
+    """The arguments level by level if predictions and targets are lists or tuples of as many
+    arrays, and the mask is as well or is None; otherwise the arguments as they are.
+
+    Nothing is concatenated, so that the losses read the outputs of a network where they lie.
+    """
+    given = [x for x in (predictions, targets, mask) if x is not None]
+    levels = len(predictions) if _is_levels(predictions) else 0
+    if not levels or not all(_is_levels(x) and len(x) == levels for x in given):
+        return [(predictions, targets, mask)]
+    return list(zip(predictions, targets, mask or [None] * levels, strict=True))
+
+
+def _is_levels(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(
+        isinstance(x, jax.Array | np.ndarray) and x.ndim > 0 for x in values
+    )
+
+
 def read_floats(name: str, values: Any) -> jax.Array:
     """As f32[...]."""
     return jnp.asarray(read_array(name, values)).astype(jnp.float32)

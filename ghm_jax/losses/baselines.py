@@ -1,16 +1,28 @@
 """The paper's baselines, with the interface of the GHM losses: (loss, state, stats).
 
+They take several arrays in a tuple or list as well, see `ghm_jax.losses.ghm`.
+
 The state is returned unchanged. As for GHM, the loss is this replica's share: `psum` it and its
 gradients when `axis_name` is given.
 """
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ghm_jax.losses.arguments import read_floats, read_mask, read_positive, read_setting
+from ghm_jax.losses.arguments import (
+    read_floats,
+    read_levels,
+    read_mask,
+    read_positive,
+    read_setting,
+)
 from ghm_jax.losses.ghm import check_same_shape, dense_targets, sigmoid_cross_entropy
-from ghm_jax.losses.harmonize import GHMState, LossStats, psum
+from ghm_jax.losses.harmonize import GHMState, LossStats, add, add_where, psum
 
 
 def cross_entropy_loss(
@@ -22,10 +34,10 @@ def cross_entropy_loss(
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Sigmoid cross-entropy, mean over all valid (position, class) pairs; see `ghm_c_loss`."""
-    logits, dense, used = _class_inputs(logits, targets, mask)
-    terms = sigmoid_cross_entropy(logits, dense)
-    used, stats = _plain_stats(terms, used, axis_name)
-    return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
+    examples = _class_examples(logits, targets, mask)
+    terms = [sigmoid_cross_entropy(x.values, x.targets) for x in examples]
+    used, stats = _plain_stats(terms, examples, axis_name)
+    return add_where(used, terms) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
 def focal_loss(
@@ -44,13 +56,15 @@ def focal_loss(
     as for `ghm_c_loss`; source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
     equation 5, and its section 4 for the division.
     """
-    logits, dense, used = _class_inputs(logits, targets, mask)
-    used, stats = _plain_stats(sigmoid_cross_entropy(logits, dense), used, axis_name)
+    examples = _class_examples(logits, targets, mask)
+    plain = [sigmoid_cross_entropy(x.values, x.targets) for x in examples]
+    used, stats = _plain_stats(plain, examples, axis_name)
     alpha = None if alpha is None else read_setting("alpha", alpha)
     gamma = read_setting("gamma", gamma)
-    terms = optax.losses.sigmoid_focal_loss(logits, dense, alpha=alpha, gamma=gamma)
-    positives = psum(_masked_sum(dense, used), axis_name)
-    return _masked_sum(terms, used) / jnp.maximum(positives, 1.0), state, stats
+    focal = functools.partial(optax.losses.sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    positives = psum(add_where(used, [x.targets for x in examples]), axis_name)
+    total = add_where(used, [focal(x.values, x.targets) for x in examples])
+    return total / jnp.maximum(positives, 1.0), state, stats
 
 
 def ohem_loss(
@@ -69,18 +83,19 @@ def ohem_loss(
     Arguments as for `ghm_c_loss`; a soft target above 0 is positive. Source: Shrivastava et al.,
     CVPR 2016, in the form that Lin et al., ICCV 2017, table 1, compares with ("OHEM 1:3").
     """
-    logits, dense, used = _class_inputs(logits, targets, mask)
-    terms = sigmoid_cross_entropy(logits, dense)
-    used, stats = _plain_stats(terms, used, axis_name)
-    positive = used & (dense > 0)
-    count = jnp.sum(positive, dtype=jnp.int32).astype(jnp.float32)
+    examples = _class_examples(logits, targets, mask)
+    terms = [sigmoid_cross_entropy(x.values, x.targets) for x in examples]
+    used, stats = _plain_stats(terms, examples, axis_name)
+    positive = [u & (x.targets > 0) for u, x in zip(used, examples, strict=True)]
     negatives = read_setting("negatives", negatives)
-    num_negatives = jnp.maximum(negatives * psum(count, axis_name), 1.0)
-    difficulty = jax.lax.stop_gradient(jnp.where(jnp.isnan(terms), jnp.inf, terms))
-    difficulty = jnp.where(used & ~positive, difficulty, -1.0)
-    kept = positive | (difficulty >= _kth_largest(difficulty, num_negatives, axis_name))
-    num_kept = psum(jnp.sum(kept, dtype=jnp.int32).astype(jnp.float32), axis_name)
-    return _masked_sum(terms, kept) / jnp.maximum(num_kept, 1.0), state, stats
+    num_negatives = jnp.maximum(negatives * _count(positive, axis_name), 1.0)
+    difficulty = [
+        jnp.where(u & ~p, jax.lax.stop_gradient(jnp.where(jnp.isnan(x), jnp.inf, x)), -1.0)
+        for x, u, p in zip(terms, used, positive, strict=True)
+    ]
+    least = _kth_largest(difficulty, num_negatives, axis_name)
+    kept = [p | (x >= least) for p, x in zip(positive, difficulty, strict=True)]
+    return add_where(kept, terms) / jnp.maximum(_count(kept, axis_name), 1.0), state, stats
 
 
 def smooth_l1_loss(
@@ -93,11 +108,12 @@ def smooth_l1_loss(
     axis_name: str | None = None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """Smooth L1 (equation 15), mean over the valid coordinates; arguments as for `ghm_r_loss`."""
-    predictions, targets, used = _box_inputs(predictions, targets, mask)
+    examples = _box_examples(predictions, targets, mask)
     delta = read_positive("delta", delta)
-    terms = optax.losses.huber_loss(predictions, targets, delta=delta) / delta
-    used, stats = _plain_stats(terms, used, axis_name)
-    return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
+    huber = functools.partial(optax.losses.huber_loss, delta=delta)
+    terms = [huber(x.values, x.targets) / delta for x in examples]
+    used, stats = _plain_stats(terms, examples, axis_name)
+    return add_where(used, terms) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
 def asl1_loss(
@@ -113,14 +129,14 @@ def asl1_loss(
 
     Arguments as for `ghm_r_loss`.
     """
-    predictions, targets, used = _box_inputs(predictions, targets, mask)
+    examples = _box_examples(predictions, targets, mask)
     mu = read_positive("mu", mu)
-    terms = jnp.hypot(predictions - targets, mu) - mu
-    used, stats = _plain_stats(terms, used, axis_name)
-    return _masked_sum(terms, used) / jnp.maximum(stats.num_valid, 1.0), state, stats
+    terms = [jnp.hypot(x.values - x.targets, mu) - mu for x in examples]
+    used, stats = _plain_stats(terms, examples, axis_name)
+    return add_where(used, terms) / jnp.maximum(stats.num_valid, 1.0), state, stats
 
 
-def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.Array:
+def _kth_largest(values: Sequence[jax.Array], k: jax.Array, axis_name: str | None) -> jax.Array:
     """f32[]: the largest threshold that at least k of the values reach; 0 if fewer are above 0.
 
     Found bit by bit from the top, as non-negative floats are ordered like their bits: no sort, and
@@ -129,50 +145,60 @@ def _kth_largest(values: jax.Array, k: jax.Array, axis_name: str | None) -> jax.
 
     def refine(i: jax.Array, bits: jax.Array) -> jax.Array:
         tried = bits | (1 << (30 - i)).astype(jnp.int32)
-        reached = values >= jax.lax.bitcast_convert_type(tried, jnp.float32)
-        count = psum(jnp.sum(reached, dtype=jnp.int32).astype(jnp.float32), axis_name)
+        least = jax.lax.bitcast_convert_type(tried, jnp.float32)
+        count = _count([x >= least for x in values], axis_name)
         return jnp.where(count >= k, tried, bits)
 
     bits = jax.lax.fori_loop(0, 31, refine, jnp.zeros((), jnp.int32))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _class_inputs(
-    logits: jax.Array, targets: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Logits f32[..., K], targets f32[..., K], both 0 where masked, and the mask bool[..., K]."""
-    logits = read_floats("logits", logits)
-    dense, used = dense_targets(logits, targets, mask)
-    return _zero_masked(logits, used), _zero_masked(dense, used), used
+def _count(masks: Sequence[jax.Array], axis_name: str | None) -> jax.Array:
+    """How many elements are True, f32[]; counted in integers on each replica."""
+    count = add(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
+    return psum(count.astype(jnp.float32), axis_name)
 
 
-def _box_inputs(
-    predictions: jax.Array, targets: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Predictions and targets as f32, both 0 where masked, and the mask in their shape."""
-    predictions, targets = read_floats("predictions", predictions), read_floats("targets", targets)
-    check_same_shape("predictions", predictions, targets)
-    used = read_mask(mask, predictions.shape)
-    return _zero_masked(predictions, used), _zero_masked(targets, used), used
+class _Examples(NamedTuple):
+    """The examples of one array, [...]; values and targets are 0 where they are masked: a NaN there
+    would reach the gradient, 0 * NaN is NaN."""
+
+    values: jax.Array
+    targets: jax.Array
+    used: jax.Array
+    """bool."""
 
 
-def _masked_sum(values: jax.Array, used: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(used, values, 0.0))
+def _class_examples(logits: Any, targets: Any, mask: Any) -> list[_Examples]:
+    """Logits f32[..., K] and targets f32[..., K] of each array."""
+    examples = []
+    for logits_of, *others in read_levels(logits, targets, mask):
+        values = read_floats("logits", logits_of)
+        examples.append(_zero_masked(values, *dense_targets(values, *others)))
+    return examples
 
 
-def _zero_masked(values: jax.Array, used: jax.Array | None) -> jax.Array:
-    """Values with 0 where masked: a NaN there would reach the gradient, 0 * NaN is NaN."""
-    return values if used is None else jnp.where(used, values, 0.0)
+def _box_examples(predictions: Any, targets: Any, mask: Any) -> list[_Examples]:
+    """Predictions and targets of each array, f32."""
+    examples = []
+    for values, wanted, mask_of in read_levels(predictions, targets, mask):
+        values, wanted = read_floats("predictions", values), read_floats("targets", wanted)
+        check_same_shape("predictions", values, wanted)
+        examples.append(_zero_masked(values, wanted, read_mask(mask_of, values.shape)))
+    return examples
+
+
+def _zero_masked(values: jax.Array, targets: jax.Array, used: jax.Array | None) -> _Examples:
+    if used is None:
+        return _Examples(values, targets, jnp.ones(values.shape, bool))
+    return _Examples(jnp.where(used, values, 0.0), jnp.where(used, targets, 0.0), used)
 
 
 def _plain_stats(
-    terms: jax.Array, used: jax.Array | None, axis_name: str | None
-) -> tuple[jax.Array, LossStats]:
-    """The mask in full shape, and statistics without a histogram. NaN is not hidden."""
-    terms = jax.lax.stop_gradient(terms)
-    used = jnp.ones(terms.shape, bool) if used is None else used
-    total = _masked_sum(terms, used)
-    valid = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
-    nonfinite = jnp.sum(used & ~jnp.isfinite(terms), dtype=jnp.int32).astype(jnp.float32)
-    total, valid, nonfinite = (psum(x, axis_name) for x in (total, valid, nonfinite))
-    return used, LossStats(total / jnp.maximum(valid, 1.0), valid, nonfinite)
+    terms: Sequence[jax.Array], examples: Sequence[_Examples], axis_name: str | None
+) -> tuple[list[jax.Array], LossStats]:
+    """The masks, and statistics without a histogram. NaN is not hidden."""
+    terms, used = [jax.lax.stop_gradient(x) for x in terms], [x.used for x in examples]
+    total, valid = psum(add_where(used, terms), axis_name), _count(used, axis_name)
+    broken = [u & ~jnp.isfinite(x) for x, u in zip(terms, used, strict=True)]
+    return used, LossStats(total / jnp.maximum(valid, 1.0), valid, _count(broken, axis_name))

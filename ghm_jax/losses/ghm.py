@@ -9,12 +9,17 @@ The keywords from `bins` to `density` are the fields of `Harmonizing`, which doc
 `batch_counts` and `axis_name` are those of `harmonize`. Arrays may be JAX's, NumPy's or nested
 lists. A mask of numbers counts what is above 0, as label weights do in the published code.
 
+Where a network gives several arrays, such as one per pyramid level, all losses but
+`ghm_softmax_loss` take them in a tuple or list, with targets and mask likewise: their examples
+count together, as if concatenated, but nothing is.
+
 Values that have no meaning raise ValueError if they are known and count. Under `jax.jit` they are
 not known, and not checked: a class index without a meaning is background there, a dense target
 outside [0, 1] is computed with.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +31,11 @@ from ghm_jax.losses.arguments import (
     read_array,
     read_class_indices,
     read_floats,
+    read_levels,
     read_mask,
     read_positive,
 )
-from ghm_jax.losses.harmonize import GHMState, LossStats, psum, weigh
+from ghm_jax.losses.harmonize import GHMState, LossStats, add_where, psum, weigh
 
 BACKGROUND = -1
 """Class index of a position that has no class."""
@@ -79,16 +85,12 @@ def ghm_c_loss(
         >>> f"{loss:.4f} of {stats.num_valid:.0f} examples"
         '0.6931 of 4 examples'
     """
-    logits = read_floats("logits", logits)
-    dense, used = dense_targets(logits, targets, mask)
-    finite = jnp.isfinite(logits) & jnp.isfinite(dense)
-    norm = jnp.abs(sigmoid_error(logits, dense))
-    terms = sigmoid_cross_entropy(logits, dense)
     settings = Harmonizing(
         bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
         min_count=min_count, strength=strength, density=density,
     )  # fmt: skip
-    return _weighted_mean(norm, terms, finite, used, state, settings, batch_counts, axis_name)
+    examples = [_class_examples(*level) for level in read_levels(logits, targets, mask)]
+    return _weighted_mean(examples, state, settings, batch_counts, axis_name)
 
 
 def ghm_r_loss(
@@ -128,18 +130,13 @@ def ghm_r_loss(
 
     Source: equations 17-19.
     """
-    predictions, targets = read_floats("predictions", predictions), read_floats("targets", targets)
-    check_same_shape("predictions", predictions, targets)
     mu = read_positive("mu", mu)
-    error, finite = _finite(predictions - targets)
-    used = read_mask(mask, error.shape)
-    root = jnp.hypot(error, mu)  # the square of a wild error overflows
-    norm = jnp.abs(error) / root
     settings = Harmonizing(
         bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
         min_count=min_count, strength=strength, density=density,
     )  # fmt: skip
-    return _weighted_mean(norm, root - mu, finite, used, state, settings, batch_counts, axis_name)
+    examples = [_box_examples(*level, mu) for level in read_levels(predictions, targets, mask)]
+    return _weighted_mean(examples, state, settings, batch_counts, axis_name)
 
 
 def ghm_softmax_loss(
@@ -182,12 +179,12 @@ def ghm_softmax_loss(
     labels, used = _read_labels(labels, logits.shape, mask)
     log_probabilities = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
-    norm, finite = -jnp.expm1(chosen), finite.all(-1)
+    examples = [_Examples(-jnp.expm1(chosen), -chosen, finite.all(-1), used)]
     settings = Harmonizing(
         bins=bins, momentum=momentum, normalizer=normalizer, bias_correction=bias_correction,
         min_count=min_count, strength=strength, density=density,
     )  # fmt: skip
-    return _weighted_mean(norm, -chosen, finite, used, state, settings, batch_counts, axis_name)
+    return _weighted_mean(examples, state, settings, batch_counts, axis_name)
 
 
 def _read_labels(labels: Any, shape: tuple[int, ...], mask: Any) -> tuple[jax.Array, jax.Array]:
@@ -202,23 +199,54 @@ def _read_labels(labels: Any, shape: tuple[int, ...], mask: Any) -> tuple[jax.Ar
     return labels, labels >= 0 if used is None else used & (labels >= 0)
 
 
+class _Examples(NamedTuple):
+    """The examples of one array, [...]."""
+
+    norm: jax.Array
+    """f32, gradient norms."""
+    terms: jax.Array
+    """f32, losses without weights."""
+    finite: jax.Array
+    """bool, whether prediction and target are finite."""
+    used: jax.Array | None
+    """bool, the mask; None: all."""
+
+
+def _class_examples(logits: Any, targets: Any, mask: Any) -> _Examples:
+    logits = read_floats("logits", logits)
+    dense, used = dense_targets(logits, targets, mask)
+    return _Examples(
+        norm=jnp.abs(sigmoid_error(logits, dense)),
+        terms=sigmoid_cross_entropy(logits, dense),
+        finite=jnp.isfinite(logits) & jnp.isfinite(dense),
+        used=used,
+    )
+
+
+def _box_examples(predictions: Any, targets: Any, mask: Any, mu: Any) -> _Examples:
+    predictions, targets = read_floats("predictions", predictions), read_floats("targets", targets)
+    check_same_shape("predictions", predictions, targets)
+    error, finite = _finite(predictions - targets)
+    root = jnp.hypot(error, mu)  # the square of a wild error overflows
+    used = read_mask(mask, error.shape)
+    return _Examples(norm=jnp.abs(error) / root, terms=root - mu, finite=finite, used=used)
+
+
 def _weighted_mean(
-    norm: jax.Array,
-    terms: jax.Array,
-    finite: jax.Array,
-    used: jax.Array | None,
+    examples: Sequence[_Examples],
     state: GHMState | None,
     settings: Harmonizing,
     batch_counts: jax.Array | None,
     axis_name: str | None,
 ) -> tuple[jax.Array, GHMState | None, LossStats]:
     """sum(weights * terms) / N, and statistics with the plain mean of the terms."""
-    norm = jnp.where(finite, norm, jnp.nan)  # so that it is excluded and reported
-    weights, state, stats = weigh(norm, used, state, settings, batch_counts, axis_name)
+    norms = [jnp.where(x.finite, x.norm, jnp.nan) for x in examples]  # NaN: left out and reported
+    masks, terms = [x.used for x in examples], [x.terms for x in examples]
+    weights, state, stats = weigh(norms, masks, state, settings, batch_counts, axis_name)
     count = jnp.maximum(stats.num_valid, 1.0)
-    valid = weights > 0
-    plain = jnp.sum(jnp.where(valid, jax.lax.stop_gradient(terms), 0.0))
-    loss = jnp.sum(jnp.where(valid, weights * terms, 0.0))
+    valid = [w > 0 for w in weights]
+    plain = add_where(valid, [jax.lax.stop_gradient(x) for x in terms])
+    loss = add_where(valid, [w * x for w, x in zip(weights, terms, strict=True)])
     return loss / count, state, stats._replace(plain_loss=psum(plain, axis_name) / count)
 
 

@@ -4,8 +4,10 @@ Source: Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, e
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,18 +152,20 @@ def harmonize(
         min_count=min_count, strength=strength, density=density,
     )  # fmt: skip
     norm, used = read_norm(gradient_norm, mask)
-    return weigh(norm, used, state, settings, batch_counts, axis_name)
+    (weights,), state, stats = weigh([norm], [used], state, settings, batch_counts, axis_name)
+    return weights, state, stats
 
 
 def weigh(
-    norm: jax.Array,
-    used: jax.Array | None,
+    norms: Sequence[jax.Array],
+    used: Sequence[jax.Array | None],
     state: Any,
     settings: Harmonizing,
     batch_counts: jax.Array | None,
     axis_name: str | None,
-) -> tuple[jax.Array, GHMState | None, LossStats]:
-    """`harmonize` of norms f32[...] and a mask bool[...], with its settings as one object."""
+) -> tuple[list[jax.Array], GHMState | None, LossStats]:
+    """`harmonize` of the examples in several arrays, with one histogram and settings as one object:
+    norms f32[...] and masks bool[...] to weights f32[...]."""
     state = read_state(state)
     if state is not None:
         settings = dataclasses.replace(settings, bins=state.counts.shape[0])
@@ -169,11 +173,12 @@ def weigh(
     exact, bins = settings.density == "exact", settings.bins
     if exact and not (state is None and batch_counts is None):
         raise ValueError("density='exact' has no histogram: state and batch_counts must be None")
-    norm = jax.lax.stop_gradient(norm)
-    index = bin_index(norm, used, bins)
-    valid = index < bins
+    norms = [jax.lax.stop_gradient(norm) for norm in norms]
+    indices = [bin_index(norm, mask, bins) for norm, mask in zip(norms, used, strict=True)]
+    valid = [index < bins for index in indices]
     # Cast to float32 before the sum over the replicas: the counts of a pod overflow int32.
-    seen = psum(count_bins(index, bins + 2).astype(jnp.float32), axis_name)
+    seen = add(count_bins(index, bins + 2) for index in indices).astype(jnp.float32)
+    seen = psum(seen, axis_name)
     seen, num_nonfinite = seen[:bins], seen[bins + 1]
     batch_counts = seen if batch_counts is None else read_floats("batch_counts", batch_counts)
     if batch_counts.shape != seen.shape:
@@ -181,13 +186,17 @@ def weigh(
     num_valid = batch_counts.sum()
 
     if exact:
-        weights = _exact_weights(norm, valid, num_valid, settings, axis_name)
-        table = jnp.zeros(bins + 2, jnp.float32).at[index.ravel()].add(weights.ravel())[:bins]
+        weights = _exact_weights(_flat(norms), _flat(valid), num_valid, settings, axis_name)
+        table = jnp.zeros(bins + 2, jnp.float32).at[_flat(indices)].add(weights)[:bins]
         table = psum(table, axis_name) / jnp.maximum(seen, 1.0)
+        ends = list(itertools.accumulate(norm.size for norm in norms))
+        of_arrays = jnp.split(weights, ends[:-1])
+        weights = [x.reshape(norm.shape) for x, norm in zip(of_arrays, norms, strict=True)]
     else:
         table, state = _histogram_weights(batch_counts, state, settings)
-        weights = look_up(jnp.append(table, jnp.zeros(2, jnp.float32)), index)
-    total_norm = psum(jnp.sum(jnp.where(valid, norm, 0.0)), axis_name)
+        extended = jnp.append(table, jnp.zeros(2, jnp.float32))
+        weights = [look_up(extended, index) for index in indices]
+    total_norm = psum(add_where(valid, norms), axis_name)
     mean_norm = total_norm / jnp.maximum(num_valid, 1.0)
     return weights, state, LossStats(mean_norm, num_valid, num_nonfinite, seen, table)
 
@@ -230,7 +239,7 @@ def _exact_weights(
     settings: Harmonizing,
     axis_name: str | None,
 ) -> jax.Array:
-    """Weights f32[...] from the density at each example's gradient norm; 0 where not valid."""
+    """Weights f32[n] from the density at each example's gradient norm; 0 where not valid."""
     density = density_at(norm, valid, 1 / settings.bins, axis_name)
     weights = jnp.where(valid, _inverse(density / settings.bins, settings), 0.0)
     return _scale(weights, num_valid, psum(weights.sum(), axis_name), num_valid, settings)
@@ -264,6 +273,20 @@ def _scale(
     if settings.normalizer == "bins":
         return weights * (num_valid / settings.bins) ** settings.strength
     return weights * (total / jnp.maximum(total_weight, _TINY))
+
+
+def _flat(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate([x.ravel() for x in arrays])
+
+
+def add(values: Iterable[jax.Array]) -> jax.Array:
+    """The sum of at least one value."""
+    return functools.reduce(jnp.add, values)
+
+
+def add_where(used: Iterable[jax.Array], values: Iterable[jax.Array]) -> jax.Array:
+    """The sum of the values of several arrays where their masks are True, f32[]."""
+    return add(jnp.sum(jnp.where(u, v, 0.0)) for u, v in zip(used, values, strict=True))
 
 
 def psum(x: jax.Array, axis_name: str | None) -> jax.Array:

@@ -15,9 +15,10 @@ from ghm_jax.models.resnet import NormKind, ResNet
 
 
 class RetinaNet(nn.Module):
-    """Normalized images f32[B, H, W, 3] -> (logits f32[B, A, K], box deltas f32[B, A, 4]).
+    """Normalized images f32[B, H, W, 3] -> (logits, box deltas), each a tuple with one array per
+    pyramid level, P3 first: f32[B, A_l, K] and f32[B, A_l, 4].
 
-    The A anchors are in the order of `ghm_jax.detection.anchors.make_anchors`. Batch statistics
+    The anchors are in the order of `ghm_jax.detection.anchors.make_anchors`. Batch statistics
     are taken over the replica axis `axis_name`. Activations are in `dtype`, parameters in float32.
     """
 
@@ -72,8 +73,10 @@ class RetinaNet(nn.Module):
         self.class_head = head(self.num_classes, prior_bias(self.prior))
         self.box_head = head(4, 0.0)
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         levels = self.fpn(self.backbone(images.astype(self.dtype), train=train))
-        logits = jnp.concatenate([self.class_head(level) for level in levels], axis=1)
-        deltas = jnp.concatenate([self.box_head(level) for level in levels], axis=1)
+        logits = tuple(self.class_head(level) for level in levels)
+        deltas = tuple(self.box_head(level) for level in levels)
         return logits, deltas

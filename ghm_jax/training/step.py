@@ -1,5 +1,6 @@
 """One training step of one replica: a pure function of the state and a batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,16 +10,12 @@ import optax
 
 from ghm_jax.batch import Batch, ModelInputs
 from ghm_jax.config import Config
-from ghm_jax.detection.anchors import level_sizes
 from ghm_jax.detection.loss import GHMStates, LossTerms, detection_loss
 from ghm_jax.detection.matching import Targets
-from ghm_jax.detection.outputs import apply_network, make_targets
+from ghm_jax.detection.outputs import Outputs, apply_network, make_targets
 from ghm_jax.losses import LossStats
 from ghm_jax.models import RetinaNet
 from ghm_jax.training.state import Skipped, TrainState
-
-Outputs = tuple[jax.Array, jax.Array]
-"""Logits f32[b, A, K] and box deltas f32[b, A, 4]."""
 
 
 class _Gradients(NamedTuple):
@@ -98,7 +95,6 @@ def _compute_gradients(
             targets,
             state.ghm,
             config=config,
-            level_sizes=level_sizes(inputs.padded_size, model.anchors_per_cell),
             axis_name=axis_name,
         )
         return terms.total, (terms, ghm, stats)
@@ -120,8 +116,9 @@ def _compute_gradients(
 def _per_image(outputs: Outputs, targets: Targets, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Positive anchors per image f32[], and the ids i32[b] of images with NaN or Inf, else -1."""
     num_positive = jnp.mean((targets.classes >= 0).sum(axis=1, dtype=jnp.int32).astype(jnp.float32))
-    logits, deltas = outputs
-    finite = jnp.isfinite(logits).all(axis=(1, 2)) & jnp.isfinite(deltas).all(axis=(1, 2))
+    finite = functools.reduce(
+        jnp.logical_and, [jnp.isfinite(x).all(axis=(1, 2)) for x in jax.tree.leaves(outputs)]
+    )
     return num_positive, jnp.where(finite, -1, batch.image_id)
 
 

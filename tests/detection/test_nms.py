@@ -124,8 +124,12 @@ IMAGE = np.array([60, 90], np.int32)
 
 @functools.cache
 def selected(**changes):
-    function = functools.partial(select_detections, level_sizes=LEVELS, **SETTINGS | changes)
-    return jax.jit(function)
+    def of_all(logits, deltas, anchors, image_size):
+        ends = np.cumsum(LEVELS)[:-1]
+        levels = (jnp.split(jnp.asarray(x), ends) for x in (logits, deltas))
+        return select_detections(*levels, anchors, image_size, **SETTINGS | changes)
+
+    return jax.jit(of_all)
 
 
 def draw(rng):

@@ -164,9 +164,12 @@ def test_the_gradient_is_weight_times_error_over_the_number(x, t, mask):
     error = (1 - np.float64(t)) * p - t * q
     # The weight of each example from the statistics: none can flow through the histogram.
     index = np.clip((np.abs(error) * 30).astype(int), 0, 29)
-    want = np.asarray(stats.weights)[index] * error / max(mask.sum(), 1)
+    weight = np.asarray(stats.weights)[index] / max(mask.sum(), 1)
+    want = weight * error
     sure = mask & ~oracles.near_edge(np.abs(error), 30)
-    np.testing.assert_allclose(gradient[sure], want[sure], rtol=2e-5, atol=1e-12)
+    # p and t are rounded: where they are almost equal, few digits of their difference are left.
+    allowed = 2e-5 * np.abs(want) + 4 * np.finfo(np.float32).eps * weight
+    assert (np.abs(gradient - want) <= allowed)[sure].all()
 
 
 @tries()

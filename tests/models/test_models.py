@@ -3,6 +3,7 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from ghm_jax.config import BACKBONES
 from ghm_jax.detection.anchors import STRIDES, level_sizes, make_anchors
+from ghm_jax.detection.levels import join_levels
 from ghm_jax.models import RetinaNet
 from ghm_jax.models.fpn import FPN, upsample_nearest
 from ghm_jax.models.heads import Head, prior_bias
@@ -19,6 +21,8 @@ from ghm_jax.models.resnet import (
     Block,
     Conv,
     Norm,
+    Normalization,
+    NormKind,
     ResNet,
     is_frozen,
     num_groups_for,
@@ -121,9 +125,8 @@ def test_both_layouts_of_torchvision_have_as_many_parameters_as_published(layout
 
 
 def test_grouped_convolutions_mix_channels_of_one_group_only():
-    block = Block(
-        Architecture(True, (1,), groups=4, group_width=32), 8, 1, "frozen", None, "float32", 1e-5
-    )
+    norm = Normalization("frozen", None, jnp.float32, 1e-5)
+    block = Block(Architecture(True, (1,), groups=4, group_width=32), 8, 1, norm)
     x = jax.random.normal(KEY, (1, 5, 5, 32))
     variables = block.init(KEY, x, train=False)
     kernel = variables["params"]["conv2"]["Conv_0"]["kernel"]
@@ -157,10 +160,10 @@ def test_there_is_one_output_for_every_anchor(size):
         num_classes=5, anchors_per_cell=6, backbone_name="resnet10", width=8, channels=8
     )
     _, (logits, deltas) = shapes_of(model, (2, *size, 3))
-    anchors = make_anchors(size, 4.0, 2, (0.5, 1.0, 2.0))
-    assert logits.shape == (2, len(anchors), 5)
-    assert deltas.shape == (2, len(anchors), 4)
-    assert sum(level_sizes(size, 6)) == len(anchors)
+    anchors, sizes = make_anchors(size, 4.0, 2, (0.5, 1.0, 2.0)), level_sizes(size, 6)
+    assert [level.shape for level in logits] == [(2, of_level, 5) for of_level in sizes]
+    assert [level.shape for level in deltas] == [(2, of_level, 4) for of_level in sizes]
+    assert sum(sizes) == len(anchors)
 
 
 def test_a_head_orders_its_outputs_by_row_column_anchor_and_class():
@@ -191,20 +194,20 @@ def test_a_change_in_the_image_changes_the_outputs_of_anchors_there():
     before = apply(variables, images)
     for x, y in ((96, 64), (320, 192)):
         after = apply(variables, images.at[:, y - 8 : y + 8, x - 8 : x + 8].set(8.0))
-        for a, b in zip(before, after, strict=True):
-            moved, start = np.abs(a - b)[0].sum(axis=-1), 0
-            for stride, length in zip(STRIDES, level_sizes(size, per_cell), strict=True):
-                level = slice(start, start + length)
-                most = center[level][np.argmax(moved[level])]
+        for levels in zip(before, after, strict=True):
+            start = 0
+            for stride, a, b in zip(STRIDES, *levels, strict=True):
+                moved = np.abs(a - b)[0].sum(axis=-1)
+                most = center[start : start + len(moved)][np.argmax(moved)]
                 assert np.abs(most - (x, y)).max() <= 2 * stride + 8, (stride, most)
-                start += length
+                start += len(moved)
 
 
 def test_a_new_detector_gives_every_pair_the_prior_probability():
     model = RetinaNet(3, 2, backbone_name="resnet10", width=8, channels=16, head_convs=1)
     images = jax.random.normal(KEY, (2, 64, 64, 3))
     variables = jax.jit(model.init)(KEY, images)
-    logits, deltas = jax.jit(model.apply)(variables, images)
+    logits, deltas = map(join_levels, jax.jit(model.apply)(variables, images))
     assert 0.008 < jax.nn.sigmoid(logits).mean() < 0.0125
     assert jnp.abs(deltas).max() < 1
     assert 1 / (1 + math.exp(-prior_bias(0.01))) == pytest.approx(0.01)
@@ -306,9 +309,10 @@ def loss_and_gradient(model, variables, images):
     """A number that depends on every output, the changed statistics, and its gradient."""
 
     def loss(params):
-        (logits, deltas), changed = model.apply(
+        outputs, changed = model.apply(
             {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
         )
+        logits, deltas = map(join_levels, outputs)
         return (logits**2).mean() + (deltas**2).mean() + (logits**3).mean(), changed
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -367,28 +371,77 @@ def test_bfloat16_is_close_to_float32():
     ]
     images = jax.random.normal(KEY, (1, 64, 64, 3))
     variables = jax.jit(models[0].init)(KEY, images)
-    for exact, rounded in zip(*(jax.jit(m.apply)(variables, images) for m in models), strict=True):
+    found = [map(join_levels, jax.jit(m.apply)(variables, images)) for m in models]
+    for exact, rounded in zip(*found, strict=True):
         assert exact.dtype == rounded.dtype == jnp.float32
         error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
         assert 0 < error < 0.02
 
 
+class Normalized(nn.Module):
+    """A convolution and its normalization."""
+
+    kind: NormKind
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        norm = Normalization(self.kind, None, jnp.float32, 1e-3)
+        return norm(Conv(6, 3, stride=2, name="conv"), "norm", x, train=train)
+
+
 @pytest.mark.parametrize(
     ("kind", "train", "changes"),
-    [("frozen", True, False), ("frozen", False, False), ("batch", True, True)],
+    [
+        ("frozen", True, False),
+        ("frozen", False, False),
+        ("batch", False, False),
+        ("batch", True, True),
+    ],
 )
 def test_only_batch_statistics_follow_the_data_and_only_in_training(kind, train, changes):
-    norm = Norm(kind)
-    x = 3 + 2 * jax.random.normal(KEY, (4, 8, 8, 6))
-    variables = norm.init(KEY, x, train=False)
-    y, changed = norm.apply(variables, x, train=train, mutable=["batch_stats"])
-    (stats,) = changed["batch_stats"].values()
+    module, x = Normalized(kind), 3 + 2 * jax.random.normal(KEY, (4, 9, 8, 5))
+    variables = module.init(KEY, x, train=False)
+    y, changed = module.apply(variables, x, train=train, mutable=["batch_stats"])
+    stats = changed.get("batch_stats", variables["batch_stats"])["norm"]["BatchNorm_0"]
+    before = Conv(6, 3, stride=2).apply({"params": variables["params"]["conv"]}, x)
     if changes:
         np.testing.assert_allclose(y.mean(axis=(0, 1, 2)), 0, atol=1e-4)
-        np.testing.assert_allclose(stats["mean"], 0.1 * x.mean(axis=(0, 1, 2)), rtol=1e-4)
+        mean = before.mean(axis=(0, 1, 2))
+        np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4, atol=1e-6)
     else:
-        np.testing.assert_allclose(y, x / math.sqrt(1 + 1e-5), rtol=1e-5)
+        np.testing.assert_allclose(y, before / math.sqrt(1 + 1e-3), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(stats["mean"], 0)
+
+
+def test_a_folded_norm_has_the_values_and_gradients_of_flax_batch_norm(rng):
+    module, x = Normalized("frozen"), rng.normal(size=(2, 9, 8, 5)).astype(np.float32)
+
+    def around(center, leaf):
+        return jnp.asarray(center + rng.uniform(-0.5, 0.5, leaf.shape), jnp.float32)
+
+    variables = jax.tree.map(functools.partial(around, 1.0), module.init(KEY, x, train=False))
+    slopes = rng.normal(size=(2, 5, 4, 6)).astype(np.float32)
+
+    def total(function, params, x):
+        return jnp.sum(function(params, x) * slopes)
+
+    def ours(params, x):
+        return module.apply({**variables, "params": params}, x, train=True)
+
+    def separate(params, x):
+        conv = nn.Conv(6, (3, 3), 2, padding=1, use_bias=False)
+        norm = nn.BatchNorm(use_running_average=True, epsilon=1e-3)
+        of_norm = {"batch_stats": variables["batch_stats"]["norm"]["BatchNorm_0"]}
+        y = conv.apply({"params": params["conv"]["Conv_0"]}, x)
+        return norm.apply({"params": params["norm"]["BatchNorm_0"], **of_norm}, y)
+
+    found, expected = (
+        jax.value_and_grad(functools.partial(total, f), argnums=(0, 1))(variables["params"], x)
+        for f in (ours, separate)
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours_, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours_, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 8, 16, 24, 32, 48, 64, 256, 2048])
@@ -396,4 +449,4 @@ def test_groups_divide_the_channels(channels):
     groups = num_groups_for(channels)
     assert channels % groups == 0
     assert groups == 32 or channels // groups >= 2 or channels == 1
-    Norm("group").init(KEY, jnp.zeros((1, 2, 2, channels)), train=True)
+    Norm("group").init(KEY, jnp.zeros((1, 2, 2, channels)))

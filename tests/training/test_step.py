@@ -22,6 +22,7 @@ from ghm_jax import losses
 from ghm_jax.batch import NO_CLASS
 from ghm_jax.config import REFERENCE, Anchors, Loss, Optimizer
 from ghm_jax.detection.anchors import make_anchors
+from ghm_jax.detection.levels import split_levels
 from ghm_jax.detection.loss import GHMStates
 from ghm_jax.detection.outputs import make_targets, normalize
 from ghm_jax.distributed.devices import REPLICA, parallelize, split_batch
@@ -36,7 +37,8 @@ CONFIG = tiny_config(
     optimizer=Optimizer(name="sgd", batch_size=8, learning_rate=0.003, warmup_steps=0)
 )
 PUBLISHED = {"ghm_c": replace(GHM_C, **REFERENCE), "ghm_r": replace(GHM_R, **REFERENCE)}
-NUM_ANCHORS, NUM_CLASSES = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1, 2
+LEVEL_SIZES = (8 * 8, 4 * 4, 2 * 2, 1, 1)
+NUM_ANCHORS, NUM_CLASSES = sum(LEVEL_SIZES), 2
 SCALARS = {
     *("loss", "loss_class", "loss_box", "cross_entropy", "box_error"),
     *("num_positive", "num_nonfinite", "grad_norm", "skipped", "skipped_in_a_row"),
@@ -54,7 +56,8 @@ class Table:
         del train, mutable
         shift = 0.1 * images.mean(axis=(1, 2, 3))[:, None, None]
         params = variables["params"]
-        return (params["logits"][None] + shift, params["deltas"][None] + shift), {}
+        outputs = params["logits"][None] + shift, params["deltas"][None] + shift
+        return tuple(split_levels(x, LEVEL_SIZES) for x in outputs), {}
 
 
 def table_outputs(params, batch):
@@ -494,7 +497,7 @@ class Fragile(Table):
     def apply(variables, images, *, train, mutable):
         (logits, deltas), changed = Table.apply(variables, images, train=train, mutable=mutable)
         white = images.mean(axis=(1, 2, 3))[:, None, None] > 2
-        return (logits, jnp.where(white, jnp.nan, deltas)), changed
+        return (logits, tuple(jnp.where(white, jnp.nan, level) for level in deltas)), changed
 
 
 @pytest.mark.parametrize(
