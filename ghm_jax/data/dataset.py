@@ -24,6 +24,7 @@ from ghm_jax.data.records import (
     DESCRIPTION,
     Records,
     read_builder,
+    read_folder,
     read_metadata,
     reading,
 )
@@ -47,6 +48,8 @@ class Dataset:
     """Where `index` is cached, beside the records."""
     like_corners: bool = False
     """The boxes that it was prepared from look like corners."""
+    folder: Path | None = None
+    """The folder that its images were prepared from, if that is known."""
 
     @functools.cached_property
     def index(self) -> Index:
@@ -115,6 +118,7 @@ def open_dataset(data: Data, split: str) -> Dataset:
         category_ids=category_ids,
         index_file=directory / f"index-{quote(split, safe='')}.npz",
         like_corners=_base(split) in metadata.get("like_corners", ()),
+        folder=read_folder(directory, _base(split)),
     )
 
 
@@ -201,7 +205,9 @@ def refuse_bucket(kind: type[UserError], key: str, path: str | Path) -> None:
 
 
 def _build_digit_scenes(directory: str) -> None:
-    builder = DigitScenes(data_dir=directory)
+    place = Path(directory) / DigitScenes.name / str(DigitScenes.VERSION)
+    with reading(place / DESCRIPTION[0]):
+        builder = DigitScenes(data_dir=directory)
     try:
         write_array_record(builder)
     except OSError:

@@ -6,6 +6,7 @@ line that names the file.
 
 import bisect
 import contextlib
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ from ghm_jax.json_text import parse_json
 _INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
 DESCRIPTION = (_INFO, _FEATURES, _METADATA)
 """The files that describe a data set; the last one is not in those of TFDS itself."""
+FOLDERS = "folders.json"
+"""{split: folder that its images were prepared from}. It is no part of the description: from a copy
+of the folder the data set is the same."""
 CLASS_NAMES = "objects-label.labels.txt"
 """The file of the class names, one a line."""
 
@@ -65,7 +69,8 @@ def read_builder(directory: Path) -> Any:
     if (directory / CLASS_NAMES).is_file():
         with reading(directory / CLASS_NAMES):
             (directory / CLASS_NAMES).read_bytes().decode()
-    with reading(directory / _FEATURES):
+    # Of a type that NumPy does not know it prints that TensorFlow is missing.
+    with reading(directory / _FEATURES), contextlib.redirect_stdout(io.StringIO()):
         tfds.features.FeaturesDict.from_config(str(directory))
     with reading(directory / _INFO):
         builder: Any = tfds.builder_from_directory(directory)
@@ -102,6 +107,16 @@ def _category_id(value: Any) -> int:
         return CATEGORY["id"].read(value)
     except ValueError:
         raise ValueError(f"category_ids must be {CATEGORY['id'].rule} each") from None
+
+
+def read_folder(directory: Path, split: str) -> Path | None:
+    """The folder that the images of a split were prepared from; None if that is not recorded, or
+    damaged: nothing but a check needs it."""
+    try:
+        folder = parse_json((directory / FOLDERS).read_bytes())[split]
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    return Path(folder) if isinstance(folder, str) and "\0" not in folder else None
 
 
 class Records(Sequence[dict[str, Any]]):

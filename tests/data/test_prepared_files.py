@@ -5,6 +5,7 @@ their own file says so.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -146,6 +147,7 @@ def test_a_damaged_file_is_named_with_the_remedy(good, data_dir, name, how):
         (INFO, b'"version": "1', b'"version": "a'),
         (FEATURES, b'"bool"', b'"string"'),
         (FEATURES, b'"int64"', b'"string"'),
+        (FEATURES, b'"int64"', b'"int6"'),
         (FEATURES, b"image_feature.Image", b"image_feature.Imaqe"),
         (FEATURES, b'"3"', b'"4"'),
         (METADATA, b'"category_ids"', b'"categories"'),
@@ -160,7 +162,7 @@ def test_a_damaged_file_is_named_with_the_remedy(good, data_dir, name, how):
         (CLASSES, b"absent\n", b""),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(data_dir, name, old, new):
+def test_a_value_that_cannot_be_is_refused(data_dir, capsys, name, old, new):
     file = data_dir / NAME / name
     content = file.read_bytes()
     assert old in content
@@ -168,6 +170,7 @@ def test_a_value_that_cannot_be_is_refused(data_dir, name, old, new):
     line = refusal(lambda: everything(data_dir, "train"))
     assert str(data_dir) in line or "squares" in line
     assert "prepare" in line
+    assert capsys.readouterr().out == ""
 
 
 def test_exchanged_shards_are_refused(data_dir):
@@ -213,6 +216,15 @@ def test_a_damaged_record_is_named(data_dir):
     assert f"{file}: record " in line
     with pytest.raises(IndexError):
         source[10]
+
+
+def test_a_damaged_data_set_that_is_embedded_is_one_line(tmp_path):
+    file = tmp_path / "digit_scenes" / "1.0.0" / INFO
+    file.parent.mkdir(parents=True)
+    file.write_text("{")  # and no features.json: it would be built
+    data = tiny_config(tmp_path).data
+    data = dataclasses.replace(data, name="digit_scenes")
+    assert str(file) in refusal(lambda: open_dataset(data, "train"))
 
 
 def sources(dataset_dir):
@@ -281,7 +293,7 @@ def changed_json(draw, content):
         if how == "drop":
             del holder[path[-1]]
         elif how == "value" or isinstance(holder, list):
-            holder[path[-1]] = draw(VALUES)
+            holder[path[-1]] = copy.deepcopy(draw(VALUES))
         elif how == "name":
             holder[draw(st.sampled_from(["", "x", "train", path[-1].upper()]))] = holder.pop(
                 path[-1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from ghm_jax.data.prepare.coco_annotations import (
     read_split,
     stamp_of,
 )
-from ghm_jax.data.records import Records, read_builder, read_metadata
+from ghm_jax.data.records import FOLDERS, Records, read_builder, read_metadata
 from ghm_jax.data.schema import detection_features
 from ghm_jax.exceptions import ArgumentError, ConfigError, DataError
 from ghm_jax.progress import Progress, Silent
@@ -87,7 +88,8 @@ def prepare_folder(
     parts = _write_splits(name, unfinished, categories, images, sources, progress)
     progress.close()
     like_corners = [s for s, part in images.items() if look_like_corners(*boxes_in_images(part))]
-    _join_parts(parts, sources, like_corners, target)
+    folders = {split: str(Path(directory).absolute()) for split, (directory, _) in splits.items()}
+    _join_parts(parts, sources, like_corners, folders, target)
     shutil.rmtree(unfinished)
     return target
 
@@ -312,7 +314,11 @@ def _check_disk(out: Path, name: str, images: Mapping[str, list[AnnotatedImage]]
 
 
 def _join_parts(
-    parts: list[Path], sources: Mapping[str, Any], like_corners: list[str], target: Path
+    parts: list[Path],
+    sources: Mapping[str, Any],
+    like_corners: list[str],
+    folders: Mapping[str, str],
+    target: Path,
 ) -> None:
     """Moves the records of one-split data sets into one data set, which appears when complete. Its
     metadata names the splits whose boxes look like corners: clipped boxes do not show it."""
@@ -329,6 +335,7 @@ def _join_parts(
     if like_corners:
         info.metadata["like_corners"] = like_corners
     info.write_to_directory(whole)
+    (whole / FOLDERS).write_text(json.dumps(folders))
     whole.rename(target)
 
 
