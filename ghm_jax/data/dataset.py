@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from ghm_jax.config import Data
 from ghm_jax.data.index import Index, read_index
 from ghm_jax.data.prepare.digit_scenes import DigitScenes
+from ghm_jax.data.records import (
+    CLASS_NAMES,
+    DESCRIPTION,
+    Records,
+    read_builder,
+    read_folder,
+    read_metadata,
+    reading,
+)
 from ghm_jax.data.schema import category_ids_of, classes_problem, detection_features
 from ghm_jax.exceptions import ConfigError, UserError
 
@@ -38,6 +48,8 @@ class Dataset:
     """Where `index` is cached, beside the records."""
     like_corners: bool = False
     """The boxes that it was prepared from look like corners."""
+    folder: Path | None = None
+    """The folder that its images were prepared from, if that is known."""
 
     @functools.cached_property
     def index(self) -> Index:
@@ -48,8 +60,12 @@ class Dataset:
     def checksum(self) -> str:
         """Of its description: splits, classes, and the files it was prepared from. Prepared again
         from the same files it is the same."""
-        files = sorted(self.index_file.parent.glob("*.json")) if self.index_file else []
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        digest = hashlib.sha256()
+        files = [self.index_file.with_name(name) for name in DESCRIPTION] if self.index_file else []
+        for file in files:
+            with reading(file):
+                digest.update(file.read_bytes() if file.exists() else b"")
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -79,36 +95,36 @@ def open_dataset(data: Data, split: str) -> Dataset:
             f"no prepared data set {name!r} in {data.dir}",
             "prepare it there with ghm-jax data prepare, or set `data.dir` to where it is",
         )
-    builder = _builder(versions[-1])
+    directory = versions[-1]
+    builder, metadata = read_builder(directory), read_metadata(directory)
     _check_format(builder, name)
 
     key = "data.train_split" if split == data.train_split else "data.validation_split"
     _check_split(key, name, split, builder.info.splits)
-    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-
+    with reading(directory / CLASS_NAMES):  # without names TFDS calls the classes 0, 1, 2
+        if not (directory / CLASS_NAMES).read_bytes().strip():
+            raise ValueError("it is empty")
     class_names = tuple(builder.info.features["objects"]["label"].names)
-    metadata = builder.info.metadata or {}
+    if "category_ids" not in metadata and _has_own_ids(builder):
+        with reading(directory / DESCRIPTION[-1]):
+            raise ValueError("no category_ids")
     category_ids = tuple(metadata.get("category_ids", category_ids_of(class_names)))
     if problem := classes_problem(class_names, category_ids):
-        raise ConfigError(str(versions[-1]), problem, "prepare it again from its annotations")
+        raise ConfigError(str(directory), problem, "prepare it again from its annotations")
     return Dataset(
-        source=source,
+        source=Records(builder, directory, split),
         name=name,
         class_names=class_names,
         category_ids=category_ids,
-        index_file=versions[-1] / f"index-{quote(split, safe='')}.npz",
+        index_file=directory / f"index-{quote(split, safe='')}.npz",
         like_corners=_base(split) in metadata.get("like_corners", ()),
+        folder=read_folder(directory, _base(split)),
     )
 
 
-def _builder(directory: Path) -> Any:
-    """The TFDS builder of a prepared data set."""
-    try:
-        return tfds.builder_from_directory(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        problem = f"cannot be read as a data set ({said})"
-        raise ConfigError(str(directory), problem, "prepare it again") from None
+def _has_own_ids(builder: Any) -> bool:
+    """Whether a data set was prepared from annotations here, with the ids of their categories."""
+    return builder.__module__.startswith("ghm_jax.") and builder.name != DigitScenes.name
 
 
 def _base(split: str) -> str:
@@ -189,7 +205,9 @@ def refuse_bucket(kind: type[UserError], key: str, path: str | Path) -> None:
 
 
 def _build_digit_scenes(directory: str) -> None:
-    builder = DigitScenes(data_dir=directory)
+    place = Path(directory) / DigitScenes.name / str(DigitScenes.VERSION)
+    with reading(place / DESCRIPTION[0]):
+        builder = DigitScenes(data_dir=directory)
     try:
         write_array_record(builder)
     except OSError:
@@ -197,7 +215,7 @@ def _build_digit_scenes(directory: str) -> None:
             raise
 
 
-def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:
+def _check_format(builder: Any, name: str) -> None:
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
         raise ConfigError(
@@ -206,19 +224,32 @@ def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:
             "without TensorFlow",
             "prepare it again as array_record (ghm-jax data prepare)",
         )
-    needed = _leaves(detection_features(["any"]))
-    missing = needed - _leaves(builder.info.features)
-    if missing:
+    needed, found = (
+        _leaves(features.get_tensor_info())
+        for features in (detection_features(["any"]), builder.info.features)
+    )
+    if missing := needed.keys() - found.keys():
         raise ConfigError(
             "data.name",
             f"{name} lacks the features {', '.join(sorted(missing))} of coco/2017",
             "prepare it from a COCO instances JSON (ghm-jax data prepare folder)",
         )
+    for leaf, (kind, size, rank) in needed.items():
+        if found[leaf][0] != kind or found[leaf][1] < min(4, size) or found[leaf][2] != rank:
+            raise ConfigError(
+                "data.name",
+                f"the feature {leaf} of {name} is of another type than in coco/2017",
+                "prepare it from a COCO instances JSON (ghm-jax data prepare folder)",
+            )
 
 
-def _leaves(features: Any) -> set[str]:
-    """Dotted names of all features."""
-    inner = getattr(features, "feature", features)  # the elements of a sequence
-    if not hasattr(inner, "items"):
-        return {""}
-    return {f"{key}.{leaf}".rstrip(".") for key, sub in inner.items() for leaf in _leaves(sub)}
+def _leaves(tensors: Any) -> dict[str, tuple[str, int, int]]:
+    """{dotted name: (kind of its type, bytes of a value, rank)} of all features."""
+    if not hasattr(tensors, "items"):
+        dtype = np.dtype(tensors.np_dtype)
+        return {"": (dtype.kind, dtype.itemsize, len(tensors.shape))}
+    return {
+        f"{key}.{leaf}".rstrip("."): value
+        for key, sub in tensors.items()
+        for leaf, value in _leaves(sub).items()
+    }

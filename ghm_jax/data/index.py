@@ -3,7 +3,6 @@
 import io
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,9 +59,11 @@ def _load(cache: Path, length: int) -> Index | None:
     try:
         with np.load(io.BytesIO(cache.read_bytes()), allow_pickle=False) as kept:
             index = Index(*(kept[name] for name in Index._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # missing or incomplete: read the records again
-    return index if len(index.sizes) == length else None
+    except Exception:  # missing or damaged, for which NumPy and zipfile raise a dozen kinds
+        return None  # read the records again
+    shapes = [(length, 2), (length,), (length,), (length,)]
+    fits = [array.shape for array in index] == shapes and all(a.dtype == np.int32 for a in index)
+    return index if fits and all((array >= 0).all() for array in index) else None
 
 
 def _save(cache: Path, index: Index) -> None:
@@ -71,7 +72,10 @@ def _save(cache: Path, index: Index) -> None:
         handle, beside = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}-")
     except OSError:
         return
-    with os.fdopen(handle, "wb") as file:
-        np.savez(file, **index._asdict())
-    Path(beside).chmod(0o644)
-    Path(beside).replace(cache)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **index._asdict())
+        Path(beside).chmod(0o644)
+        Path(beside).replace(cache)
+    except OSError:  # a full disk, or a directory in its place
+        Path(beside).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from importlib import metadata
 import cv2
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import tiny_config, write_dataset
 
 from ghm_jax.analysis.doctor import examine
 from ghm_jax.analysis.doctor.data import examine_data
@@ -157,6 +157,62 @@ def test_what_was_prepared_from_corners_is_a_fault(rng, monkeypatch, tmp_path):
     (fault,) = (f for f in found if not f.good)
     assert "look like x0, y0, x1, y1" in fault.says
     assert "x, y, width, height" in fault.remedy
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A data set whose folder of pictures may be changed; its faults but that of `absent`."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    config = tiny_config(write_dataset(folder))
+
+    def faults():
+        found = [f for f in examine_data(config, True, True, 100) if not f.good]
+        return [f for f in found if "(absent)" not in f.says]
+
+    return folder, faults
+
+
+def test_pictures_that_changed_since_they_were_prepared_are_a_fault(prepared):
+    folder, faults = prepared
+    assert not faults()
+    for number in (2, 3):
+        path = folder / f"train{number}.png"
+        changed = bytearray(path.read_bytes())
+        changed[-20] ^= 1  # of the same size
+        path.write_bytes(changed)
+    (folder / "validation4.png").write_bytes(b"")
+    first, second = faults()
+    assert f"2 of 10 pictures in {folder} changed since they were prepared (first: " in first.says
+    assert first.says.endswith(("train2.png)", "train3.png)"))
+    assert f"1 of 6 pictures in {folder} changed" in second.says
+    assert "prepare it again" in first.remedy
+
+
+def test_pictures_that_were_copied_touched_or_removed_are_no_fault(prepared):
+    folder, faults = prepared
+    for path in folder.glob("*.png"):
+        path.touch()
+    (folder / "train1.png").unlink()
+    assert not faults()
+    folder.rename(folder.parent / "elsewhere")
+    config = tiny_config(folder.parent / "elsewhere" / "data")
+    found = [f for f in examine_data(config, True, True, 100) if not f.good]
+    assert not any("changed" in f.says for f in found)
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", '{"train": 5}', '{"train": "\\u0000"}'])
+def test_pictures_of_an_unknown_folder_are_no_fault(prepared, record):
+    """As of data that was prepared before the folder was recorded."""
+    folder, faults = prepared
+    (folder / "train2.png").write_bytes(b"")
+    assert faults()
+    (file,) = folder.rglob("folders.json")
+    if record is None:
+        file.unlink()
+    else:
+        file.write_text(record)
+    assert not faults()
 
 
 @pytest.mark.parametrize(

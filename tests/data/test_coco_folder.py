@@ -220,11 +220,24 @@ def test_a_copy_of_the_pictures_is_the_same_data_set(folder):
     assert contents(again) == before
 
 
+def test_the_folder_of_the_pictures_is_recorded_and_no_part_of_what_is_compared(folder):
+    source = (folder / "images", folder / "instances.json")
+    prepare_folder("mine", folder / "data", {"validation": source})
+    shutil.copytree(folder / "images", folder / "copy")  # with the times
+    copied = (folder / "copy", folder / "instances.json")
+    prepare_folder("mine", folder / "other", {"validation": copied})
+    first = open_dataset(data(folder), "validation")
+    second = open_dataset(Data(name="mine", dir=str(folder / "other")), "validation[:2]")
+    assert (first.folder, second.folder) == (folder / "images", folder / "copy")
+    assert first.checksum == second.checksum
+
+
 def test_data_prepared_before_the_pictures_were_recorded_is_compared_by_content(folder):
     path = prepare(folder) / "metadata.json"
     metadata = json.loads(path.read_text())
     del metadata["sources"]["validation"]["images"]
     path.write_text(json.dumps(metadata))
+    (path.parent / "folders.json").unlink()
     assert prepare(folder) == path.parent
     assert len(open_dataset(data(folder), "validation")) == 3
     repaint(folder)

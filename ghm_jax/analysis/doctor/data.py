@@ -126,6 +126,12 @@ def _split(data: Data, split: str, images: int, encoding: str) -> Iterator[Findi
     if 0 < objects == found.problems["crowd"]:
         said = "all objects are crowd regions: none is learned from, none counts in evaluation"
         yield Finding(what, False, said, "correct iscrowd and prepare the data again")
+    if changed := found.problems["picture"]:
+        said = (
+            f"{changed} of {found.problems['pictures']} pictures in {dataset.folder} changed since "
+            f"they were prepared (first: {found.picture})"
+        )
+        yield Finding(what, False, said, "delete the data set and prepare it again to use them")
     if dataset.like_corners:
         yield Finding(what, False, *LIKE_CORNERS)
     if 0 < found.problems["with area"] == found.problems["first pixel"]:
@@ -195,6 +201,8 @@ class _Counts:
     """Problems by kind."""
     example: dict[str, int] = field(default_factory=dict)
     """An image id of each kind."""
+    picture: str = ""
+    """Name of the first picture that changed."""
 
 
 def _count(dataset: Dataset, data: Data, images: int) -> _Counts:
@@ -212,11 +220,24 @@ def _count(dataset: Dataset, data: Data, images: int) -> _Counts:
         labels = np.asarray(record["objects"]["label"]).ravel().tolist()
         counts.labels.update(labels)
         found["empty"] += not labels
+        if dataset.folder and (name := record["image/filename"].decode()):
+            found += _picture(dataset.folder / name, record["image"])
+            if found["picture"]:
+                counts.picture = counts.picture or name
         for key in +found:
             counts.example.setdefault(key, image_id)
         counts.problems.update(found)
         counts.images += 1
     return counts
+
+
+def _picture(path: Path, prepared: bytes) -> Counter[str]:
+    """Whether a picture is still what was prepared from it; nothing if it is no longer there."""
+    try:
+        same = path.stat().st_size == len(prepared) and path.read_bytes() == prepared
+    except OSError:
+        return Counter()
+    return Counter(pictures=1, picture=int(not same))
 
 
 def _problems(

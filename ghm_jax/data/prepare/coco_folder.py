@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,9 @@ from ghm_jax.data.prepare.coco_annotations import (
     read_split,
     stamp_of,
 )
+from ghm_jax.data.records import FOLDERS, Records, read_builder, read_metadata
 from ghm_jax.data.schema import detection_features
-from ghm_jax.exceptions import ArgumentError, DataError
+from ghm_jax.exceptions import ArgumentError, ConfigError, DataError
 from ghm_jax.progress import Progress, Silent
 
 Splits = Mapping[str, tuple[str | Path, str | Path]]
@@ -59,6 +61,7 @@ def prepare_folder(
     Raises:
         ArgumentError: a name that cannot be used, another data set in its place, or a disk that is
             too small.
+        ConfigError: the data set is there already, and damaged.
         DataError: images or annotations that cannot be used.
     """
     progress = progress or Silent()
@@ -85,7 +88,8 @@ def prepare_folder(
     parts = _write_splits(name, unfinished, categories, images, sources, progress)
     progress.close()
     like_corners = [s for s, part in images.items() if look_like_corners(*boxes_in_images(part))]
-    _join_parts(parts, sources, like_corners, target)
+    folders = {split: str(Path(directory).absolute()) for split, (directory, _) in splits.items()}
+    _join_parts(parts, sources, like_corners, folders, target)
     shutil.rmtree(unfinished)
     return target
 
@@ -105,9 +109,10 @@ def _write_splits(
         part = directory / name / str(CocoDirectory.VERSION)
         parts.append(part)
         source, files = {split: sources[split]}, {split: of_split}
-        if any(part.glob(_RECORDS)) and _is_made_from(part, source, files, progress):
-            progress.say(f"{split}: already written")
-            continue
+        with contextlib.suppress(ConfigError, DataError):  # damaged: written again
+            if any(part.glob(_RECORDS)) and _is_made_from(part, source, files, progress):
+                progress.say(f"{split}: already written")
+                continue
         shutil.rmtree(directory, ignore_errors=True)
         write_array_record(
             CocoDirectory(
@@ -244,14 +249,6 @@ def _sources(
     }
 
 
-def _sources_of(prepared: Path) -> dict[str, Any]:
-    """What a prepared data set was made from; empty if its metadata does not say."""
-    with contextlib.suppress(FileNotFoundError):
-        info: Any = tfds.builder_from_directory(prepared).info
-        return (info.metadata or {}).get("sources", {})
-    return {}
-
-
 def _is_made_from(
     prepared: Path,
     sources: Mapping[str, Any],
@@ -259,8 +256,14 @@ def _is_made_from(
     progress: Progress,
 ) -> bool:
     """Whether a prepared data set was made from these sources. The contents of the image files are
-    compared only where the modification times differ, as those of a copy do."""
-    found = _sources_of(prepared)
+    compared only where the modification times differ, as those of a copy do.
+
+    Raises:
+        ConfigError, DataError: the prepared data set is damaged.
+    """
+    builder, found = read_builder(prepared), read_metadata(prepared).get("sources", {})
+    if set(builder.info.splits) != set(sources):
+        return False
     if found == sources:
         return True
 
@@ -269,11 +272,9 @@ def _is_made_from(
 
     if of_annotations(found) != of_annotations(sources):
         return False
-    builder: Any = tfds.builder_from_directory(prepared)
     for split, of_split in images.items():
         paths = {image.file_name: image.path for image in of_split}
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        for done, record in enumerate(records, start=1):
+        for done, record in enumerate(Records(builder, prepared, split), start=1):
             if paths[record["image/filename"].decode()].read_bytes() != record["image"]:
                 return False
             progress.update(f"compare {split}", done, len(of_split), {})
@@ -313,7 +314,11 @@ def _check_disk(out: Path, name: str, images: Mapping[str, list[AnnotatedImage]]
 
 
 def _join_parts(
-    parts: list[Path], sources: Mapping[str, Any], like_corners: list[str], target: Path
+    parts: list[Path],
+    sources: Mapping[str, Any],
+    like_corners: list[str],
+    folders: Mapping[str, str],
+    target: Path,
 ) -> None:
     """Moves the records of one-split data sets into one data set, which appears when complete. Its
     metadata names the splits whose boxes look like corners: clipped boxes do not show it."""
@@ -330,6 +335,7 @@ def _join_parts(
     if like_corners:
         info.metadata["like_corners"] = like_corners
     info.write_to_directory(whole)
+    (whole / FOLDERS).write_text(json.dumps(folders))
     whole.rename(target)
 
 
