@@ -1,0 +1,1 @@
+"""RetinaNet training steps of other libraries beside ours: `python -m experiments.peers`."""
