@@ -97,6 +97,21 @@ def quick_compilation():
         yield
 
 
+@pytest.fixture(params=["64-bit", "strict"])
+def number_types(request):
+    """One of JAX's options on types of numbers; results must be the same under each."""
+    import jax
+
+    option, value = {
+        "64-bit": ("jax_enable_x64", True),
+        "strict": ("jax_numpy_dtype_promotion", "strict"),
+    }[request.param]
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    yield request.param
+    jax.config.update(option, before)
+
+
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory) -> Path:
     """A `data.dir` with the data set of `tiny`. Do not modify it."""

@@ -48,14 +48,13 @@ def weights_after(
     seen = np.stack([histogram(n, m, bins) for n, m in zip(norms, masks, strict=True)])
     share = momentum ** np.arange(len(seen))[::-1]
     average = share @ seen / share.sum()  # sums to one: nothing is left to correct
-    density = np.maximum(average, min_count)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if normalizer == "bins":
-            table = (seen[-1].sum() / (bins * density)) ** strength
-        else:
-            table = density**-strength / np.average(density**-strength, weights=average)
-            if not strength or (average < min_count).all():
-                np.testing.assert_allclose(table[average > 0], 1)
+    density = np.where(average > 0, np.maximum(average, min_count), 1)  # 1: of no example
+    if normalizer == "bins":
+        table = (seen[-1].sum() / (bins * density)) ** strength
+    else:
+        table = density**-strength / np.average(density**-strength, weights=average)
+        if not strength or (average < min_count).all():
+            np.testing.assert_allclose(table[average > 0], 1)
     return np.where(masks[-1], table[bin_of(norms[-1], bins)], 0)
 
 

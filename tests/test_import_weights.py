@@ -444,6 +444,79 @@ def test_training_resumes_from_an_imported_detector(imported, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, before["params"])
 
 
+def of_classes(path, classes, target):
+    """A copy of a file of weights with the names of its classes, as `export` writes them."""
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(tensors, target, {"classes": json.dumps(classes)})
+    return tensors
+
+
+def test_weights_of_the_same_classes_in_another_order_go_by_name(imported, tmp_path):
+    config, path = load_run(imported[0].path)[1], tmp_path / "w.safetensors"
+    tensors = of_classes(imported[1], ["absent", "dark", "light"], path)
+    listener = Listener()
+    run = import_run(str(path), config, tmp_path / "run", progress=listener)
+    assert "by name (from 0): dark from 1, light from 2, absent from 0" in listener.lines[-1]
+    variables = restore_state(run, load_run(run.path)[1], jax.devices()[0]).variables
+    output = variables["params"]["class_head"]["output"]
+    bias, weight = (tensors[f"bbox_head.retina_cls.{name}"] for name in ("bias", "weight"))
+    np.testing.assert_array_equal(output["bias"], bias[[1, 2, 0]])  # one anchor
+    np.testing.assert_array_equal(output["kernel"], weight[[1, 2, 0]].transpose(2, 3, 1, 0))
+
+
+def test_weights_of_other_classes_leave_no_run(imported, tmp_path):
+    config, path = load_run(imported[0].path)[1], tmp_path / "w.safetensors"
+    of_classes(imported[1], ["sofa", "lamp", "absent"], path)
+    line = error_of(import_run, str(path), config, tmp_path / "run")
+    assert "has the classes sofa, lamp, absent, and lacks" in line
+    assert line.partition("lacks")[2].count("dark, light") == 1
+    assert str(path) in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, bool])
+def test_integers_in_the_place_of_weights_are_refused(imported, tmp_path, kind):
+    config, path = load_run(imported[0].path)[1], tmp_path / "w.safetensors"
+    tensors = safetensors.numpy.load_file(imported[1])
+    name = "backbone.layer1.0.conv1.weight"
+    tensors[name] = (tensors[name] * 50).astype(kind)
+    safetensors.numpy.save_file(tensors, path)
+    line = error_of(import_run, str(path), config, tmp_path / "run")
+    assert f"{name} is {np.dtype(kind)}, not floating-point: quantized weights" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_floats_of_eight_bits_are_refused_as_quantized(tmp_path, kind):
+    header = json.dumps({"a": {"dtype": kind, "shape": [3], "data_offsets": [0, 3]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x10\x20\x30")
+    line = error_of(load_weights, path)
+    assert f"a is {kind}: quantized weights are not supported" in line
+    assert "unquantized" in line
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, prefix):
+    tensors = {"module.a": np.ones(2, np.float32), "b": np.zeros(3, np.float32)}
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file({prefix + name: x for name, x in tensors.items()}, path)
+    found = load_weights(path).tensors
+    assert found.keys() == tensors.keys()  # `module.a` is a name of the model: not all have it
+    jax.tree.map(np.testing.assert_array_equal, found, tensors)
+
+
+def test_a_detector_behind_a_prefix_is_imported_as_without_it(imported, tmp_path):
+    config, path = load_run(imported[0].path)[1], tmp_path / "w.safetensors"
+    tensors = safetensors.numpy.load_file(imported[1])
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    safetensors.numpy.save_file({**wrapped, "n_averaged": np.array(3)}, path)
+    run = import_run(str(path), config, tmp_path / "run")
+    device = jax.devices()[0]
+    first, second = (restore_state(r, config, device).variables for r in (imported[0], run))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
 def test_torchvisions_background_class_is_dropped(dataset_dir, tmp_path, rng):
     config = tiny_config(dataset_dir, model=DETECTOR)
     path = tmp_path / "w.safetensors"

@@ -76,6 +76,20 @@ def test_the_step_is_compiled_once(finished_run):
     assert not any("warning: compiling" in line for line in listener.lines)
 
 
+@pytest.mark.slow
+def test_options_on_number_types_do_not_change_a_run(
+    finished_run, dataset_dir, tmp_path, number_types
+):
+    del number_types
+    state, same = train(tiny_config(dataset_dir), tmp_path / "run"), finished_run[1]
+    for (path, x), y in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(same), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert x.dtype == y.dtype, where
+        # Rounding may differ, and AdamW makes a whole step of a gradient near zero.
+        x, y = np.float64(x), np.float64(y)
+        assert np.abs(x - y).max(initial=0) <= 1e-3 * np.abs(y).max(initial=0) + 1e-5, where
+
+
 def test_a_complete_run_is_not_changed(finished_run, dataset_dir):
     run, state, _ = finished_run
     before = {p: p.read_bytes() for p in (run.history, run.config)}

@@ -64,17 +64,9 @@ def test_a_run_that_is_well_has_no_fault_and_is_not_changed(run):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.fixture
-def double_precision():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
-@pytest.mark.usefixtures("double_precision")
-def test_64_bit_types_and_strict_promotion_are_no_fault(run):
-    with jax.numpy_dtype_promotion("strict"):
-        assert all(f.good for f in examined(run))
+@pytest.mark.usefixtures("number_types")
+def test_options_on_number_types_are_no_fault(run):
+    assert all(f.good for f in examined(run))
 
 
 def test_a_path_whose_checkpoints_could_not_be_read_back(run):

@@ -66,10 +66,10 @@ def oracle(name: str, values, targets, mask) -> float:
     return np.where(t == 1, hit, miss)[mask].sum() / max(t[mask].sum(), 1)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_value_and_gradient_equal_the_oracle(rng, name):
-    values, targets, mask = draw(rng, name)
-    (loss, stats), gradient = differentiated(name)(values, targets, mask, None)
+def assert_equals_the_oracle(rng, name, values, targets, mask):
+    """Returns what the loss gave: ((loss, stats), gradient)."""
+    results, gradient = jax.device_get(differentiated(name)(values, targets, mask, None))
+    loss, stats = results
     np.testing.assert_allclose(loss, oracle(name, values, targets, mask), rtol=1e-5)
     assert stats.num_valid == mask.sum()
     plain = oracle(name if name in BOX_LOSSES else "cross_entropy", values, targets, mask)
@@ -79,6 +79,23 @@ def test_value_and_gradient_equal_the_oracle(rng, name):
     np.testing.assert_allclose(
         np.sum(gradient * direction), (up - down) / (2 * step), rtol=1e-3, atol=1e-5
     )
+    return results, gradient
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_equal_the_oracle(rng, name):
+    assert_equals_the_oracle(rng, name, *draw(rng, name))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_options_on_number_types_change_nothing(rng, name, dtype, number_types):
+    values, targets, mask = draw(rng, name)
+    results, gradient = assert_equals_the_oracle(
+        rng, name, values.astype(dtype), targets.astype(dtype), mask
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(np.float32)}
+    assert gradient.dtype == (dtype if number_types == "64-bit" else np.float32)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -97,12 +97,13 @@ def test_reference_gives_the_golden_numbers(kind, bins, momentum):
             np.testing.assert_allclose(state.counts, golden["acc_sum"][step], rtol=1e-5)
 
 
-@pytest.mark.parametrize("hard", [True, False], ids=["hard targets", "soft targets"])
-def test_ghm_c_equals_the_oracle(rng, hard):
+def assert_ghm_c_equals_the_oracle(rng, hard, dtype=np.float32, steps=3):
+    """Returns what the last step gave: ((loss, state, stats), gradient)."""
     history, state = [], init_ghm_state(30)
-    for _ in range(3):
+    for _ in range(steps):
         logits, targets, mask = draw_c(rng, hard)
-        (loss, state, stats), gradient = differentiated("c")(logits, targets, mask, state)
+        args = logits.astype(dtype), targets.astype(dtype), mask
+        (loss, state, stats), gradient = differentiated("c")(*args, state)
         history.append((norm_c(logits, targets), mask))
         weights = oracles.weights_after(*zip(*history, strict=True), bins=30, momentum=0.75)
         terms = oracles.binary_cross_entropy(logits, targets)
@@ -110,19 +111,61 @@ def test_ghm_c_equals_the_oracle(rng, hard):
         np.testing.assert_allclose(stats.plain_loss, terms[mask].mean(), rtol=1e-5)
         want = weights * (oracles.sigmoid(logits) - targets) / mask.sum()
         np.testing.assert_allclose(gradient, want, rtol=2e-5, atol=1e-9)
+    return (loss, state, stats), gradient
 
 
-def test_ghm_r_equals_the_oracle(rng):
+@pytest.mark.parametrize("hard", [True, False], ids=["hard targets", "soft targets"])
+def test_ghm_c_equals_the_oracle(rng, hard):
+    assert_ghm_c_equals_the_oracle(rng, hard)
+
+
+def assert_ghm_r_equals_the_oracle(rng, dtype=np.float32, steps=3):
+    """As for GHM-C."""
     history, state = [], init_ghm_state(10)
-    for _ in range(3):
+    for _ in range(steps):
         errors, targets, mask = draw_r(rng)
-        (loss, state, stats), gradient = differentiated("r")(errors, targets, mask, state)
+        args = errors.astype(dtype), targets.astype(dtype), mask
+        (loss, state, stats), gradient = differentiated("r")(*args, state)
         history.append((norm_r(errors), mask))
         weights = oracles.weights_after(*zip(*history, strict=True), bins=10, momentum=0.7)
         root = np.hypot(np.float64(errors), 0.02)
         np.testing.assert_allclose(loss, (weights * (root - 0.02)).sum() / mask.sum(), rtol=1e-5)
         np.testing.assert_allclose(stats.plain_loss, (root - 0.02)[mask].mean(), rtol=1e-5)
         np.testing.assert_allclose(gradient, weights * errors / root / mask.sum(), rtol=2e-5)
+    return (loss, state, stats), gradient
+
+
+def test_ghm_r_equals_the_oracle(rng):
+    assert_ghm_r_equals_the_oracle(rng)
+
+
+@pytest.mark.parametrize("kind", ["c", "r"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_options_on_number_types_change_nothing(rng, kind, dtype, number_types):
+    if kind == "c":
+        results, gradient = assert_ghm_c_equals_the_oracle(rng, hard=False, dtype=dtype, steps=2)
+    else:
+        results, gradient = assert_ghm_r_equals_the_oracle(rng, dtype, steps=2)
+    assert_float32(*results)
+    assert gradient.dtype == (dtype if number_types == "64-bit" else np.float32)
+
+
+@pytest.mark.parametrize(("kind", "density"), [("c", "histogram"), ("r", "exact")])
+@pytest.mark.usefixtures("number_types")
+def test_types_are_as_documented_without_jit_whatever_the_options(rng, kind, density):
+    state = init_ghm_state(BINS[kind]) if density == "histogram" else None
+    results = LOSSES[kind](*rng.uniform(size=(2, 50)), None, state, density=density)
+    assert_float32(*results)
+    _, _, stats = results
+    assert int(stats.num_valid) == 50
+    np.testing.assert_allclose(np.average(stats.weights, weights=stats.counts), 1, rtol=1e-5)
+
+
+def assert_float32(loss, state, stats):
+    """Whatever the types of the input: only the number of steps is an integer."""
+    assert {x.dtype for x in jax.tree.leaves((loss, stats))} == {np.dtype(np.float32)}
+    if state is not None:
+        assert (state.counts.dtype, state.step.dtype) == (np.float32, np.int32)
 
 
 def test_ghm_softmax_equals_the_oracle(rng):

@@ -18,6 +18,7 @@ from published_tensors import (
 
 from ghm_jax.data.schema import COCO_CATEGORIES
 from ghm_jax.models.weight_conversion import (
+    class_names_of,
     class_rows_of,
     export_detector,
     import_backbone,
@@ -273,6 +274,47 @@ def test_classes_are_found_by_name_or_number(naming, num_classes, names, rows):
     else:
         with pytest.raises(ValueError, match=f"{num_classes} classes, the data set has"):
             class_rows_of(tensors, names, COCO_CATEGORIES)
+
+
+ABC = ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("naming", "num_classes", "in_file", "wanted", "rows"),
+    [
+        (MMDETECTION, 3, ABC, ABC, [0, 1, 2]),
+        (MMDETECTION, 3, ABC, ("c", "a", "b"), [2, 0, 1]),
+        (MMDETECTION, 3, ABC, ("b",), [1]),
+        (TORCHVISION, 3, ABC, ("c", "a", "b"), [2, 0, 1]),
+        (TORCHVISION, 4, ABC, ("c", "a", "b"), [3, 1, 2]),  # background first
+        (MMDETECTION, 80, tuple(reversed(COCO_CATEGORIES)), ("person", "toothbrush"), [79, 0]),
+        (MMDETECTION, 3, ABC, ("a", "d", "e"), "has the classes a, b, c, and lacks .*: d, e$"),
+        (MMDETECTION, 3, ABC, ("x", "y", "z"), "lacks those of the data set: x, y, z$"),
+        (MMDETECTION, 3, ("a", "b", "a"), ("b", "a", "a"), "names a class twice: a"),
+        (MMDETECTION, 4, ABC, ABC, r"names 3 classes \(a, b, c\), but has outputs for 4"),
+        (TORCHVISION, 5, ABC, ABC, "names 3 classes .* has outputs for 5"),
+        (MMDETECTION, 2, ABC, ("a", "b"), "names 3 classes .* has outputs for 2"),
+    ],
+)
+def test_class_names_in_the_file_decide(naming, num_classes, in_file, wanted, rows):
+    tensors = published_shapes(naming, tiny_shapes(num_classes=num_classes))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    if isinstance(rows, list):
+        assert class_rows_of(tensors, wanted, COCO_CATEGORIES, in_file) == rows
+    else:
+        with pytest.raises(ValueError, match=rows):
+            class_rows_of(tensors, wanted, COCO_CATEGORIES, in_file)
+
+
+@pytest.mark.parametrize("classes", ['["a", "b"]', ["a", "b"], ("a", "b")])
+def test_class_names_are_a_list_or_json(classes):
+    assert class_names_of(classes) == ("a", "b")
+
+
+@pytest.mark.parametrize("classes", ["a, b", '{"a": 1}', "[1, 2]", '["a"', [1, 2], 5, ""])
+def test_classes_that_are_no_list_of_names_are_refused(classes):
+    with pytest.raises(ValueError, match="not a list of names"):
+        class_names_of(classes)
 
 
 def without(tensors, *names):
