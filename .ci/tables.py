@@ -177,6 +177,25 @@ def train_step() -> str:
     return _table(head, rows, record)
 
 
+def peers() -> str:
+    """Training steps of other libraries beside ours."""
+    record = _read("peers")
+    names = {"ghm_jax": "ghm_jax", "torchvision": "torchvision", "keras_hub": "keras-hub"}
+    rows = [
+        (
+            names[row["peer"]],
+            f"{row['seconds']:.2f} s",
+            f"{row['ratio']:.2f}",
+            f"{row['fastest']:.2f} to {row['slowest']:.2f} s",
+            f"{row['first_step']:.0f} s",
+            f"{row['peak_mib']:,.0f} MiB",
+        )
+        for row in record["rows"]
+    ]
+    head = ("library", "step", "relative to ours", "range", "first step", "peak memory")
+    return _table(head, rows, record)
+
+
 def train_devices() -> str:
     """Time of a training step by number of virtual devices."""
     record = _read("bench_train")
@@ -336,6 +355,35 @@ def tpu_recipes() -> str:
     return _table(head, rows, record)
 
 
+def tpu_scale() -> str:
+    """Lower bounds of a step on larger slices, and the images that their hosts must deliver."""
+    record, data = _read("tpu_compiled"), _read("bench_data")
+    (per_core,) = (
+        row["images_per_second"] for row in data["rows"] if row["stage"] == "record to batch"
+    )
+    rows = []
+    for topology in ("v5e:2x2", "v4:2x2x1", "v5p:2x2x1", "v6e:2x4"):
+        row = record["rows"][f"coco_r50_ghm train {topology}"]
+        step = max(row["seconds"]["compute"], row["seconds"]["memory"])
+        links = row["seconds"]["links"] * row["chips"] / (row["chips"] - 1)  # of endless chips
+        for chips in (8, 64, 256, 1024):
+            summing = links * (chips - 1) / chips
+            apart, together = step / (step + summing), min(1.0, step / summing)
+            rate = row["batch_per_chip"] / max(step, summing)
+            rows.append(
+                (
+                    *(topology.partition(":")[0], chips, chips * row["batch_per_chip"]),
+                    *(f"{1e3 * step:.1f} ms", f"{1e3 * summing:.2f} ms"),
+                    *(f"{apart:.1%}", f"{together:.0%}", f"{chips * rate:,.0f}"),
+                    *(f"{4 * rate:,.0f}", f"{rate / per_core:.1f}"),
+                )
+            )
+    head = ("chip", "chips", "images per step", "step without links", "links")
+    head = (*head, "efficiency, one after the other", "overlapped", "images/s at most")
+    head = (*head, "per host of 4 chips", "host cores per chip")
+    return _table(head, rows, record, data)
+
+
 def _peak(row: dict[str, Any]) -> int:
     return sum(row["memory"][name] for name in ("arguments", "outputs", "temporaries", "code"))
 
@@ -344,8 +392,8 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         *(quickstart, density_floor, bccd, calibration, calibration_bins),
-        *(loss_cost, data_cost, padding, train_step, train_devices, train_losses, train_growth),
-        *(inference, faults, gradients, softmax, tpu_parts, tpu_recipes),
+        *(loss_cost, data_cost, padding, train_step, peers, train_devices, train_losses, train_growth),
+        *(inference, faults, gradients, softmax, tpu_parts, tpu_recipes, tpu_scale),
     )
 }
 """Name in a page's comment -> its table."""
