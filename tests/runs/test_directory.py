@@ -253,13 +253,15 @@ config = Config(
 configs = {f"bins_{n}": Config(loss=Loss(ghm_c=Harmonizing(bins=n))) for n in bins}
 """
 VALUES = st.sampled_from(
-    "None True -1 0 2**40 10**5000 0.5 1e999 () [] [[1]] {} {1} 'x' '\\ud800' '\\0' b'x' ... object() "
-    "Config Config() Data() Loss() bins iter(bins) 1j 1/0 exit() exit('a\\nb') int('x') nosuch (".split()
-)
+    ["None", "True", "-1", "0", "2**40", "10**5000", "0.5", "1e999", "()", "[]", "[[1]]", "{}",
+     "{1}", "'x'", "'\\ud800'", "'\\0'", "b'x'", "...", "1j", "(", "Config", "Config()", "Data()",
+     "Loss()", "bins", "iter(bins)", "1/0", "exit()", "exit('a\\nb')", "int('x')", "nosuch"]
+)  # fmt: skip
 STATEMENTS = st.sampled_from(
-    ["raise SystemExit", "raise MemoryError", "raise BaseException('a\\nb')", "import nosuch", "del config",
-     "f = lambda: f(); f()", "config = configs", "configs = list(configs)", "assert 0", "  x = 1", "\0", "return",
-     "object.__setattr__(config, 'seed', None)", "class config(Config): pass", "configs[1] = configs"]
+    ["raise SystemExit", "raise MemoryError", "raise BaseException('a\\nb')", "import nosuch",
+     "del config", "f = lambda: f(); f()", "config = configs", "configs = list(configs)",
+     "assert 0", "  x = 1", "\0", "return", "object.__setattr__(config, 'seed', None)",
+     "class config(Config): pass", "configs[1] = configs"]
 )  # fmt: skip
 
 
