@@ -325,7 +325,7 @@ def _checksum(arrays: Iterable[tuple[str, Any]]) -> int:
     for name, array in arrays:
         values = np.ascontiguousarray(array)
         total = zlib.crc32(f"{name} {values.dtype} {np.shape(array)}".encode(), total)
-        total = zlib.crc32(values.reshape(-1).view(np.uint8), total)
+        total = zlib.crc32(memoryview(values.reshape(-1).view(np.uint8)), total)
     return total
 
 
