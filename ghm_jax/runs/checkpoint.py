@@ -323,9 +323,9 @@ def _checksum(arrays: Iterable[tuple[str, Any]]) -> int:
     """Of names, types, shapes and values; the arrays must be in the order of their names."""
     total = 0
     for name, array in arrays:
-        values = np.ascontiguousarray(array)
-        total = zlib.crc32(f"{name} {values.dtype} {np.shape(array)}".encode(), total)
-        total = zlib.crc32(memoryview(values.reshape(-1).view(np.uint8)), total)
+        values = np.asarray(array)
+        total = zlib.crc32(f"{name} {values.dtype} {values.shape}".encode(), total)
+        total = zlib.crc32(values.tobytes(), total)
     return total
 
 
