@@ -220,6 +220,16 @@ def two_checkpoints(tmp_path_factory):
     return folder, old, new
 
 
+@pytest.fixture(scope="module")
+def saved_tree(tmp_path_factory):
+    """What `save_tree` has saved, and the tree. Do not modify it."""
+    folder = tmp_path_factory.mktemp("tree") / "t"
+    tree = {"a": {"kernel": np.random.default_rng(0).normal(size=1000)}, "b": np.arange(3)}
+    save_tree(folder, tree)
+    assert equal(restore_tree(folder, tree), tree)
+    return folder, tree
+
+
 def damage_anyhow(draw, folder):
     """Changes one file in a folder, chosen by `draw`; tells whether nothing may be printed."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -337,11 +347,11 @@ def test_a_checkpoint_of_an_older_version_has_no_checksum(tmp_path, two_checkpoi
 
 @FUZZ
 @given(data=st.data())
-def test_a_damaged_tree_is_what_was_saved_or_an_exception(tmp_path_factory, capfd, data):
-    folder = tmp_path_factory.mktemp("any") / "tree"
-    tree = {"a": {"kernel": np.random.default_rng(0).normal(size=1000)}, "b": np.arange(3)}
-    save_tree(folder, tree)
-    assert equal(restore_tree(folder, tree), tree)
+def test_a_damaged_tree_is_what_was_saved_or_an_exception(
+    tmp_path_factory, saved_tree, capfd, data
+):
+    folder, (good, tree) = tmp_path_factory.mktemp("any") / "tree", saved_tree
+    shutil.copytree(good, folder)
     quiet = damage_anyhow(data.draw, folder)
     restored = tree
     with contextlib.suppress(Exception):  # of which its caller makes one line
