@@ -21,7 +21,8 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         text = "; ".join(filter(None, (self.problem, self.remedy)))
-        return ": ".join(filter(None, (self.key, text)))
+        whole = ": ".join(filter(None, (self.key, text)))
+        return " ".join(whole.splitlines())  # a path may have line breaks
 
 
 class ConfigError(UserError):

@@ -13,6 +13,8 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_config
 
 from ghm_jax.cli import main
@@ -20,7 +22,7 @@ from ghm_jax.cli.arguments import Arguments, parse
 from ghm_jax.cli.import_weights import Import
 from ghm_jax.cli.messages import one_line
 from ghm_jax.cli.train import Train
-from ghm_jax.config import Config, Model
+from ghm_jax.config import Config, Model, flatten
 from ghm_jax.data import prepare_folder
 from ghm_jax.exceptions import ArgumentError, ConfigError
 
@@ -546,6 +548,44 @@ def test_switches_are_spelled_alike_in_all_commands(command, kind, words, expect
     given = parse(kind, arguments, "ghm-jax", kind(*positionals, config=default))
     assert given.config.model.remat is expected
     assert given.config.seed == (1 if "--seed" in words else 0)
+
+
+ODD_WORDS = st.sampled_from(
+    ["", "0", "3", "-1", "+5", "1_0", " 7", "0x10", "1e3", "nan", "-0.0", "2" * 5000, "١", "True",
+     "true", "None", "sgd", "a b", "a\nb", "\ud800", "\0", "猫", "--help", "[]", "(1, 2)", "='"]
+)  # fmt: skip
+
+
+@settings(max_examples=int(os.environ.get("GHM_FUZZ_EXAMPLES", "15")), deadline=None)
+@given(
+    key=st.sampled_from(sorted(flatten(Config()))),
+    spelling=st.sampled_from(["--{}={}", "--{} {}", "--{}={} 3", "--{}", "--{}x={}", "-{}={}"]),
+    word=ODD_WORDS | st.text(max_size=4) | st.integers().map(str) | st.floats().map(str),
+)
+def test_an_override_of_any_text_is_what_python_reads_or_one_line(key, spelling, word):
+    first, *more = spelling.split(" ")
+    words = [first.format(key, word), *(part.format(word) for part in more)]
+    default = Train("x.py", config=Config())
+    line = ""
+    try:
+        found = parse(Train, Arguments.split(["x.py", *words]), "ghm-jax train", default).config
+        found.check()
+    except ConfigError as error:
+        line = str(error)
+    except SystemExit as exit_:
+        if exit_.code or "--help" not in words:
+            raise
+        return
+    assert "\n" not in line
+    assert len(line) < 900
+    if line:
+        return
+    new, old = flatten(found), flatten(Config())
+    assert {name for name in new if new[name] != old[name]} <= {key}
+    if isinstance(old[key], bool):
+        assert str(new[key]) == (word if "{}={}" in spelling or " " in spelling else "True")
+    elif not isinstance(old[key], tuple):
+        assert new[key] == type(old[key])(os.path.expanduser(word))
 
 
 def test_arguments_are_split_once_into_positionals_and_options():

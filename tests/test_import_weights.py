@@ -1,6 +1,9 @@
 """Weights from files: what is read is what was written, what cannot be read is one line."""
 
+import contextlib
 import dataclasses
+import importlib.util
+import io
 import json
 import os
 import pickle
@@ -165,7 +168,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
     assert "plain.pth" in error_of(load_weights, tmp_path / "plain.pth")
     assert not (tmp_path / "exploded").exists()
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "no state dict" in error_of(load_weights, tmp_path / "list.pth")
+    assert "not a state dict" in error_of(load_weights, tmp_path / "list.pth")
 
 
 def hub(monkeypatch, download):
@@ -310,6 +313,65 @@ def test_a_changed_safetensors_file_means_what_its_header_says_or_is_one_line(tm
     for name, tensor in expected.items():
         as_read = tensor.astype(np.float32) if tensor.dtype.kind == "f" else tensor
         np.testing.assert_array_equal(found[name], as_read)
+
+
+def npz(content: dict[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **content)
+    return file.getvalue()
+
+
+OTHER_FILES = [SAFE, npz({"a": np.ones(2)}), pickle.dumps({"a": 1}), b"\x81\xa1a\x01", b"", b"{}"]
+
+
+@settings(max_examples=int(os.environ.get("GHM_FUZZ_EXAMPLES", "150")), deadline=None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(
+    ending=st.sampled_from(
+        [".safetensors", ".pth", ".pt", ".npz", ".msgpack", ".bin", ".ckpt", ".PTH", ".pth.tar"]
+    ),
+    start=st.sampled_from(OTHER_FILES),
+    cut=st.integers(0, 2000),
+    end=st.binary(max_size=30),
+)
+def test_any_bytes_with_any_ending_are_one_line(tmp_path, ending, start, cut, end):
+    path = tmp_path / f"w{ending}"
+    path.write_bytes(start[:cut] + end)
+    if (ending, start[:cut] + end) == (".safetensors", SAFE):
+        return
+    line = error_of(load_weights, path)
+    assert str(path) in line
+    assert len(line) < 500 + len(str(path))
+    if ending in (".pth", ".pt") and importlib.util.find_spec("torch") is None:
+        assert 'pip install "ghm-jax[torch]", or save the weights as .safetensors' in line
+
+
+@settings(max_examples=int(os.environ.get("GHM_FUZZ_EXAMPLES", "150")), deadline=None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), tail=st.integers(0, 99))
+def test_a_changed_bit_in_a_pickle_of_torch_is_noticed(tmp_path, place, bit, tail):
+    torch = pytest.importorskip("torch", reason="the extra torch")
+    values = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {"a": torch.tensor(values), "n": torch.tensor(5)}}, path)
+    whole = bytearray(path.read_bytes())
+    whole[int(place * len(whole))] ^= 1 << bit
+    path.write_bytes(whole[: len(whole) - max(0, tail - 80)])
+    with contextlib.suppress(UserError):
+        tensors = load_weights(path).tensors
+        assert set(tensors) == {"a", "n"}
+        np.testing.assert_array_equal(tensors["a"], values)
+        assert tensors["n"] == 5
+
+
+def test_a_pickle_of_torch_may_have_been_saved_without_checksums(tmp_path):
+    torch = pytest.importorskip("torch", reason="the extra torch")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(load_weights(tmp_path / "w.pth").tensors["a"], np.ones(3))
 
 
 def test_bad_weights_do_not_change_the_cache(tmp_path, rng, cache):

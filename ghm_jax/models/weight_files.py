@@ -5,6 +5,7 @@ A source is the path of a file, or `hf://OWNER/NAME[/FILE]` for a file on the Hu
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ def _read_pickle(path: Path) -> Weights:
             "reading it needs torch",
             'pip install "ghm-jax[torch]", or save the weights as .safetensors',
         ) from None
+    _check_zip(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler, zip or tar reader raises
@@ -125,6 +127,21 @@ def _read_pickle(path: Path) -> Weights:
         except Exception as error:  # a sparse tensor, or one without values
             raise _unreadable(path, error) from error
     return Weights(tensors, classes)
+
+
+def _check_zip(path: Path) -> None:
+    """Raises ConfigError if a checksum in a .pth of the zip format is wrong: torch compares none.
+
+    The older format has none, nor have files saved without; their checksums are all 0.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                named = any(entry.CRC for entry in archive.infolist())
+                if named and (wrong := archive.testzip()):
+                    raise zipfile.BadZipFile(f"{wrong} has another checksum than when it was saved")
+    except Exception as error:  # whatever zipfile and zlib raise
+        raise _unreadable(path, error) from error
 
 
 def _classes_in(state: Any) -> Any:

@@ -4,7 +4,8 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,16 +74,21 @@ class Checkpoints:
                 options=self._options,
                 item_handlers=ocp.StandardCheckpointHandler(),
             )
-        except ValueError as error:  # it reads the metrics of every checkpoint
-            for file in sorted(self._directory.glob("*/metrics/metrics")):
-                try:
-                    parse_json(file.read_bytes())
-                except ValueError:
-                    step = file.parent.parent
-                    raise ConfigError(
-                        str(step), "this checkpoint is damaged (its metrics)", f"delete {step}"
-                    ) from error
-            raise
+        except Exception as error:  # it reads what every checkpoint says of itself
+            damaged = next(
+                filter(None, map(_damaged_note, sorted(self._directory.glob("*")))), None
+            )
+            if damaged:
+                raise ConfigError(
+                    str(damaged), "damaged; it holds no part of the state", "delete it"
+                ) from error
+            raise ConfigError(
+                str(self._directory),
+                f"its checkpoints cannot be listed ({_first_line(error)})",
+                ""
+                if isinstance(error, OSError)
+                else "delete the files _CHECKPOINT_METADATA in it, which hold no part of a state",
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -115,11 +121,12 @@ class Checkpoints:
         if self._unverified is not None:
             self.wait()
         if self.latest != step:
-            metrics = {"AP": _UNKNOWN if ap is None else ap}
+            plain = _plain(state)
             with self._failing():
-                self._manager.save(step, args=ocp.args.StandardSave(_plain(state)), metrics=metrics)
+                notes = {"AP": _UNKNOWN if ap is None else ap, _CHECKSUM: _checksum(_named(plain))}
+                self._manager.save(step, args=ocp.args.StandardSave(plain), metrics=notes)
             if is_first() and not self._verified:
-                self._unverified = step, len(jax.tree.leaves(_plain(state)))
+                self._unverified = step, len(jax.tree.leaves(plain))
 
     def check(self) -> None:
         """Checks on pending saves without waiting.
@@ -159,8 +166,7 @@ class Checkpoints:
         if not (self._directory / str(step)).is_dir():  # it was not saved, which is told elsewhere
             return
         try:
-            keys = _open_store(self._directory / str(step) / "default").list().result()
-            found = sum(key.endswith(b"/.zarray") for key in keys)
+            found = len(_array_names(self._directory / str(step) / "default"))
             why = f"{found} of {wanted} arrays" if found != wanted else ""
         except Exception as error:  # whatever the storage raises
             why = _first_line(error)
@@ -220,13 +226,16 @@ class Checkpoints:
         raise problem
 
     def _restore(self, step: int, like: State) -> State:
-        _read_through(self._directory / str(step) / "default")
+        path = self._directory / str(step)
+        notes = path / "metrics" / "metrics"
+        checksum = _object_in(notes).get(_CHECKSUM) if notes.exists() else None
+        _read_through(path / "default", checksum)
         # Compared first: Orbax itself fails in the middle of reading, with pages of details.
         saved, expected = _shapes(self._manager.item_metadata(step)), _shapes(_plain(like))
         for name in sorted(saved.keys() | expected.keys()):
             if saved.get(name) != expected.get(name):
                 raise ConfigError(
-                    str(self._directory / str(step)),
+                    str(path),
                     f"does not fit the run's model: {name} is {saved.get(name)}, "
                     f"not {expected.get(name)}",
                     "train the run from scratch",
@@ -249,10 +258,31 @@ class Checkpoints:
 
 
 _UNKNOWN = -1.0
+_CHECKSUM = "crc32"  # of all arrays; older checkpoints have none
 
 
-def _average_precision(metrics: Any) -> float:
-    return metrics["AP"]
+def _average_precision(notes: Any) -> float:
+    ap = notes.get("AP") if isinstance(notes, Mapping) else None
+    return ap if isinstance(ap, int | float) else _UNKNOWN
+
+
+def _damaged_note(checkpoint: Path) -> Path | None:
+    """The file of those that Orbax reads when it lists checkpoints that is damaged, if one is."""
+    for file in (checkpoint / "metrics" / "metrics", checkpoint / "_CHECKPOINT_METADATA"):
+        try:
+            if file.exists():
+                _object_in(file)
+        except (OSError, ValueError):
+            return file
+    return None
+
+
+def _object_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises OSError or ValueError if there is none."""
+    value = parse_json(file.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} is no JSON object")
+    return value
 
 
 class _Best(ocp.checkpoint_managers.PreservationPolicy):
@@ -275,35 +305,67 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason}"[:200]
 
 
-def _read_through(path: Path) -> None:
+def _read_through(path: Path, checksum: int | None) -> None:
     """Reads everything in a checkpoint; raises whatever the storage does if it is damaged.
 
-    Orbax finds the same faults, but reads everything at once and logs every other failure.
+    Orbax reads everything at once, and logs every failure but one. And it notices no change of an
+    array above 1 KB: only the smaller ones, which OCDBT keeps in its nodes, have checksums.
     """
-    store = _open_store(path)
-    for key in store.list().result():
-        store.read(key).result()
+    for file in [path / "_METADATA", path / "_sharding", *path.glob("array_metadatas/*")]:
+        if file.exists():
+            _object_in(file)
+    found = _checksum(_stored(path))
+    if checksum not in (None, found):
+        raise ValueError("an array is not what was saved (its checksum differs)")
 
 
-def _open_store(path: Path) -> Any:
-    """The keys and values of a checkpoint."""
-    return ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
+def _checksum(arrays: Iterable[tuple[str, Any]]) -> int:
+    """Of names, types, shapes and values; the arrays must be in the order of their names."""
+    total = 0
+    for name, array in arrays:
+        values = np.asarray(array)
+        total = zlib.crc32(f"{name} {values.dtype} {values.shape}".encode(), total)
+        total = zlib.crc32(values.tobytes(), total)
+    return total
+
+
+def _stored(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a checkpoint one by one, in the order of their names."""
+    for name in _array_names(path):
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": path.as_uri() + "/", "path": f"{name}/"},
+            "fill_missing_data_reads": False,
+        }
+        yield name, ts.open(spec).result().read().result()
+
+
+def _array_names(path: Path) -> list[str]:
+    """The names of the arrays of a checkpoint, in order."""
+    store = ts.KvStore.open({"driver": "ocdbt", "base": path.as_uri() + "/"}).result()
+    keys = [key.decode() for key in store.list().result()]
+    return sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Saves any tree of arrays, by this process alone; `path` must not exist.
-
-    It appears under its name once it is complete.
-    """
+    """Saves any tree of arrays, by this process alone; `path` must not exist."""
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(path.resolve(), tree)
+    (path / _CHECKSUM).write_text(f"{_checksum(_named(tree))}\n")
 
 
 def restore_tree(path: Path, like: Any) -> Any:
-    """What `save_tree` saved, as NumPy arrays; `like` has its shapes and types."""
+    """What `save_tree` saved, as NumPy arrays; `like` has its shapes and types.
+
+    Raises:
+        Exception: whatever the storage does if it is damaged.
+    """
+    path = path.resolve()
+    checksum = path / _CHECKSUM  # older ones have none
+    _read_through(path, int(checksum.read_text()) if checksum.exists() else None)
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-        return checkpointer.restore(path.resolve(), target)
+        return checkpointer.restore(path, target)
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -321,7 +383,13 @@ def _plain(state: Any) -> dict[str, Any]:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of all leaves by their dotted names."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+    return {name: tuple(leaf.shape) for name, leaf in _named(tree)}
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """All leaves with their dotted names, which are those on disk, in order."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
+    return sorted(leaves.items())

@@ -1,9 +1,10 @@
 """Experiment files: Python that defines the config of a run, or one for each row of a table."""
 
 import contextlib
+import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +21,60 @@ def load_experiment(path: str | Path) -> Config:
         ConfigError: no such file or row, or the file defines no `Config` there.
     """
     file, row = _split_experiment(path)
-    if not Path(file).is_file():
+    if not os.path.isfile(file):  # which a name that no file can have is not, either
         raise ConfigError(file, "no such experiment file", "see experiments/ for a list")
     try:
         with _neighbours(Path(file).resolve().parent):
             defined = runpy.run_path(file)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a file raises, SystemExit and its own kinds too
         raise ConfigError(file, _first_line(error), "fix the file") from error
+    try:
+        config = to_dict(_chosen(defined, file, row))
+    except ConfigError:
+        raise
+    except Exception as error:  # an object that cannot be copied, or that only looks like a dict
+        raise ConfigError(str(path), _first_line(error), "fix the file") from error
+    try:
+        return from_dict(config)  # lists become tuples; Python itself checks no types
+    except Exception as error:
+        what = str(error) if isinstance(error, ConfigError) else _first_line(error)
+        raise ConfigError(str(path), what, "fix the file") from error
+
+
+def _chosen(defined: Mapping[str, Any], file: str, row: str) -> Config:
+    """The config that a file defines, or that of a row if one is given."""
     config, configs = defined.get("config"), defined.get("configs")
+    name = f"{file}:{row}" if row else file
     if isinstance(configs, dict):
-        choice = f"choose from {', '.join(f'{file}:{name}' for name in configs)}"
         if row:
             config = configs.get(row)
             if row not in configs:
-                raise ConfigError(str(path), f"no row {row!r}", choice)
+                raise ConfigError(name, f"no row {row!r}", _choices(file, configs))
         elif config is None:
-            raise ConfigError(file, "holds several configs", choice)
+            raise ConfigError(file, "holds several configs", _choices(file, configs))
     elif row:
-        raise ConfigError(str(path), "there are no 'configs' to choose from", f"give {file}")
+        raise ConfigError(name, "there are no 'configs' to choose from", f"give {file}")
     if not isinstance(config, Config):
         raise ConfigError(
-            str(path), "defines no 'config = Config(...)'", "see experiments/quickstart.py"
+            name, "defines no 'config = Config(...)'", "see experiments/quickstart.py"
         )
-    try:
-        return from_dict(to_dict(config))  # lists become tuples; Python itself checks no types
-    except ConfigError as error:
-        raise ConfigError(str(path), str(error), "fix the file") from None
-    except Exception as error:  # an object that cannot be copied
-        raise ConfigError(str(path), _first_line(error), "fix the file") from error
+    return config
+
+
+def _choices(file: str, configs: Iterable[Any]) -> str:
+    names = [name for name in configs if isinstance(name, str) and name.isprintable()]
+    shown = [f"{file}:{name}"[:300] for name in names[:20]] + ["..."] * (len(names) > 20)
+    return f"choose from {', '.join(shown)}" if shown else "give some a name, in 'configs'"
 
 
 def _first_line(error: BaseException) -> str:
     try:
-        said = str(error)
-    except Exception:  # its own __str__ fails
+        said = next(filter(None, str(error).splitlines()), "")
+    except (Exception, SystemExit):  # its own __str__ fails
         said = ""
-    return f"{type(error).__name__}: {(said.splitlines() or [''])[0][:300]}"
+    return ": ".join(filter(None, [type(error).__name__, said[:300]]))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -213,7 +214,15 @@ def test_a_file_may_hold_several_configs_by_name(tmp_path):
         ("config = Config()", "NameError"),
         ("raise ValueError('two\\nlines')", "ValueError: two"),
         ("config = (", "SyntaxError"),
-        ("import sys; sys.exit(3)", "SystemExit"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("raise GeneratorExit", "GeneratorExit; fix"),
+        ("class Stop(BaseException): pass\nraise Stop('now')", "Stop: now"),
+        ("raise ValueError('\\n\\nthe second')", "ValueError: the second"),
+        ("def f(): return f()\nf()", "RecursionError"),
+        ("configs = {}", "holds several configs; give some a name"),
+        ("configs = {'a\\nb': 1, 'c': 2}", ".py:c"),
+        ("class Odd(dict):\n def __iter__(self): 1 / 0\nconfigs = Odd(a=1)", "ZeroDivision"),
+        ("class Odd:\n __class__ = property(lambda self: 1 / 0)\nconfig = Odd()", "ZeroDivision"),
     ],
 )
 def test_a_broken_experiment_is_one_line(tmp_path, content, words):
@@ -223,6 +232,82 @@ def test_a_broken_experiment_is_one_line(tmp_path, content, words):
     line = refusal(load_experiment, path)
     assert words in line
     assert str(path) in line
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\udc80", "", ".", "a\nb", "loop/a"])
+def test_a_name_that_is_no_experiment_file_is_one_line(tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "no such experiment file" in refusal(load_experiment, tmp_path / name)
+    assert "no such experiment file" in refusal(load_experiment, f"{tmp_path / name}.py:row")
+
+
+EXPERIMENT = """# An experiment, größer.
+from ghm_jax.config import Config, Data, Harmonizing, Loss
+
+bins = [10 * i for i in range(1, 4)]
+config = Config(
+    seed=11,
+    data=Data(name="mine", short_side=64, long_side=64, buckets=((64, 64),)),
+    loss=Loss(weight=0.5, ghm_c=Harmonizing(bins=bins[1])),
+)
+configs = {f"bins_{n}": Config(loss=Loss(ghm_c=Harmonizing(bins=n))) for n in bins}
+"""
+VALUES = st.sampled_from(
+    ["None", "True", "-1", "0", "2**40", "10**5000", "0.5", "1e999", "()", "[]", "[[1]]", "{}",
+     "{1}", "'x'", "'\\ud800'", "'\\0'", "b'x'", "...", "1j", "(", "Config", "Config()", "Data()",
+     "Loss()", "bins", "iter(bins)", "1/0", "exit()", "exit('a\\nb')", "int('x')", "nosuch"]
+)  # fmt: skip
+STATEMENTS = st.sampled_from(
+    ["raise SystemExit", "raise MemoryError", "raise BaseException('a\\nb')", "import nosuch",
+     "del config", "f = lambda: f(); f()", "config = configs", "configs = list(configs)",
+     "assert 0", "  x = 1", "\0", "return", "object.__setattr__(config, 'seed', None)",
+     "class config(Config): pass", "configs[1] = configs"]
+)  # fmt: skip
+
+
+@st.composite
+def changed_experiment(draw) -> bytes:
+    """A good experiment file with changes."""
+    text = EXPERIMENT
+    for _ in range(draw(st.integers(0, 2))):
+        if draw(st.booleans()):
+            old = draw(
+                st.sampled_from(re.findall(r"(?<==)[^=\n(){}]+(?=[,)])|bins\[1\]|10 ", text))
+            )
+            text = text.replace(old, draw(VALUES), 1)
+        else:
+            lines = text.splitlines()
+            place = draw(st.integers(0, len(lines)))
+            lines[place : place + draw(st.integers(0, 1))] = [draw(STATEMENTS)]
+            text = "\n".join(lines)
+    whole = text.encode(draw(st.sampled_from(["utf-8"] * 8 + ["latin-1", "utf-16", "utf-8-sig"])))
+    if draw(st.integers(0, 3)):
+        return whole
+    place = draw(st.integers(0, len(whole)))
+    return whole[:place] + draw(st.binary(max_size=3)) + whole[place + draw(st.integers(0, 99)) :]
+
+
+@settings(max_examples=int(os.environ.get("GHM_FUZZ_EXAMPLES", "150")), deadline=None)
+@given(content=changed_experiment(), row=st.sampled_from(["", "", ":bins_10", ":nosuch"]))
+def test_a_changed_experiment_is_what_python_says_it_is_or_one_line(tmp_path_factory, content, row):
+    path = tmp_path_factory.getbasetemp() / "changed.py"
+    path.write_bytes(content)
+    found, line, before = None, "", list(sys.path)
+    try:
+        found = load_experiment(f"{path}{row}")
+    except ConfigError as error:
+        line = str(error)
+    assert len(line.splitlines()) == (found is None)
+    assert len(line) < 700 + len(str(path))
+    assert sys.path == before
+    if found is not None:
+        space = {}
+        exec(compile(content, "changed.py", "exec"), space)
+        expected = space["configs"][row[1:]] if row else space["config"]
+        same = [json.dumps(dataclasses.asdict(config)) for config in (found, expected)]
+        assert json.loads(same[0]) == json.loads(same[1])  # lists are tuples, 1 is 1.0
+        with contextlib.suppress(ConfigError):
+            found.check()
 
 
 def test_an_experiment_may_import_files_of_its_folder(tmp_path, monkeypatch):
