@@ -220,6 +220,7 @@ GOOD = {"image_id": 101, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}
         ("{}", "is not a list"),
         (json.dumps([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), r"detections\[1\] has the bbox \["),
         (json.dumps([{**GOOD, "score": "high"}]), r"detections\[0\] has the score 'high'; it mu"),
+        (json.dumps([{**GOOD, "score": 87.5}]), r"has the score 87.5; .*divide percentages by 100"),
         (json.dumps([{**GOOD, "score": float("nan")}]), r"detections\[0\] has the score nan"),
         (
             json.dumps([{k: v for k, v in GOOD.items() if k != "image_id"}]),
