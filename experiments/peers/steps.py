@@ -117,34 +117,17 @@ def keras_hub(args: argparse.Namespace) -> Step:
         block_type="bottleneck_block",
         image_shape=(None, None, 3),
     )
-    anchors = library.layers.AnchorGenerator(
-        bounding_box_format="xyxy",
-        min_level=3,
-        max_level=7,
-        num_scales=3,
-        aspect_ratios=[0.5, 1.0, 2.0],
-        anchor_size=4.0,
-    )
     backbone = library.models.RetinaNetBackbone(
         image_encoder=encoder, min_level=3, max_level=7, use_p5=False, image_shape=(None, None, 3)
     )
     model = library.models.RetinaNetObjectDetector(
-        backbone=backbone,
-        label_encoder=library.layers.RetinaNetLabelEncoder(
-            bounding_box_format="xyxy", anchor_generator=anchors
-        ),
-        num_classes=CLASSES,
-        bounding_box_format="xyxy",
-        preprocessor=None,
+        backbone, num_classes=CLASSES, bounding_box_format="xyxy", preprocessor=None
     )
-    model.compile(
-        optimizer=keras.optimizers.SGD(1e-4, momentum=0.9, weight_decay=1e-4),
-        box_loss="Huber",
-    )
+    model.compile(optimizer=keras.optimizers.SGD(1e-4, momentum=0.9, weight_decay=1e-4))
     images, boxes, labels = random_truth(args)
     images = images.astype(np.float32) / 255
     truth = {"boxes": boxes, "labels": labels}
-    return lambda: model.train_on_batch(images, truth)
+    return lambda: model.fit(images, truth, batch_size=args.batch, verbose=0)
 
 
 PEERS: dict[str, Callable[[argparse.Namespace], Step]] = {
