@@ -392,7 +392,8 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         *(quickstart, density_floor, bccd, calibration, calibration_bins),
-        *(loss_cost, data_cost, padding, train_step, peers, train_devices, train_losses, train_growth),
+        *(loss_cost, data_cost, padding),
+        *(train_step, peers, train_devices, train_losses, train_growth),
         *(inference, faults, gradients, softmax, tpu_parts, tpu_recipes, tpu_scale),
     )
 }
