@@ -124,8 +124,8 @@ def test_a_checkpoint_whose_metrics_are_damaged(run):
     file = newest(run) / "metrics" / "metrics"
     file.write_bytes(file.read_bytes()[:7])
     found = fault(examined(run))
-    assert "checkpoints/6: this checkpoint is damaged" in found.says
-    assert "delete" in found.remedy
+    assert "checkpoints/6/metrics/metrics: damaged; it holds no part of the state" in found.says
+    assert found.remedy == "delete it"
 
 
 def test_no_checkpoint_yet(run):
