@@ -90,7 +90,7 @@ def torchvision(args: argparse.Namespace) -> Step:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = sum(network(batch, truth).values())
+            loss: Any = sum(network(batch, truth).values())
         loss.backward()
         optimizer.step()
         float(loss)
