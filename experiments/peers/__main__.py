@@ -5,7 +5,7 @@
 
 Each library runs in an environment of its own, whose interpreter is given; those not given are left
 out. All are compiled first; then they take turns, one step each per round, so that other work on
-the machine affects all alike. How to make the environments: docs/performance.md.
+the machine affects all alike. How to make the environments: docs/recipes.md.
 """
 
 import json

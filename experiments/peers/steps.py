@@ -7,7 +7,9 @@ seconds of a step for each line that comes in. `python -m experiments.peers` dri
 library it needs NumPy and that library only.
 
 Every library trains a RetinaNet-R50 with 80 classes on the same noise with seven boxes per image,
-with SGD, momentum 0.9, weight decay 1e-4 and nothing frozen but the statistics of the norms.
+with SGD, momentum 0.9 and weight decay 1e-4. No stage is frozen, but the norms are each library's
+own: stored statistics with trained scales here, all of it fixed in torchvision, and statistics of
+the batch in keras-hub.
 """
 
 import argparse
@@ -21,24 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from ghm_jax.bench.noise import make_noise
 from ghm_jax.bench.torchvision import import_torchvision
 
 CLASSES = 80
-BOXES = 7
 
 Step = Callable[[], Any]
-
-
-def random_truth(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images u8[b, H, W, 3], corner boxes f32[b, 7, 4] in pixels and class indices [b, 7]."""
-    rng = np.random.default_rng(0)
-    height, width = args.size
-    images = rng.integers(0, 256, (args.batch, height, width, 3), np.uint8)
-    corners = rng.uniform(0, 0.7, (args.batch, BOXES, 2))
-    sides = rng.uniform(0.05, 0.3, (args.batch, BOXES, 2))
-    scale = np.array([width, height, width, height])
-    boxes = np.concatenate([corners, corners + sides], -1) * scale
-    return images, boxes.astype(np.float32), rng.integers(0, CLASSES, (args.batch, BOXES))
 
 
 def ghm_jax(args: argparse.Namespace) -> Step:
@@ -78,11 +68,11 @@ def torchvision(args: argparse.Namespace) -> Step:
     model = model.to(device, memory_format=torch.channels_last).train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=1e-4, momentum=0.9, weight_decay=1e-4)
-    images, boxes, labels = random_truth(args)
+    images, boxes, labels = make_noise(args.batch, tuple(args.size), CLASSES)
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 255
     batch = list(batch.contiguous(memory_format=torch.channels_last))
     truth = [
-        {"boxes": torch.from_numpy(b).to(device), "labels": torch.from_numpy(c).to(device)}
+        {"boxes": torch.from_numpy(b).to(device), "labels": torch.from_numpy(c).long().to(device)}
         for b, c in zip(boxes, labels, strict=True)
     ]
     network = torch.compile(model) if args.compile else model
@@ -124,7 +114,7 @@ def keras_hub(args: argparse.Namespace) -> Step:
         backbone, num_classes=CLASSES, bounding_box_format="xyxy", preprocessor=None
     )
     model.compile(optimizer=keras.optimizers.SGD(1e-4, momentum=0.9, weight_decay=1e-4))
-    images, boxes, labels = random_truth(args)
+    images, boxes, labels = make_noise(args.batch, tuple(args.size), CLASSES)
     images = images.astype(np.float32) / 255
     truth = {"boxes": boxes, "labels": labels}
     return lambda: model.fit(images, truth, batch_size=args.batch, verbose=0)

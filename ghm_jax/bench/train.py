@@ -17,6 +17,7 @@ from ghm_jax.analysis.chips import peak_flops
 from ghm_jax.analysis.cost import training_operations
 from ghm_jax.batch import NO_CLASS, Batch, GroundTruth
 from ghm_jax.bench.case import DetectorCase
+from ghm_jax.bench.noise import BOXES, make_noise
 from ghm_jax.bench.timing import time_rounds
 from ghm_jax.config import Config, Loss, Optimizer
 from ghm_jax.detection.loss import detection_loss
@@ -246,18 +247,15 @@ def _planned_bytes(plan: Any) -> int | None:
 
 
 def random_batch(case: TrainCase, seed: int = 0) -> Batch:
-    """Noise with seven boxes per image, about COCO's average."""
-    rng = np.random.default_rng(seed)
-    (height, width), images, most, count = case.padded_size, case.batch_size, 100, 7
-    corners = rng.uniform(0, 0.7, (images, count, 2))
-    sides = rng.uniform(0.05, 0.3, (images, count, 2))
+    """Noise (`make_noise`), with the boxes padded to 100 rows."""
+    images, most = case.batch_size, 100
+    noise = make_noise(images, case.padded_size, case.num_classes, seed)
     boxes = np.zeros((images, most, 4), np.float32)
-    scale = np.array([width, height, width, height])
-    boxes[:, :count] = np.concatenate([corners, corners + sides], -1) * scale
+    boxes[:, :BOXES] = noise.boxes
     labels = np.full((images, most), NO_CLASS, np.int32)
-    labels[:, :count] = rng.integers(0, case.num_classes, (images, count))
+    labels[:, :BOXES] = noise.labels
     return Batch(
-        images=rng.integers(0, 256, (images, height, width, 3), np.uint8),
+        images=noise.images,
         image_size=np.full((images, 2), case.padded_size, np.int32),
         image_id=np.arange(images, dtype=np.int32),
         truth=GroundTruth(boxes, labels, np.zeros((images, most), bool)),
