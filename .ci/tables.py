@@ -189,10 +189,11 @@ def peers() -> str:
             f"{row['fastest']:.2f} to {row['slowest']:.2f} s",
             f"{row['first_step']:.0f} s",
             f"{row['peak_mib']:,.0f} MiB",
+            ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
         )
         for row in record["rows"]
     ]
-    head = ("library", "step", "relative to ours", "range", "first step", "peak memory")
+    head = ("library", "step", "relative to ours", "range", "first step", "peak memory", "versions")
     return _table(head, rows, record)
 
 
@@ -309,6 +310,22 @@ def softmax() -> str:
     return _table(("loss", *problems), [(loss, *by.values()) for loss, by in recall.items()])
 
 
+def gradient_scale() -> str:
+    """Gradients of the published losses in units of those of one histogram."""
+    record = _read("gradient_scale")
+    rows = []
+    for key, row in record["rows"].items():
+        name, _, step = key.rpartition(", step ")
+        cells = []
+        for term in ("classification", "box"):
+            low, high = row[term]["range"]
+            cells += [f"{row[term]['ratio']:.1f} ({low:.1f} to {high:.1f})"]
+            cells += [f"{row[term]['cosine']:.2f}"]
+        rows.append((name, step, *cells))
+    head = ("network", "step", "class scores (range of four batches)", "cosine")
+    return _table((*head, "boxes", "cosine"), rows, record)
+
+
 def tpu_parts() -> str:
     """Bytes and FLOPs of the parts of a training step, before and after it was made for TPUs."""
     key = "coco_r50_ghm train v5e:2x2"
@@ -334,6 +351,22 @@ def tpu_parts() -> str:
     return _table(head, rows, _read("tpu_compiled"))
 
 
+def tpu_predict() -> str:
+    """Bytes and FLOPs of the parts of a prediction step."""
+    record = _read("tpu_compiled")
+    parts = record["rows"]["coco_r50_ghm predict v5e:2x2"]["parts"]
+    rows = [
+        (
+            f"`{part}`",
+            f"{cost['bytes'] / 1e9:.2f} GB",
+            f"{cost['flops'] / 1e9:,.0f} G",
+            f"{1e3 * cost['seconds']:.2f} ms",
+        )
+        for part, cost in parts.items()
+    ]
+    return _table(("part", "traffic", "FLOPs", "bound"), rows, record)
+
+
 def tpu_recipes() -> str:
     """Memory and lower bounds of the recipes on TPU slices."""
     record = _read("tpu_compiled")
@@ -349,6 +382,7 @@ def tpu_recipes() -> str:
             f"{row['chips'] * row['batch_per_chip'] / row['bound']:,.0f}",
         )
         for key, row in record["rows"].items()
+        if row["program"] == "train"
     ]
     head = ("recipe", "slice", "chips", "images per chip", "memory", "largest batch (estimated)")
     head = (*head, "compute", "memory", "links", "images/s at most")
@@ -394,7 +428,17 @@ TABLES: dict[str, Callable[[], str]] = {
         *(quickstart, density_floor, bccd, calibration, calibration_bins),
         *(loss_cost, data_cost, padding),
         *(train_step, peers, train_devices, train_losses, train_growth),
-        *(inference, faults, gradients, softmax, tpu_parts, tpu_recipes, tpu_scale),
+        *(
+            inference,
+            faults,
+            gradients,
+            gradient_scale,
+            softmax,
+            tpu_parts,
+            tpu_predict,
+            tpu_recipes,
+            tpu_scale,
+        ),
     )
 }
 """Name in a page's comment -> its table."""

@@ -24,7 +24,6 @@ config = Config(
         dtype="float32",
     ),
     anchors=Anchors(convention="torchvision"),
-    # torchvision sums over the four coordinates of a box, this package averages: hence the 4.
-    loss=Loss(classification="focal", box="smooth_l1", box_weight=4.0),
+    loss=Loss(classification="focal", box="smooth_l1"),
     optimizer=Optimizer(steps=190_580, drops=(117_280, 161_260)),  # drops at epochs 16 and 22
 )

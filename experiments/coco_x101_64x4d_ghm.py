@@ -6,13 +6,15 @@ Published (mmdetection's model zoo): 41.4 AP on val2017. Not measured here.
 Estimated, not run: 12 hours on one A100 at an MFU of 30 %.
 """
 
-from ghm_jax.config import Config, Model
+from dataclasses import replace
+from pathlib import Path
 
-config = Config(
-    model=Model(
-        backbone="resnext101_64x4d",
-        weights="hf://timm/resnext101_64x4d.gluon_in1k",
-        norm="frozen",
-        frozen_stages=1,
-    )
+from ghm_jax.runs.experiments import load_experiment
+
+base = load_experiment(Path(__file__).with_name("coco_r50_ghm.py"))
+config = replace(
+    base,
+    model=replace(
+        base.model, backbone="resnext101_64x4d", weights="hf://timm/resnext101_64x4d.gluon_in1k"
+    ),
 )

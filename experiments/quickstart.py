@@ -29,8 +29,8 @@ config = Config(
     # Digits are taller than wide, 16 to 72 pixels high: sizes from 14 to 56 cover them.
     anchors=Anchors(scale=1.75, octaves=2, ratios=(1.0, 1.5, 2.2)),
     loss=Loss(
-        # One histogram for all levels gives a smaller loss than the published sum over levels.
         weight=3.0,
+        box_weight=10.0,
         # The published loss (min_count=0) fails on data this small: bins that hold a handful of
         # examples, a different handful every step, get as much of the gradient as bins with
         # thousands. The floor treats a bin with fewer than 100 of the 130,000 examples as if it

@@ -35,6 +35,9 @@ def problems(settings: Any) -> Iterator[tuple[str, str]]:
     """
     for name, kind in _kinds(type(settings)).items():
         value = getattr(settings, name)
+        if typing.get_origin(kind) is typing.Union:  # of a number and words
+            number, words = typing.get_args(kind)
+            kind = words if isinstance(value, str) else number
         if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
             yield name, f"{shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
         if isinstance(value, float) and not abs(value) <= _LARGEST:

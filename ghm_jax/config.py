@@ -147,14 +147,17 @@ class Loss:
 
     classification: Literal["ghm_c", "focal", "cross_entropy", "ohem"] = "ghm_c"
     """Loss of the class scores."""
-    weight: NotNegative[float] = 1.0
-    """Weight of the classification loss."""
+    weight: NotNegative[float] | Literal["published"] = "published"
+    """Weight of the classification loss. `published`: 1, or for GHM-C over one histogram 3, which
+    gives the gradient of the published code."""
     ghm_c: Harmonizing = field(default_factory=Harmonizing)
     """GHM-C: how the class scores are harmonized."""
     box: Literal["ghm_r", "smooth_l1", "asl1"] = "ghm_r"
     """Loss of the box deltas of positive anchors."""
-    box_weight: NotNegative[float] = 10.0
-    """Weight of the box loss."""
+    box_weight: NotNegative[float] | Literal["published"] = "published"
+    """Weight of the box loss. `published`: 10 for GHM-R with a call per level, 30 with one
+    histogram, which gives the same gradient; 4 for the others, which average over the four
+    coordinates of a box where the published ones add them up."""
     ghm_r: Harmonizing = field(default_factory=lambda: Harmonizing(bins=10, momentum=0.7))
     """GHM-R: how the coordinates of the boxes are harmonized."""
     mu: Positive[float] = 0.02
@@ -486,6 +489,9 @@ def _replaced(default: Any, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
+    if typing.get_origin(kind) is typing.Union:  # of a number and words
+        number, words = typing.get_args(kind)
+        kind = words if isinstance(value, str) else number
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = typing.get_args(kind)
         if kinds[-1] is Ellipsis:

@@ -63,7 +63,7 @@ def test_numerics_on_the_cpu_are_those_of_float64_and_of_the_cpu(tmp_path, quick
 FAKE = """#!{python}
 import sys
 print("a library says hello")
-print('{{"first_step": 2.5, "peak_mib": 10}}', flush=True)
+print('{{"first_step": 2.5, "versions": {{"jax": "1"}}, "peak_mib": 10}}', flush=True)
 for i, _ in enumerate(sys.stdin):
     print('{{"seconds": %d, "peak_mib": %d}}' % ({seconds} + i, 20 + i), flush=True)
 """
@@ -84,5 +84,5 @@ def test_peers_take_turns_and_are_compared_round_by_round(tmp_path):
     assert peers[1].row(peers[0]) == {
         "peer": "theirs", "seconds": 5, "fastest": 4, "slowest": 6,
         "ratio": 5 / 3,  # the median of 4/2, 5/3 and 6/4
-        "first_step": 2.5, "peak_mib": 22,
+        "first_step": 2.5, "peak_mib": 22, "versions": {"jax": "1"},
     }  # fmt: skip

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import draw_off_edges, published_weights, sigmoid
 
 from ghm_jax.analysis.cost import training_operations
 from ghm_jax.batch import Batch, GroundTruth
-from ghm_jax.config import REFERENCE, Config, flatten
+from ghm_jax.config import REFERENCE, Config, Loss, flatten
+from ghm_jax.detection.loss import detection_loss, init_ghm_states, loss_weights
+from ghm_jax.detection.matching import Targets
 from ghm_jax.losses import smooth_l1_loss
 from ghm_jax.runs.experiments import experiment_name, load_experiment
 from ghm_jax.training.build import make_model
@@ -134,7 +137,8 @@ def test_the_paper_and_its_code_differ_as_documented():
     assert replace(code.loss.ghm_c, **REFERENCE) == code.loss.ghm_c
     assert replace(code.loss.ghm_r, **REFERENCE) == code.loss.ghm_r
     assert (code.loss.ghm_r.bins, code.loss.ghm_r.momentum) == (10, 0.7)
-    assert code.loss.ghm_scope == "level"
+    assert (code.loss.ghm_scope, loss_weights(code.loss)) == ("level", (1.0, 10.0))
+    assert code == load_experiment(ROOT / "experiments/coco_r50_ghm.py")
     epochs = [c.optimizer.steps / 7330 for c in (paper, code)]
     assert epochs == [14, 12]
     assert paper.model == code.model
@@ -168,6 +172,67 @@ def test_the_published_detectors_differ_in_their_backbone_only(name, backbone):
     assert (config.model.backbone, config.model.norm) == (backbone, "frozen")
     assert (config.model.frozen_stages, config.anchors.convention) == (1, "mmdetection")
     assert (config.optimizer, config.anchors) == (Config().optimizer, Config().anchors)
+    assert config.loss == load_experiment(ROOT / "experiments/coco_r50_ghm.py").loss
+
+
+@pytest.mark.parametrize("name", ["coco_r50_ghm", "coco_x101_64x4d_ghm"])
+def test_the_gradient_of_the_published_recipes_has_the_size_of_a_call_per_level(name, rng):
+    """Its norm, against float64, of outputs of five levels in three batches."""
+    config = load_experiment(ROOT / f"experiments/{name}.py")
+    states, cells, classes = init_ghm_states(config), (60, 20, 6, 3, 1), 4
+    seen, seen_box = [], []  # (gradient norms, mask) of every call
+
+    def losses(logits, deltas, targets, states):
+        terms, states, _ = detection_loss(logits, deltas, targets, states, config=config)
+        return terms.total, states
+
+    for _ in range(3):
+        wanted = rng.integers(-2, classes, (2, sum(cells)))
+        box_targets = np.float32(rng.normal(0, 1, (2, sum(cells), 4)))
+        expected, expected_box = [], []
+        logits, deltas = [], []
+        edges = np.cumsum(cells)[:-1]
+        for of_level, boxes in zip(
+            np.split(wanted, edges, 1), np.split(box_targets, edges, 1), strict=True
+        ):
+            targets = (of_level[..., None] == np.arange(classes)).astype(float)
+            norm_of = functools.partial(lambda x, t: np.abs(sigmoid(x) - t), t=targets)
+            draw = functools.partial(rng.normal, -1, 3, targets.shape)
+            logits.append(draw_off_edges(draw, norm_of, 30))
+            mask = np.broadcast_to(of_level[..., None] > -2, targets.shape)
+            seen.append((norm_of(logits[-1]), mask))
+            weights, _ = published_weights(*zip(*seen, strict=True), bins=30, momentum=0.75)
+            expected.append(weights * seen[-1][0] / max(mask.sum(), 1))
+
+            def box_norm(x, boxes=boxes):
+                return np.abs(x - boxes) / np.hypot(x - boxes, 0.02)
+
+            draw = functools.partial(rng.normal, 0, 0.5, boxes.shape)
+            deltas.append(draw_off_edges(draw, box_norm, 10))
+            mask = np.broadcast_to(of_level[..., None] >= 0, boxes.shape)
+            seen_box.append((box_norm(np.float64(deltas[-1])), mask))
+            weights, _ = published_weights(*zip(*seen_box, strict=True), bins=10, momentum=0.7)
+            expected_box.append(10 * weights * seen_box[-1][0] / max(mask.sum(), 1))
+        found, states = jax.jit(jax.grad(losses, argnums=(0, 1), has_aux=True))(
+            [*map(jnp.asarray, logits)], [*map(jnp.asarray, deltas)],
+            Targets(jnp.asarray(wanted, jnp.int32), jnp.asarray(box_targets)), states,
+        )  # fmt: skip
+        for got, want in zip(found, (expected, expected_box), strict=True):
+            norm = np.sqrt(sum(np.square(np.float64(x)).sum() for x in got))
+            assert norm == pytest.approx(np.sqrt(sum(np.square(x).sum() for x in want)), rel=1e-4)
+
+
+def test_loss_weights_that_are_not_given_have_the_published_scale():
+    published = {"classification": "focal", "box": "smooth_l1"}
+    assert loss_weights(Loss(**published)) == loss_weights(Loss(**published, ghm_scope="level"))
+    assert loss_weights(Loss(**published)) == (1.0, 4.0)
+    assert loss_weights(Loss(ghm_scope="level")) == (1.0, 10.0)
+    assert loss_weights(Loss(weight=0.5, box_weight=2.0)) == (0.5, 2.0)
+    one_histogram = loss_weights(Loss())
+    record = json.loads((ROOT / "experiments/results/gradient_scale.json").read_text())
+    for index, (term, calls) in enumerate((("classification", 1.0), ("box", 10.0))):
+        measured = [row[term]["ratio"] for row in record["rows"].values()]
+        assert calls * min(measured) <= one_histogram[index] <= calls * max(measured)
 
 
 @functools.cache
@@ -210,7 +275,7 @@ def test_the_box_loss_of_the_torchvision_recipes_has_the_scale_of_torchvision(na
         jnp.asarray(errors, jnp.float32), jnp.zeros((1, 6, 4)), jnp.asarray(positive[None, :, None])
     )
     assert loss.box == "smooth_l1"
-    assert loss.box_weight * (ours + 1 / 18) == pytest.approx(theirs, rel=1e-5)
+    assert loss_weights(loss)[1] * (ours + 1 / 18) == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_quickstart_trains_with_ghm_and_names_its_floor():

@@ -14,8 +14,7 @@ from ghm_jax.config import Config
 from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).with_name("recipe.py"))
-# The paper sums over the four coordinates of a box, this package averages: hence the 4.
-loss = replace(base.loss, box="smooth_l1", box_weight=4.0)
+loss = replace(base.loss, box="smooth_l1")
 
 
 def with_bins(bins: int) -> Config:

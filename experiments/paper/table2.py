@@ -17,8 +17,7 @@ from pathlib import Path
 from ghm_jax.runs.experiments import load_experiment
 
 base = load_experiment(Path(__file__).with_name("recipe.py"))
-# The paper sums over the four coordinates of a box, this package averages: hence the 4.
-loss = replace(base.loss, box="smooth_l1", box_weight=4.0)
+loss = replace(base.loss, box="smooth_l1")
 
 configs = {
     # The paper scales the loss by 20 so that it starts near 1. A mean over all levels starts at

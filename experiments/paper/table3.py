@@ -21,7 +21,7 @@ base = load_experiment(Path(__file__).with_name("recipe.py"))
 focal = replace(
     base,
     # The papers sum over the four coordinates of a box, this package averages: hence the 4.
-    loss=replace(base.loss, classification="focal", box="smooth_l1", box_weight=4.0),
+    loss=replace(base.loss, classification="focal", box="smooth_l1"),
     optimizer=replace(base.optimizer, steps=135_000, drops=(90_000, 120_000)),
 )
 r101 = replace(base.model, backbone="resnet101", weights="hf://timm/resnet101.tv_in1k")

@@ -15,9 +15,8 @@ from ghm_jax.runs.experiments import load_experiment
 base = load_experiment(Path(__file__).with_name("recipe.py"))
 
 configs = {
-    # The paper sums over the four coordinates of a box, this package averages: hence the 4.
-    "smooth_l1": replace(base, loss=replace(base.loss, box="smooth_l1", box_weight=4.0)),
-    "asl1": replace(base, loss=replace(base.loss, box="asl1", box_weight=4.0)),
+    "smooth_l1": replace(base, loss=replace(base.loss, box="smooth_l1")),
+    "asl1": replace(base, loss=replace(base.loss, box="asl1")),
     "ghm_r": base,
 }
 

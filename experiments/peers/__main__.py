@@ -32,6 +32,8 @@ class Peer:
     process: subprocess.Popen[str]
     first_step: float
     """Seconds to the end of the first step, from the start of the work: import is not counted."""
+    versions: dict[str, str]
+    """Of its environment."""
     seconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     """Largest memory of the process so far."""
@@ -61,6 +63,7 @@ class Peer:
             "ratio": statistics.median(ratios),
             "first_step": self.first_step,
             "peak_mib": self.peak_mib,
+            "versions": self.versions,
         }
 
 
@@ -109,10 +112,10 @@ def start(name: str, python: str, options: list[str]) -> Peer:
     )  # fmt: skip
     answer = read_line(name, process)
     print(f"{name}: first step after {answer['first_step']:.1f} s", flush=True)
-    return Peer(name, process, answer["first_step"])
+    return Peer(name, process, answer["first_step"], answer["versions"])
 
 
-def read_line(name: str, process: subprocess.Popen[str]) -> dict[str, float]:
+def read_line(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     """The next line of figures; what libraries print of themselves is skipped."""
     for line in cast(IO[str], process.stdout):
         if line.startswith("{"):

@@ -13,12 +13,15 @@ the batch in keras-hub.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from ghm_jax.bench.noise import make_noise
 from ghm_jax.bench.torchvision import import_torchvision
 
 CLASSES = 80
+PACKAGES = ("jax", "torch", "torchvision", "keras", "keras-hub")
 
 Step = Callable[[], Any]
 
@@ -140,14 +144,23 @@ def main() -> None:
     start = time.perf_counter()
     step = PEERS[args.peer](args)
     step()
-    say(first_step=time.perf_counter() - start)
+    say(first_step=time.perf_counter() - start, versions=versions())
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
         say(seconds=time.perf_counter() - start)
 
 
-def say(**values: float) -> None:
+def versions() -> dict[str, str]:
+    """Of the interpreter and of what is installed of the libraries that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def say(**values: Any) -> None:
     """One line, with the largest memory so far in MiB, of the accelerator or of the process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({**values, "peak_mib": _accelerator_mib() or peak}), flush=True)

@@ -180,9 +180,16 @@ def _cost(
 
 
 def _multiply_adds(jaxpr: Any) -> int:
-    """Multiply-adds of all convolutions in a traced program: outputs times inputs per output."""
+    """Multiply-adds of all convolutions in a traced program: outputs times inputs per output.
+
+    Those of 1x1 are matrix products.
+    """
     count = 0
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            x = eqn.invars[0].aval.shape
+            summed = eqn.params["dimension_numbers"][0][0]
+            count += eqn.outvars[0].aval.size * math.prod(x[axis] for axis in summed)
         if eqn.primitive.name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
             outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]

@@ -76,9 +76,25 @@ def detection_loss(
         loss_box, state_box, stats_box = regress(
             deltas, wanted, positive, states.box, axis_name=axis_name
         )
-    total = config.loss.weight * loss_class + config.loss.box_weight * loss_box
+    weight, box_weight = loss_weights(config.loss)
+    total = weight * loss_class + box_weight * loss_box
     terms = LossTerms(total, loss_class, loss_box)
     return terms, GHMStates(state_class, state_box), (stats_class, stats_box)
+
+
+def loss_weights(loss: Loss) -> tuple[float, float]:
+    """Weights of the classification and the box loss, as numbers.
+
+    Five calls, each with a mean of its own, add up to a larger gradient than one call over all
+    levels: `experiments/gradient_scale.py` measures by how much, see docs/losses.md.
+    """
+    one_histogram = loss.ghm_scope == "batch"
+    weight, box_weight = loss.weight, loss.box_weight
+    if weight == "published":
+        weight = 3.0 if one_histogram and loss.classification == "ghm_c" else 1.0
+    if box_weight == "published":
+        box_weight = 4.0 if loss.box != "ghm_r" else 30.0 if one_histogram else 10.0
+    return weight, box_weight
 
 
 def _classification_loss(loss: Loss) -> LossFunction:

@@ -50,7 +50,10 @@ class Head(nn.Module):
             dtype=self.dtype,
             name="output",
         )(x)
-        return x.astype(jnp.float32).reshape(x.shape[0], -1, self.outputs)
+        # Without the barrier, TPUs compute the losses in the blocks of this convolution, padded,
+        # copied and in float32: ten times the traffic.
+        x = jax.lax.optimization_barrier(x.reshape(x.shape[0], -1, self.outputs))
+        return x.astype(jnp.float32)
 
 
 def prior_bias(probability: float) -> float:

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ghm_jax.models.convolution import convolve
+
 
 class Architecture(NamedTuple):
     """What distinguishes the backbones."""
@@ -124,14 +126,8 @@ class _Convolution(nn.Module):
         kernel = self.param("kernel", init, shape, jnp.float32)
         if affine is not None:
             kernel = kernel * affine.factor[None, None, None]
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            [(self.size // 2, self.size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = convolve(x, kernel, self.stride, self.groups)
         if affine is None:
             return y
         return (y.astype(jnp.float32) + affine.offset[None, None, None]).astype(self.dtype)

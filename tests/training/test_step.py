@@ -96,14 +96,21 @@ def mean_over(terms, used):
 @pytest.mark.parametrize(
     "loss",
     [
-        Loss(ghm_c=GHM_C, ghm_r=GHM_R, weight=2.0),
-        Loss(**PUBLISHED),
-        Loss(classification="focal", box="smooth_l1", box_weight=3.0),
-        Loss(classification="cross_entropy", ghm_r=replace(GHM_R, min_count=1.0)),
-        Loss(classification="ohem", box="asl1", mu=0.05),
+        Loss(ghm_c=GHM_C, ghm_r=GHM_R, weight=2.0, box_weight=5.0),
+        Loss(**PUBLISHED, weight=1.0, box_weight=10.0),
+        Loss(classification="focal", box="smooth_l1", weight=0.5, box_weight=3.0),
+        Loss(
+            classification="cross_entropy",
+            ghm_r=replace(GHM_R, min_count=1.0),
+            weight=20.0,
+            box_weight=10.0,
+        ),
+        Loss(classification="ohem", box="asl1", mu=0.05, weight=1.0, box_weight=4.0),
         Loss(
             ghm_c=replace(GHM_C, strength=0.5, normalizer="bins"),
             ghm_r=replace(GHM_R, strength=0.75, normalizer="bins"),
+            weight=1.5,
+            box_weight=0.0,
         ),
     ],
     ids=["ghm", "reference", "focal", "cross_entropy", "ohem", "strength"],

@@ -1,0 +1,212 @@
+"""The questions of the study, and the losses that each compares. Data only.
+
+All losses are tuned alike: the learning rate and the weight of the loss that is compared, each at
+half and twice its base value while the other stays (`GRID`), with seed 0 and half of the steps.
+The setting with the highest AP is then trained with fresh seeds and all steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ghm_jax.config import REFERENCE, Config
+from ghm_jax.runs.experiments import load_experiment
+
+EXPERIMENTS = Path(__file__).parents[1]
+GRID = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0))
+"""(learning rate, weight), as factors of the base values."""
+TUNING_SEED = 0
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A loss to compare: changes of the quickstart's config, by dotted name."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    tuned: str = "loss.weight"
+    """The weight that is tuned, beside the learning rate."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Losses that are compared on the same data."""
+
+    key: str
+    title: str
+    entries: tuple[Entry, ...]
+    data: tuple[str, ...] = ("digit_scenes",)
+    """Names of data sets; all but the first are trained with the settings tuned on the first."""
+    experiment: str = "quickstart"
+    grid: tuple[tuple[float, float], ...] = GRID
+
+
+def _ghm_c(**settings: Any) -> dict[str, Any]:
+    return {f"loss.ghm_c.{key}": value for key, value in settings.items()}
+
+
+def _ghm_r(**settings: Any) -> dict[str, Any]:
+    return {f"loss.ghm_r.{key}": value for key, value in settings.items()}
+
+
+ONE_HISTOGRAM = {"loss.weight": 3.0}
+PUBLISHED = {**_ghm_c(**REFERENCE), **_ghm_r(**REFERENCE)}
+PUBLISHED |= {"loss.ghm_scope": "level", "loss.weight": 1.0}
+
+
+def _floor(count: float) -> Entry:
+    name = f"GHM-C, floor {count:.0f}" if count else "GHM-C, no floor"
+    return Entry(name, ONE_HISTOGRAM | _ghm_c(min_count=float(count)))
+
+
+CROSS_ENTROPY = Entry("cross-entropy", {"loss.classification": "cross_entropy"} | {
+    "loss.weight": 100.0})  # fmt: skip
+OHEM = Entry("OHEM", {"loss.classification": "ohem", "loss.weight": 1.0})
+FOCAL = Entry("focal", {"loss.classification": "focal", "loss.weight": 1.0})
+LEVELS = Entry("GHM-C, published", PUBLISHED)
+NO_FLOOR, FLOOR = _floor(0), _floor(100)
+
+
+def _boxes(name: str, weight: float, **settings: Any) -> Entry:
+    changes = {f"loss.{key}": value for key, value in settings.items()}
+    return Entry(name, {"loss.box_weight": weight, **changes}, tuned="loss.box_weight")
+
+
+QUESTIONS = (
+    Question(
+        "H1",
+        "Which classification loss? (table 4 of the paper)",
+        (
+            *(CROSS_ENTROPY, OHEM, FOCAL, LEVELS, NO_FLOOR),
+            *(_floor(10), FLOOR, _floor(1000)),
+            Entry("GHM-C, strength 0.75", ONE_HISTOGRAM | _ghm_c(min_count=0.0, strength=0.75)),
+        ),
+    ),
+    Question(
+        "H5",
+        "Do outliers in the training labels hurt less?",
+        (CROSS_ENTROPY, FOCAL, NO_FLOOR, FLOOR),
+        data=(
+            "digit_scenes",
+            *(f"wrong_labels_{percent}" for percent in (10, 20, 40)),
+            *(f"missing_boxes_{percent}" for percent in (20, 40)),
+        ),
+    ),
+    Question(
+        "H3",
+        "Which box loss? (tables 5 and 6 of the paper)",
+        (
+            _boxes("smooth L1", 4.0, box="smooth_l1"),
+            _boxes("ASL1", 4.0, box="asl1"),
+            _boxes("GHM-R, no floor", 10.0, **{"ghm_r.min_count": 0.0}),
+            _boxes("GHM-R, floor 10", 10.0),
+        ),
+    ),
+    Question(
+        "H9",
+        "Real images: blood cells and defects of circuit boards",
+        (FOCAL, LEVELS, FLOOR),
+        data=("bccd", "deeppcb"),
+        experiment="folder_small",
+    ),
+    Question(
+        "H2",
+        "How many bins? (table 1 of the paper)",
+        tuple(
+            Entry(
+                f"{bins} bins, {'floor 100' if floor else 'no floor'}",
+                ONE_HISTOGRAM | _ghm_c(bins=bins, min_count=floor),
+            )
+            for floor in (100.0, 0.0)
+            for bins in (5, 10, 20, 30, 40)
+        ),
+    ),
+    Question(
+        "H4",
+        "How much momentum of the histogram?",
+        tuple(
+            Entry(
+                f"momentum {momentum}, {name}",
+                ONE_HISTOGRAM | _ghm_c(momentum=momentum, **settings),
+            )
+            for name, settings in {
+                "floor 100": {"min_count": 100.0},
+                "no floor": {"min_count": 0.0},
+                "no floor, no bias correction": {"min_count": 0.0, "bias_correction": False},
+            }.items()
+            for momentum in (0.0, 0.5, 0.75, 0.9, 0.99)
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    entry: Entry
+    experiment: str
+    data: str
+    seed: int
+    learning_rate: float
+    """Factor of the experiment's."""
+    weight: float
+    """Factor of the entry's."""
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return (
+            f"{self.experiment} / {self.data} / {self.entry.name} / seed {self.seed} / "
+            f"rate x {self.learning_rate:g} / weight x {self.weight:g} / {self.steps} steps"
+        )
+
+    def config(self, data_dir: str) -> Config:
+        """What it trains, on one device."""
+        base = load_experiment(EXPERIMENTS / f"{self.experiment}.py")
+        optimizer = replace(
+            base.optimizer,
+            steps=self.steps,
+            warmup_steps=min(base.optimizer.warmup_steps, self.steps // 4),
+            learning_rate=base.optimizer.learning_rate * self.learning_rate,
+        )
+        config = replace(
+            base,
+            seed=self.seed,
+            data=replace(base.data, name=self.data, dir=data_dir),
+            optimizer=optimizer,
+            run=replace(base.run, devices=1, workers=0, checkpoint_every=self.steps),
+        )
+        for key, value in self.entry.changes.items():
+            config = _changed(config, key.split("."), value)
+        weight = getattr(config.loss, self.entry.tuned.removeprefix("loss."))
+        return _changed(config, self.entry.tuned.split("."), weight * self.weight)
+
+
+def _changed(section: Any, path: list[str], value: Any) -> Any:
+    """A copy of a section with another value at a path."""
+    name, *rest = path
+    new = _changed(getattr(section, name), rest, value) if rest else value
+    return replace(section, **{name: new})
+
+
+def tuning_trials(question: Question, entry: Entry, steps: int) -> list[Trial]:
+    """One run for each setting of the question's grid."""
+    return [
+        Trial(entry, question.experiment, question.data[0], TUNING_SEED, rate, weight, steps // 2)
+        for rate, weight in question.grid
+    ]
+
+
+def final_trials(
+    question: Question, entry: Entry, best: Trial, steps: int, seeds: tuple[int, ...]
+) -> list[Trial]:
+    """The best setting with every seed on every data set."""
+    return [
+        replace(best, entry=entry, data=data, seed=seed, steps=steps)
+        for data in question.data
+        for seed in seeds
+    ]

@@ -1,0 +1,91 @@
+"""One run of the study in a process of its own: trains, evaluates, prints one line of JSON.
+
+python -m experiments.study.trial CONFIG.json RUN_DIR [--core 0]
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+
+def main(
+    config: tyro.conf.Positional[Path], run_dir: tyro.conf.Positional[Path], core: int = -1
+) -> None:
+    """Trains and evaluates; the directory of the run is removed at the end.
+
+    Args:
+        config: JSON file, as `ghm_jax.config.to_dict` has it.
+        run_dir: where a run that was stopped is resumed.
+        core: the only CPU core to use; -1: all.
+    """
+    if core >= 0:
+        os.sched_setaffinity(0, {core})  # before JAX starts its threads
+    from ghm_jax.config import from_dict
+    from ghm_jax.train import train
+    from ghm_jax.training.log import TrainingDiverged
+
+    settings = from_dict(json.loads(config.read_text()))
+    start = time.perf_counter()
+    try:
+        train(settings, run_dir)
+        found = figures(settings, run_dir)
+    except TrainingDiverged as error:
+        found = {"metrics": dict.fromkeys(METRICS, 0.0), "diverged": str(error)}
+    seconds = round(time.perf_counter() - start)
+    print(json.dumps({"seconds": seconds, **found}), flush=True)
+    shutil.rmtree(run_dir)
+
+
+def figures(config: Any, run_dir: Path) -> dict[str, Any]:
+    """COCO figures of a trained run, AP by IoU, and how well its scores are calibrated."""
+    from ghm_jax.data import coco_ground_truth, open_dataset
+    from ghm_jax.evaluate import evaluate
+
+    evaluation = evaluate(run_dir)
+    errors = json.loads((run_dir / "errors.json").read_text())
+    calibration = errors["calibration"] or {"ece": None, "bins": []}  # None: no detections
+    truth = coco_ground_truth(open_dataset(config.data, config.data.validation_split))
+    return {
+        "metrics": {key: evaluation.metrics[key] for key in METRICS},
+        "ap_by_iou": ap_by_iou(truth, evaluation.detections),
+        "ece": calibration["ece"],
+        "reliability": [
+            {key: each[key] for key in ("score", "precision", "count")}
+            for each in calibration["bins"]
+        ],
+    }
+
+
+def ap_by_iou(truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """AP at each IoU from 0.50 to 0.95, all areas and 100 detections."""
+    from hotcoco import COCO, COCOeval
+
+    if not detections:
+        return {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground = COCO()
+        ground.dataset = {"info": {}, **truth}
+        ground.createIndex()
+        found = COCOeval(ground, ground.loadRes(list(detections)), "bbox")
+        found.evaluate()
+        found.accumulate()
+    precision = np.asarray(found.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, category
+    return {
+        f"{0.5 + 0.05 * i:.2f}": float(values[values > -1].mean())
+        for i, values in enumerate(precision)
+    }
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,178 @@
+"""The study's rules, and one small run of it by its command."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.study.__main__ import add_line
+from experiments.study.outliers import corrupted
+from experiments.study.plan import (
+    GRID,
+    QUESTIONS,
+    SEEDS,
+    TUNING_SEED,
+    Question,
+    final_trials,
+    tuning_trials,
+)
+from experiments.study.summary import best_setting, paired_difference, read_results, rows, table
+from experiments.study.trial import ap_by_iou
+
+ROOT = Path(__file__).parents[1]
+STEPS = 100
+
+
+def results_of(question: Question, ap) -> dict:
+    """A record for every trial, with the AP that a function of it gives."""
+    found = {}
+    for entry in question.entries:
+        tuning = tuning_trials(question, entry, STEPS)
+        found |= {trial.key: {"metrics": {"AP": ap(trial)}} for trial in tuning}
+        best = best_setting(found, tuning)
+        finals = final_trials(question, entry, best, STEPS, SEEDS)
+        found |= {trial.key: {"metrics": {"AP": ap(trial)}} for trial in finals}
+    return found
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
+def test_every_run_of_the_study_has_a_valid_config_and_a_name_of_its_own(question):
+    configs = {}
+    for entry in question.entries:
+        tuning = tuning_trials(question, entry, STEPS)
+        finals = final_trials(question, entry, tuning[0], STEPS, SEEDS)
+        for trial in (*tuning, *finals):
+            configs[trial.key] = trial.config("data").check()
+    assert len(configs) == len(question.entries) * (len(GRID) + len(question.data) * len(SEEDS))
+    assert len(set(map(repr, configs.values()))) == len(configs)
+    assert TUNING_SEED not in SEEDS
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
+def test_tuning_changes_the_learning_rate_and_the_weight_that_is_compared(question):
+    entry = question.entries[-1]
+    base, *others = (t.config("data") for t in tuning_trials(question, entry, STEPS))
+    name = entry.tuned.removeprefix("loss.")
+    weight = getattr(base.loss, name)
+    assert weight > 0
+    found = {
+        (c.optimizer.learning_rate / base.optimizer.learning_rate, getattr(c.loss, name) / weight)
+        for c in others
+    }
+    assert found == {(0.5, 1), (2, 1), (1, 0.5), (1, 2)}
+    for config in others:  # nothing else
+        same = replace(config, loss=base.loss, optimizer=base.optimizer)
+        assert same == base
+        assert replace(config.loss, **{name: weight}) == base.loss
+
+
+def test_the_final_runs_take_the_setting_that_was_best_and_no_seed_of_the_tuning():
+    question = QUESTIONS[0]
+    best = {entry.name: GRID[i % len(GRID)] for i, entry in enumerate(question.entries)}
+
+    def ap(trial):
+        chosen = (trial.learning_rate, trial.weight) == best[trial.entry.name]
+        return 0.5 + 0.2 * chosen + 0.01 * trial.seed
+
+    found = rows(question, results_of(question, ap), STEPS)
+    assert [row.entry.name for row in found] == [entry.name for entry in question.entries]
+    for row in found:
+        assert (row.setting.learning_rate, row.setting.weight) == best[row.entry.name]
+        assert row.values == pytest.approx([0.71, 0.72, 0.73])
+        assert row.mean == pytest.approx(0.72)
+
+
+def test_differences_are_taken_seed_by_seed():
+    question = QUESTIONS[0]
+    first, second = question.entries[:2]
+    values = {first.name: {1: 0.1, 2: 0.5, 3: 0.3}, second.name: {1: 0.2, 2: 0.55, 3: 0.3}}
+
+    def ap(trial):
+        return values.get(trial.entry.name, {}).get(trial.seed, 0.0)
+
+    results = results_of(question, ap)
+    one, other, *_ = rows(question, results, STEPS)
+    assert paired_difference(other, one) == pytest.approx((0.05, 0.0, 0.1))
+    text = table(question, results, STEPS)
+    assert "| 0.350 | 0.200 to 0.550 | +0.050 (+0.000 to +0.100) |" in text
+
+
+def test_a_row_appears_when_all_its_runs_are_finished():
+    question = QUESTIONS[0]
+    results = results_of(question, lambda trial: 0.5)
+    entry = question.entries[2]
+    *_, last = final_trials(question, entry, tuning_trials(question, entry, STEPS)[0], STEPS, SEEDS)
+    del results[last.key]
+    names = [row.entry.name for row in rows(question, results, STEPS)]
+    assert names == [e.name for e in question.entries if e is not entry]
+
+
+def test_a_line_that_a_crash_cut_off_is_no_result(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert read_results(path) == {}
+    path.write_text('{"key": "a", "metrics": {"AP": 0.5}}\n{"key": "b", "metr')
+    assert list(read_results(path)) == ["a"]
+    add_line(path, '{"key": "c"}')
+    assert list(read_results(path)) == ["a", "c"]
+
+
+def test_outliers_are_a_share_of_the_labels_and_change_nothing_else(rng):
+    classes = [3, 5, 8]
+    annotations = [
+        {"id": i, "image_id": i % 7, "category_id": int(rng.choice(classes)), "bbox": [i, 0, 5, 5]}
+        for i in range(200)
+    ]
+    truth = {"annotations": annotations, "categories": [{"id": c} for c in classes], "images": []}
+    wrong = corrupted(truth, "wrong_labels", 0.2)["annotations"]
+    changed = [a for a, b in zip(annotations, wrong, strict=True) if a != b]
+    assert len(changed) == 40
+    for before, after in zip(annotations, wrong, strict=True):
+        assert after["category_id"] in classes
+        assert {**after, "category_id": before["category_id"]} == before
+    fewer = corrupted(truth, "missing_boxes", 0.4)["annotations"]
+    assert len(fewer) == 120
+    assert all(annotation in annotations for annotation in fewer)
+
+
+def test_ap_at_an_iou_counts_the_detections_that_reach_it():
+    truth = {
+        "images": [{"id": 1, "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600,
+             "iscrowd": 0}
+        ],
+    }  # fmt: skip
+    # IoU 32 / 40 = 0.8
+    shifted = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 32], "score": 0.9}]
+    found = ap_by_iou(truth, shifted)
+    assert list(found) == [f"{0.5 + 0.05 * i:.2f}" for i in range(10)]
+    reached = [float(iou) < 0.79 for iou in found]
+    assert [value > 0.99 for value in found.values()][:6] == reached[:6]
+    assert list(found.values())[7:] == [0.0] * 3
+
+
+@pytest.mark.slow
+def test_the_study_runs_by_its_command_and_trains_nothing_twice(tmp_path):
+    results = tmp_path / "results" / "runs.jsonl"
+    command = [sys.executable, "-m", "experiments.study", "--smoke", "--only", "H5"]
+    command += ["--data-dir", str(tmp_path / "data"), "--results", str(results)]
+    command += ["--runs", str(tmp_path / "runs")]
+
+    def run():
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    output = run()
+    lines = results.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len({record["key"] for record in records}) == len(records) == 4
+    assert sum("wrong_labels_10" in record["key"] for record in records) == 1
+    assert "| wrong_labels_10 | cross-entropy |" in output
+    assert not list((tmp_path / "runs").iterdir())
+    results.write_text("\n".join(lines[:-1]) + "\n")  # as if it had been stopped
+    run()
+    assert results.read_text().splitlines()[:-1] == lines[:-1]
+    assert json.loads(results.read_text().splitlines()[-1])["metrics"] == records[-1]["metrics"]
