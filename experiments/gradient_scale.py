@@ -1,9 +1,11 @@
 """How much larger the gradient of the published losses is than that of one histogram.
 
     ghm-jax data prepare folder --name coco --out data --train IMAGES JSON --validation IMAGES JSON
-    python -m experiments.gradient_scale --data-dir data --steps 0 50
-    python -m experiments.gradient_scale --data-dir data --backbone resnet18 --channels 64
-        --steps 0 50 300
+    python -m experiments.gradient_scale --data-dir data --steps 0
+    python -m experiments.gradient_scale --data-dir data --backbone resnet10 --channels 64
+        --steps 0 50
+    python -m experiments.gradient_scale --data-dir data --backbone resnet10 --channels 64
+        --size 400 672 --steps 50 300
 
 Trains the recipe of coco_r50_ghm.py from random weights, with group normalization, as there are no
 ImageNet weights for every backbone. At each of `--steps` the same batches go through both forms of
@@ -147,7 +149,8 @@ class Comparison:
     def _loss(self, form: str, outputs: Any, batch: Batch, ghm: Any) -> tuple[Any, Any]:
         config = self.configs[form]
         targets = make_targets(batch, config)
-        terms, following, _ = detection_loss(*outputs, targets, ghm[form], config=config)
+        logits, deltas = outputs
+        terms, following, _ = detection_loss(logits, deltas, targets, ghm[form], config=config)
         return terms, following
 
     def _gradient_norms(self, state: Any, ghm: Any, batch: Batch) -> tuple[dict[str, Any], Any]:

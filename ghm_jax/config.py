@@ -148,14 +148,14 @@ class Loss:
     classification: Literal["ghm_c", "focal", "cross_entropy", "ohem"] = "ghm_c"
     """Loss of the class scores."""
     weight: NotNegative[float] | Literal["published"] = "published"
-    """Weight of the classification loss. `published`: 1, or for GHM-C over one histogram 3, which
+    """Weight of the classification loss. `published`: 1, or for GHM-C over one histogram 4, which
     gives the gradient of the published code."""
     ghm_c: Harmonizing = field(default_factory=Harmonizing)
     """GHM-C: how the class scores are harmonized."""
     box: Literal["ghm_r", "smooth_l1", "asl1"] = "ghm_r"
     """Loss of the box deltas of positive anchors."""
     box_weight: NotNegative[float] | Literal["published"] = "published"
-    """Weight of the box loss. `published`: 10 for GHM-R with a call per level, 30 with one
+    """Weight of the box loss. `published`: 10 for GHM-R with a call per level, 40 with one
     histogram, which gives the same gradient; 4 for the others, which average over the four
     coordinates of a box where the published ones add them up."""
     ghm_r: Harmonizing = field(default_factory=lambda: Harmonizing(bins=10, momentum=0.7))

@@ -51,8 +51,10 @@ def figures(config: Any, run_dir: Path) -> dict[str, Any]:
     """COCO figures of a trained run, AP by IoU, and how well its scores are calibrated."""
     from ghm_jax.data import coco_ground_truth, open_dataset
     from ghm_jax.evaluate import evaluate
+    from ghm_jax.evaluation.results import Evaluation
 
     evaluation = evaluate(run_dir)
+    assert isinstance(evaluation, Evaluation)  # the validation split is annotated
     errors = json.loads((run_dir / "errors.json").read_text())
     calibration = errors["calibration"] or {"ece": None, "bins": []}  # None: no detections
     truth = coco_ground_truth(open_dataset(config.data, config.data.validation_split))
@@ -80,7 +82,8 @@ def ap_by_iou(truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> di
         found = COCOeval(ground, ground.loadRes(list(detections)), "bbox")
         found.evaluate()
         found.accumulate()
-    precision = np.asarray(found.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, category
+    results: Any = found.eval
+    precision = np.asarray(results["precision"])[:, :, :, 0, -1]  # IoU, recall, category
     return {
         f"{0.5 + 0.05 * i:.2f}": float(values[values > -1].mean())
         for i, values in enumerate(precision)
