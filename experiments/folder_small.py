@@ -25,7 +25,8 @@ config = Config(
         head_norm="group",
         dtype="float32",
     ),
-    # As in quickstart.py: a small data set leaves the bins of hard examples nearly empty.
+    # As in quickstart.py: a small data set leaves the bins of hard examples nearly empty;
+    # the results in docs/results.md are with these weights.
     loss=Loss(weight=3.0, box_weight=10.0, ghm_c=Harmonizing(min_count=100)),
     optimizer=Optimizer(
         name="adamw",

@@ -59,7 +59,7 @@ def main(
     out: Path = RESULT,
 ) -> None:
     """Trains, measures at the given steps and writes the rows after each."""
-    config = recipe(data_dir, backbone, channels, size, batch, max(steps), seed)
+    config = recipe(data_dir, backbone, channels, size, batch, seed)
     dataset = open_dataset(config.data, config.data.train_split)
     trainer = build(config, len(dataset.class_names))
     state = jit_init(trainer.init_state, jax.devices()[0])()
@@ -87,7 +87,6 @@ def recipe(
     channels: int,
     size: tuple[int, int],
     batch: int,
-    steps: int,
     seed: int,
 ) -> Config:
     """The published recipe from random weights, on the images of one bucket."""
@@ -181,7 +180,7 @@ def save(path: Path, key: str, row: dict[str, Any]) -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     rows[key] = row
     print(key, json.dumps(row, indent=2), flush=True)
-    write_record(path, "python -m experiments.gradient_scale", {"rows": rows})
+    write_record(path, "python -m experiments.gradient_scale", {"rows": rows}, packages=("jax",))
 
 
 if __name__ == "__main__":

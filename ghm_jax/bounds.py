@@ -35,9 +35,7 @@ def problems(settings: Any) -> Iterator[tuple[str, str]]:
     """
     for name, kind in _kinds(type(settings)).items():
         value = getattr(settings, name)
-        if typing.get_origin(kind) is typing.Union:  # of a number and words
-            number, words = typing.get_args(kind)
-            kind = words if isinstance(value, str) else number
+        kind = kind_of(kind, value)
         if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
             yield name, f"{shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
         if isinstance(value, float) and not abs(value) <= _LARGEST:
@@ -45,6 +43,15 @@ def problems(settings: Any) -> Iterator[tuple[str, str]]:
         for bound in getattr(kind, "__metadata__", ()):
             if isinstance(bound, Bound) and not bound.holds(value):
                 yield name, f"{bound.words}, got {shown(value)}"
+
+
+def kind_of(kind: Any, value: Any) -> Any:
+    """The type that counts for a value, where a setting is a number or a word: of
+    `Positive[float] | Literal["all"]` the one or the other. All other types as they are."""
+    if typing.get_origin(kind) is not typing.Union:
+        return kind
+    number, words = typing.get_args(kind)
+    return words if isinstance(value, str) else number
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from ghm_jax.bounds import BelowOne, Bound, Fraction, NotNegative, Positive, problems
+from ghm_jax.bounds import BelowOne, Bound, Fraction, NotNegative, Positive, kind_of, problems
 from ghm_jax.exceptions import ConfigError
 
 # Experiment files import everything that a config consists of from this module.
@@ -489,9 +489,7 @@ def _replaced(default: Any, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    if typing.get_origin(kind) is typing.Union:  # of a number and words
-        number, words = typing.get_args(kind)
-        kind = words if isinstance(value, str) else number
+    kind = kind_of(kind, value)
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = typing.get_args(kind)
         if kinds[-1] is Ellipsis:

@@ -25,7 +25,7 @@ from typing import Any
 
 import tyro
 
-from experiments.study.outliers import make_outliers
+from experiments.study.outliers import KINDS, SOURCE, make_outliers
 from experiments.study.plan import QUESTIONS, SEEDS, Question, Trial, final_trials, tuning_trials
 from experiments.study.summary import best_setting, read_results, table
 from ghm_jax.config import to_dict
@@ -135,7 +135,7 @@ def batches(
 def has_data(name: str, data_dir: str) -> bool:
     """Whether a data set is there, or is made when it is needed."""
     prepared = Path(data_dir) / name
-    return prepared.is_dir() or name.startswith(("digit_scenes", "wrong_", "missing_"))
+    return prepared.is_dir() or name.startswith((SOURCE, *KINDS))
 
 
 def shortened(question: Question) -> Question:

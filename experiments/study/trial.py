@@ -3,8 +3,6 @@
 python -m experiments.study.trial CONFIG.json RUN_DIR [--core 0]
 """
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -13,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -71,19 +68,9 @@ def figures(config: Any, run_dir: Path) -> dict[str, Any]:
 
 def ap_by_iou(truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> dict[str, float]:
     """AP at each IoU from 0.50 to 0.95, all areas and 100 detections."""
-    from hotcoco import COCO, COCOeval
+    from ghm_jax.evaluation.coco import precision_of
 
-    if not detections:
-        return {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground = COCO()
-        ground.dataset = {"info": {}, **truth}
-        ground.createIndex()
-        found = COCOeval(ground, ground.loadRes(list(detections)), "bbox")
-        found.evaluate()
-        found.accumulate()
-    results: Any = found.eval
-    precision = np.asarray(results["precision"])[:, :, :, 0, -1]  # IoU, recall, category
+    _, precision = precision_of(truth, detections)
     return {
         f"{0.5 + 0.05 * i:.2f}": float(values[values > -1].mean())
         for i, values in enumerate(precision)

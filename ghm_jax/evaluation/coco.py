@@ -121,6 +121,22 @@ def score(
         detections: COCO results.
         evaluator: the library that computes the figures.
     """
+    figures, precision = precision_of(truth, detections, evaluator)
+    metrics = dict(zip(METRICS, figures, strict=True))
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    per_class = {}
+    for k, category_id in enumerate(sorted(names)):
+        values = precision[:, :, k]
+        values = values[values > -1]
+        per_class[names[category_id]] = float(values.mean()) if values.size else -1.0
+    return metrics, per_class
+
+
+def precision_of(
+    truth: dict[str, Any], detections: Iterable[dict[str, Any]], evaluator: Evaluator = "hotcoco"
+) -> tuple[list[float], np.ndarray]:
+    """The twelve COCO figures, and precision by IoU (0.50 to 0.95), recall and category, of all
+    areas and 100 detections; -1: no such object. Arguments as for `score`."""
     found = list(detections)
     if not found:  # the evaluators reject an empty list: an empty box of score 0 matches nothing
         image, category = truth["images"][0]["id"], truth["categories"][0]["id"]
@@ -134,16 +150,9 @@ def score(
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
-    metrics = dict(zip(METRICS, (float(x) for x in coco_eval.stats), strict=True))
     # Axes: IoU, recall, category, area, detections; of the last two: all areas, 100 detections.
     precision = np.asarray(coco_eval.eval["precision"])[:, :, :, 0, -1]
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    per_class = {}
-    for k, category_id in enumerate(sorted(names)):
-        values = precision[:, :, k]
-        values = values[values > -1]
-        per_class[names[category_id]] = float(values.mean()) if values.size else -1.0
-    return metrics, per_class
+    return [float(x) for x in coco_eval.stats], precision
 
 
 def _evaluator_classes(evaluator: Evaluator) -> tuple[Any, Any]:
