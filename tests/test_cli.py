@@ -231,6 +231,33 @@ def test_the_line_about_a_value_of_any_length_is_short(place, capsys, digit):
     assert len(line) < 600
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--loss.weight", ["FLOAT|{published}", "['much']"]),
+        ("--loss.mu", ["could not convert string to float: 'much'"]),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_what_tyro_says_without_its_box(
+    place, encoding, option, words
+):
+    """Where the output cannot hold the characters of a box, tyro draws it with hyphens."""
+    command = [sys.executable, "-c", "from ghm_jax.cli import main; main()"]
+    done = subprocess.run(
+        [*command, "train", "tiny.py", option, "much"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    line = done.stderr
+    assert line.startswith(f"ghm-jax: Error parsing {option}: ")
+    assert line.endswith(" (--help lists all settings)\n")
+    assert line.count("\n") == 1
+    assert all(word in line for word in words)
+    for word in ("---", "helptext", "typing", "lambda", "Weight of"):
+        assert word not in line
+
+
 def command_words(command):
     """Words of a command's name: `data prepare folder`."""
     return next(n for n in (3, 2, 1, 0) if " ".join(command.split()[:n]) in COMMANDS or not n)

@@ -152,15 +152,20 @@ def _own_options(kind: type[Any]) -> Iterator[str]:
 
 
 def _first_sentence(boxed: str) -> str:
-    """What a tyro error box says before its first rule, on one line."""
+    """What a tyro error box says before its first rule, on one line.
+
+    Where the output cannot hold the characters of a box, its title stands above a rule of hyphens.
+    "Got errors:" begins what each type of a number or a word rejected, with tyro's internals.
+    """
+    texts = [line.strip(" │") for line in boxed.splitlines()]
+    if "╭" not in boxed and (rules := [i for i, text in enumerate(texts) if text[:3] == "---"]):
+        texts = texts[rules[0] + 1 :]
     lines = []
-    for line in boxed.splitlines():
-        text = line.strip(" │")
-        if text.startswith(("╭", "╰")):
-            continue
-        if text.startswith("─"):
+    for text in texts:
+        if text.startswith(("─", "---")) or text == "Got errors:":
             break
-        lines.append(text)
+        if text and not text.startswith(("╭", "╰")):
+            lines.append(text)
     said = " ".join(lines) or boxed.strip()
     said = said if len(said) <= 500 else f"{said[:200]} ... {said[-200:]}"
     return f"{said} (--help lists all settings)"
