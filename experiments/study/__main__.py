@@ -1,6 +1,6 @@
-"""The study of the losses: trains what is missing, two runs side by side, one core each.
+"""The study of the losses: trains what is missing, one run on each core, side by side.
 
-    python -m experiments.study [--only H1 H5] [--data-dir data]
+    python -m experiments.study [--only H1 H5] [--data-dir data] [--cores 0 1]
     python -m experiments.study --table
     python -m experiments.study --smoke
 
@@ -80,6 +80,7 @@ def main(
     data_dir: str = "data",
     results: Path = RESULTS,
     runs: Path = Path("runs/study"),
+    cores: tuple[int, ...] = (),
     smoke: bool = False,
     table: bool = False,
 ) -> None:
@@ -92,6 +93,7 @@ def main(
         data_dir: where the data sets are.
         results: where finished runs are.
         runs: directory for the runs in progress.
+        cores: numbers of the CPU cores to train on; empty: all.
         smoke: a few steps of the first loss of each question, to see that all works.
         table: only print the tables of what is finished.
     """
@@ -102,7 +104,7 @@ def main(
         steps, seeds = 4, seeds[:1]
         questions = [shortened(question) for question in questions]
     if not table:
-        study = Study(results, data_dir, runs, range(os.cpu_count() or 1))
+        study = Study(results, data_dir, runs, cores or range(os.cpu_count() or 1))
         for question in questions:
             for trials in batches(question, study, steps, seeds):
                 study.train(trials)
