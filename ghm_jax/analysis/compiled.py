@@ -95,6 +95,10 @@ class PartCost:
     """Of convolutions and matrix products."""
     seconds: float
     """Lower bound from both."""
+    copies: int
+    """Instructions that only give an array another layout or axis order in main memory."""
+    copied: int
+    """Of the bytes, those of the copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +130,6 @@ class CompiledStep:
     collectives: list[Collective]
     compiler_flops: float
     """As counted by the compiler, with element-wise operations."""
-    copies: int
-    """Instructions that copy or transpose an array in main memory."""
     seconds: dict[str, float]
     """Lower bounds of the step: compute, memory, links."""
     compile_seconds: float
@@ -137,9 +139,19 @@ class CompiledStep:
         """Seconds per step at least, if compute, memory and links overlapped perfectly."""
         return max(self.seconds.values())
 
+    @property
+    def total(self) -> PartCost:
+        """All parts together."""
+        size, flops, copies, copied = (
+            sum(getattr(part, name) for part in self.parts.values())
+            for name in ("bytes", "flops", "copies", "copied")
+        )
+        return PartCost(bytes=size, flops=flops, seconds=self.bound, copies=copies, copied=copied)
+
     def as_record(self) -> dict[str, Any]:
         """All figures by name, for JSON."""
-        derived = {"peak": self.memory.peak, "fits": self.memory.fits, "bound": self.bound}
+        derived = {"peak": self.memory.peak, "fits": self.memory.fits}
+        derived |= {"bound": self.bound, "copies": self.total.copies}
         return {**dataclasses.asdict(self), **derived}
 
 
@@ -222,7 +234,6 @@ def compile_for(
         parts=_parts(costs, chip),
         collectives=collectives,
         compiler_flops=float((compiled.cost_analysis() or {}).get("flops", math.nan)),
-        copies=sum(cost.instruction.opcode in ("copy", "transpose") for cost in costs),
         seconds={
             "compute": sum(cost.flops for cost in costs) / chip.flops,
             "memory": sum(cost.bytes for cost in costs) / chip.bandwidth,
@@ -284,15 +295,21 @@ def part_of(scope: str) -> str:
 
 
 def _parts(costs: Iterable[Cost], chip: Chip) -> dict[str, PartCost]:
-    traffic, flops = Counter[str](), Counter[str]()
+    traffic, flops, copies, copied = (Counter[str]() for _ in range(4))
     for cost in costs:
-        traffic[part_of(cost.scope)] += cost.bytes
-        flops[part_of(cost.scope)] += cost.flops
+        part = part_of(cost.scope)
+        traffic[part] += cost.bytes
+        flops[part] += cost.flops
+        if cost.instruction.opcode in ("copy", "transpose"):
+            copies[part] += cost.times
+            copied[part] += cost.bytes
     return {
         part: PartCost(
             bytes=traffic[part],
             flops=flops[part],
             seconds=max(traffic[part] / chip.bandwidth, flops[part] / chip.flops),
+            copies=copies[part],
+            copied=copied[part],
         )
         for part in (*PARTS, "other")
         if traffic[part] or flops[part]

@@ -73,10 +73,14 @@ def step(**changed) -> CompiledStep:
         padded_size=(96, 128),
         batch_per_chip=3,
         memory=memory,
-        parts={"backbone": PartCost(bytes=4_000_000, flops=8_000_000_000, seconds=0.002)},
+        parts={
+            "backbone": PartCost(
+                bytes=4_000_000, flops=8_000_000_000, seconds=0.002, copies=7, copied=1_500_000
+            ),
+            "fpn": PartCost(bytes=1_000_000, flops=0, seconds=0.001, copies=2, copied=250_000),
+        },
         collectives=[Collective(kind="all-reduce", scope="gradients", count=1, bytes=1000)],
         compiler_flops=9e9,
-        copies=7,
         seconds={"compute": 0.002, "memory": 0.001, "links": 0.0},
         compile_seconds=12.3,
     )
@@ -90,6 +94,14 @@ def test_the_table_says_whether_it_fits_and_what_bounds_it():
     tight = dataclasses.replace(step().memory, temporaries=2**35)
     assert "DOES NOT FIT" in compiled_table(step(memory=tight))
     assert step().bound == 0.002
+
+
+def test_the_table_lists_the_copies_of_each_part_and_their_sum():
+    lines = {line.split()[0]: line.split() for line in compiled_table(step()).splitlines() if line}
+    assert lines["backbone"][-3:] == ["7", "1.5", "MB"]
+    assert lines["fpn"][-3:] == ["2", "0.2", "MB"]
+    assert lines["step"][-3:] == ["9", "1.8", "MB"]
+    assert step().as_record()["copies"] == 9
 
 
 def test_published_limits_are_in_bytes_and_operations_per_second():
@@ -112,6 +124,7 @@ def test_the_training_step_has_sums_and_no_collective_that_grows(tmp_path, wrapp
         assert found["chips"] == 4
         assert {"backbone", "matching", "classification_loss"} <= set(found["parts"])
         assert {c["kind"] for c in found["collectives"]} == {"all-reduce"}
+        assert 0 < found["parts"]["backbone"]["copied"] < found["parts"]["backbone"]["bytes"]
         sums.append({c["scope"]: c["bytes"] for c in found["collectives"]})
         del sums[-1]["other"]  # ids of images that are not finite
     assert sums[0] == sums[1]  # gradients, histograms, sums: not of the batch
