@@ -121,17 +121,22 @@ def add_line(path: Path, line: str) -> None:
 def batches(
     question: Question, study: Study, steps: int, seeds: tuple[int, ...]
 ) -> Iterator[list[Trial]]:
-    """The runs of a question: those for tuning, then the final ones with what was best."""
+    """The runs of a question: those for tuning, then the final ones with what was best.
+
+    Two losses at a time, so that a study that is stopped has finished rows.
+    """
     if not has_data(question.data[0], study.data_dir):
         print(f"{question.key}: no {question.data[0]} in {study.data_dir}, skipped")
         return
-    yield [t for entry in question.entries for t in tuning_trials(question, entry, steps)]
-    finals = []
-    for entry in question.entries:
-        best = best_setting(study.finished, tuning_trials(question, entry, steps))
-        assert best is not None
-        finals += final_trials(question, entry, best, steps, seeds)
-    yield [trial for trial in finals if has_data(trial.data, study.data_dir)]
+    for start in range(0, len(question.entries), 2):
+        entries = question.entries[start : start + 2]
+        yield [trial for entry in entries for trial in tuning_trials(question, entry, steps)]
+        finals = []
+        for entry in entries:
+            best = best_setting(study.finished, tuning_trials(question, entry, steps))
+            assert best is not None
+            finals += final_trials(question, entry, best, steps, seeds)
+        yield [trial for trial in finals if has_data(trial.data, study.data_dir)]
 
 
 def has_data(name: str, data_dir: str) -> bool:

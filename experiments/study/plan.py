@@ -79,15 +79,15 @@ QUESTIONS = (
         "H1",
         "Which classification loss? (table 4 of the paper)",
         (
-            *(CROSS_ENTROPY, OHEM, FOCAL, LEVELS, NO_FLOOR),
-            *(_floor(10), FLOOR, _floor(1000)),
+            *(FOCAL, FLOOR, CROSS_ENTROPY, LEVELS, OHEM, NO_FLOOR),
+            *(_floor(10), _floor(1000)),
             Entry("GHM-C, strength 0.75", ONE_HISTOGRAM | _ghm_c(min_count=0.0, strength=0.75)),
         ),
     ),
     Question(
         "H5",
         "Do outliers in the training labels hurt less?",
-        (CROSS_ENTROPY, FOCAL, NO_FLOOR, FLOOR),
+        (FOCAL, FLOOR, CROSS_ENTROPY, NO_FLOOR),
         data=(
             "digit_scenes",
             *(f"wrong_labels_{percent}" for percent in (10, 20, 40)),
