@@ -29,6 +29,7 @@ def main(
     if core >= 0:
         os.sched_setaffinity(0, {core})  # before JAX starts its threads
     from ghm_jax.config import from_dict
+    from ghm_jax.runs.records import provenance
     from ghm_jax.train import train
     from ghm_jax.training.log import TrainingDiverged
 
@@ -40,7 +41,8 @@ def main(
     except TrainingDiverged as error:
         found = {"metrics": dict.fromkeys(METRICS, 0.0), "diverged": str(error)}
     seconds = round(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds, **found}), flush=True)
+    origin = provenance("python -m experiments.study", ("jax",))
+    print(json.dumps({"seconds": seconds, **found, **origin}), flush=True)
     shutil.rmtree(run_dir)
 
 

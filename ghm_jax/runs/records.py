@@ -32,15 +32,21 @@ def write_record(
         packages: whose versions matter; those that are not installed are omitted.
         device: what was measured on; None: JAX's first device.
     """
-    record = {
+    record = {**provenance(command, packages, device), **contents}
+    write_text(Path(path), json.dumps(record, indent=2) + "\n")
+
+
+def provenance(
+    command: str, packages: Sequence[str] = (), device: str | None = None
+) -> dict[str, Any]:
+    """What `write_record` adds to measurements; its arguments."""
+    return {
         "command": command.strip(),
         "date": time.strftime("%Y-%m-%d"),
         "device": _first_device() if device is None else device,
         "load_average": round(os.getloadavg()[0], 1),  # over one minute: other work on the machine
         "versions": {"python": platform.python_version(), **_versions(packages)},
-        **contents,
     }
-    write_text(Path(path), json.dumps(record, indent=2) + "\n")
 
 
 def _first_device() -> str:
