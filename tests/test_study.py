@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.study.__main__ import add_line
@@ -19,7 +20,16 @@ from experiments.study.plan import (
     final_trials,
     tuning_trials,
 )
-from experiments.study.summary import best_setting, paired_difference, read_results, rows, table
+from experiments.study.summary import (
+    best_setting,
+    calibration_table,
+    iou_table,
+    paired_difference,
+    read_results,
+    rows,
+    scores_table,
+    tuning_table,
+)
 from experiments.study.trial import ap_by_iou
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +38,22 @@ STEPS = 100
 
 def results_of(question: Question, ap) -> dict:
     """A record for every trial, with the AP that a function of it gives."""
+
+    def record(trial):
+        value = ap(trial)
+        return {
+            "metrics": {"AP": value},
+            "ap_by_iou": {f"{iou:.2f}": value + 0.55 - iou for iou in np.arange(0.5, 1, 0.05)},
+            "ece": 1 - value,
+        }
+
     found = {}
     for entry in question.entries:
         tuning = tuning_trials(question, entry, STEPS)
-        found |= {trial.key: {"metrics": {"AP": ap(trial)}} for trial in tuning}
+        found |= {trial.key: record(trial) for trial in tuning}
         best = best_setting(found, tuning)
-        finals = final_trials(question, entry, best, STEPS, SEEDS)
-        found |= {trial.key: {"metrics": {"AP": ap(trial)}} for trial in finals}
+        finals = final_trials(question, entry, best, STEPS)
+        found |= {trial.key: record(trial) for trial in finals}
     return found
 
 
@@ -43,17 +62,19 @@ def test_every_run_of_the_study_has_a_valid_config_and_a_name_of_its_own(questio
     configs = {}
     for entry in question.entries:
         tuning = tuning_trials(question, entry, STEPS)
-        finals = final_trials(question, entry, tuning[0], STEPS, SEEDS)
+        finals = final_trials(question, entry, tuning[0], STEPS)
         for trial in (*tuning, *finals):
             configs[trial.key] = trial.config("data").check()
-    assert len(configs) == len(question.entries) * (len(GRID) + len(question.data) * len(SEEDS))
+    finals = len(question.entries) * len(question.data) * len(question.seeds)
+    tuned = {(entry.like or entry).name for entry in question.entries}
+    assert len(configs) == len(tuned) * len(GRID) + finals
     assert len(set(map(repr, configs.values()))) == len(configs)
     assert TUNING_SEED not in SEEDS
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
 def test_tuning_changes_the_learning_rate_and_the_weight_that_is_compared(question):
-    entry = question.entries[-1]
+    entry = question.entries[-1].like or question.entries[-1]
     base, *others = (t.config("data") for t in tuning_trials(question, entry, STEPS))
     name = entry.tuned.removeprefix("loss.")
     weight = getattr(base.loss, name)
@@ -81,8 +102,7 @@ def test_the_final_runs_take_the_setting_that_was_best_and_no_seed_of_the_tuning
     assert [row.entry.name for row in found] == [entry.name for entry in question.entries]
     for row in found:
         assert (row.setting.learning_rate, row.setting.weight) == best[row.entry.name]
-        assert row.values == pytest.approx([0.71, 0.72, 0.73])
-        assert row.mean == pytest.approx(0.72)
+        assert row.ap == pytest.approx([0.71, 0.72, 0.73])
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -96,15 +116,41 @@ def test_differences_are_taken_seed_by_seed():
     results = results_of(question, ap)
     one, other, *_ = rows(question, results, STEPS)
     assert paired_difference(other, one) == pytest.approx((0.05, 0.0, 0.1))
-    text = table(question, results, STEPS)
-    assert "| 0.350 | 0.200 to 0.550 | +0.050 (+0.000 to +0.100) |" in text
+    text = scores_table([one, other])
+    assert "| 0.350 (0.200 to 0.550) | +0.050 (+0.000 to +0.100) |" in text
+
+
+def test_variants_take_the_setting_that_was_best_for_their_loss():
+    question = next(question for question in QUESTIONS if question.key == "H2")
+
+    def ap(trial):
+        best = (0.5, 1.0) if trial.entry.name == "GHM-C, floor 100" else (1.0, 2.0)
+        return 0.5 + 0.2 * ((trial.learning_rate, trial.weight) == best)
+
+    found = {row.entry.name: row.setting for row in rows(question, results_of(question, ap), STEPS)}
+    few = found["GHM-C, floor 100, 5 bins"]
+    assert (few.learning_rate, few.weight) == (0.5, 1.0)
+    assert found["GHM-C, no floor, 40 bins"].weight == 2.0
+
+
+def test_the_other_tables_have_a_line_per_loss():
+    question = QUESTIONS[0]
+    results = results_of(question, lambda trial: 0.4 + 0.1 * trial.weight + 0.01 * trial.seed)
+    found = rows(question, results, STEPS)  # weight x 2: 0.6 and the seeds 1, 2, 3
+    by_iou = next(line for line in iou_table(found).splitlines() if "| focal |" in line)
+    assert by_iou.endswith("| 0.670 | 0.570 | 0.470 | 0.370 | 0.270 |")
+    error = next(line for line in calibration_table(found).splitlines() if "| focal |" in line)
+    assert error.endswith("| 0.380 (0.370 to 0.390) |")
+    tuned = tuning_table(question, results, STEPS).splitlines()
+    assert tuned[2] == "| focal | 0.600 | 0.500 | 0.450 | 0.500 | 0.500 | 0.500 | 0.450 | 0.600 |"
+    assert len(tuned) == 2 + len(question.entries)
 
 
 def test_a_row_appears_when_all_its_runs_are_finished():
     question = QUESTIONS[0]
     results = results_of(question, lambda trial: 0.5)
     entry = question.entries[2]
-    *_, last = final_trials(question, entry, tuning_trials(question, entry, STEPS)[0], STEPS, SEEDS)
+    *_, last = final_trials(question, entry, tuning_trials(question, entry, STEPS)[0], STEPS)
     del results[last.key]
     names = [row.entry.name for row in rows(question, results, STEPS)]
     assert names == [e.name for e in question.entries if e is not entry]

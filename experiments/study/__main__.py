@@ -26,8 +26,8 @@ from typing import Any
 import tyro
 
 from experiments.study.outliers import KINDS, SOURCE, make_outliers
-from experiments.study.plan import QUESTIONS, SEEDS, Question, Trial, final_trials, tuning_trials
-from experiments.study.summary import best_setting, read_results, table
+from experiments.study.plan import QUESTIONS, Question, Trial, final_trials, tuning_trials
+from experiments.study.summary import best_setting, read_results, rows, scores_table
 from ghm_jax.config import to_dict
 
 RESULTS = Path(__file__).parents[1] / "results" / "study" / "runs.jsonl"
@@ -75,7 +75,7 @@ class Study:
 
 def main(
     only: tuple[str, ...] = (),
-    seeds: tuple[int, ...] = SEEDS,
+    seeds: tuple[int, ...] = (),
     steps: int = STEPS,
     data_dir: str = "data",
     results: Path = RESULTS,
@@ -88,7 +88,7 @@ def main(
 
     Args:
         only: keys of the questions, such as H1; empty: all.
-        seeds: of the final runs.
+        seeds: of the final runs; empty: those of the plan.
         steps: of a final run; tuning takes half of them.
         data_dir: where the data sets are.
         results: where finished runs are.
@@ -101,7 +101,7 @@ def main(
     if unknown := set(only) - {question.key for question in QUESTIONS}:
         raise SystemExit(f"no question {', '.join(sorted(unknown))}: see plan.py")
     if smoke:
-        steps, seeds = 4, seeds[:1]
+        steps, seeds = 4, seeds[:1] or (1,)
         questions = [shortened(question) for question in questions]
     if not table:
         study = Study(results, data_dir, runs, cores or range(os.cpu_count() or 1))
@@ -158,7 +158,7 @@ def print_tables(
     """What is finished."""
     for question in questions:
         print(f"\n{question.key}. {question.title}\n")
-        print(table(question, results, steps, seeds))
+        print(scores_table(rows(question, results, steps, seeds)))
 
 
 if __name__ == "__main__":

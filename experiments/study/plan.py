@@ -2,7 +2,8 @@
 
 All losses are tuned alike: the learning rate and the weight of the loss that is compared, each at
 half and twice its base value while the other stays (`GRID`), with seed 0 and half of the steps.
-The setting with the highest AP is then trained with fresh seeds and all steps.
+The setting with the highest AP is then trained with fresh seeds and all steps. Where an option of a
+loss is compared (bins, momentum), its variants take the setting of the loss itself, with one seed.
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ class Entry:
     changes: Mapping[str, Any] = field(default_factory=dict)
     tuned: str = "loss.weight"
     """The weight that is tuned, beside the learning rate."""
+    like: "Entry | None" = None
+    """Trained with the setting that was best for this one, in place of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Question:
     """Names of data sets; all but the first are trained with the settings tuned on the first."""
     experiment: str = "quickstart"
     grid: tuple[tuple[float, float], ...] = GRID
+    seeds: tuple[int, ...] = SEEDS
+    """Of the final runs."""
 
 
 def _ghm_c(**settings: Any) -> dict[str, Any]:
@@ -67,6 +72,12 @@ OHEM = Entry("OHEM", {"loss.classification": "ohem", "loss.weight": 1.0})
 FOCAL = Entry("focal", {"loss.classification": "focal", "loss.weight": 1.0})
 LEVELS = Entry("GHM-C, published", PUBLISHED)
 NO_FLOOR, FLOOR = _floor(0), _floor(100)
+
+
+def _like(loss: Entry, words: str, **settings: Any) -> Entry:
+    """A GHM-C with other settings, trained with the rate and weight that were best for `loss`."""
+    changes = {**loss.changes, **_ghm_c(**settings)}
+    return Entry(f"{loss.name}, {words}", changes, loss.tuned, like=loss)
 
 
 def _boxes(name: str, weight: float, **settings: Any) -> Entry:
@@ -114,30 +125,30 @@ QUESTIONS = (
     Question(
         "H2",
         "How many bins? (table 1 of the paper)",
-        tuple(
-            Entry(
-                f"{bins} bins, {'floor 100' if floor else 'no floor'}",
-                ONE_HISTOGRAM | _ghm_c(bins=bins, min_count=floor),
-            )
-            for floor in (100.0, 0.0)
-            for bins in (5, 10, 20, 30, 40)
+        (
+            *(FLOOR, *(_like(FLOOR, f"{n} bins", bins=n) for n in (5, 10, 20, 40))),
+            *(NO_FLOOR, *(_like(NO_FLOOR, f"{n} bins", bins=n) for n in (5, 10, 20, 40))),
         ),
+        seeds=SEEDS[:1],
     ),
     Question(
         "H4",
         "How much momentum of the histogram?",
-        tuple(
-            Entry(
-                f"momentum {momentum}, {name}",
-                ONE_HISTOGRAM | _ghm_c(momentum=momentum, **settings),
-            )
-            for name, settings in {
-                "floor 100": {"min_count": 100.0},
-                "no floor": {"min_count": 0.0},
-                "no floor, no bias correction": {"min_count": 0.0, "bias_correction": False},
-            }.items()
-            for momentum in (0.0, 0.5, 0.75, 0.9, 0.99)
+        (
+            *(FLOOR, *(_like(FLOOR, f"momentum {m}", momentum=m) for m in (0.0, 0.5, 0.9, 0.99))),
+            *(NO_FLOOR, *(_like(NO_FLOOR, f"momentum {m}", momentum=m) for m in (0.0, 0.5))),
+            *(_like(NO_FLOOR, f"momentum {m}", momentum=m) for m in (0.9, 0.99)),
+            *(
+                _like(
+                    NO_FLOOR,
+                    f"momentum {m}, no bias correction",
+                    momentum=m,
+                    bias_correction=False,
+                )
+                for m in (0.5, 0.75, 0.9, 0.99)
+            ),
         ),
+        seeds=SEEDS[:1],
     ),
 )
 
@@ -194,7 +205,8 @@ def _changed(section: Any, path: list[str], value: Any) -> Any:
 
 
 def tuning_trials(question: Question, entry: Entry, steps: int) -> list[Trial]:
-    """One run for each setting of the question's grid."""
+    """One run for each setting of the question's grid, of the loss whose setting an entry takes."""
+    entry = entry.like or entry
     return [
         Trial(entry, question.experiment, question.data[0], TUNING_SEED, rate, weight, steps // 2)
         for rate, weight in question.grid
@@ -202,11 +214,11 @@ def tuning_trials(question: Question, entry: Entry, steps: int) -> list[Trial]:
 
 
 def final_trials(
-    question: Question, entry: Entry, best: Trial, steps: int, seeds: tuple[int, ...]
+    question: Question, entry: Entry, best: Trial, steps: int, seeds: tuple[int, ...] = ()
 ) -> list[Trial]:
-    """The best setting with every seed on every data set."""
+    """The best setting with every seed (by default the question's) on every data set."""
     return [
         replace(best, entry=entry, data=data, seed=seed, steps=steps)
         for data in question.data
-        for seed in seeds
+        for seed in seeds or question.seeds
     ]

@@ -2,11 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.study.plan import SEEDS, Entry, Question, Trial, final_trials, tuning_trials
+from experiments.study.plan import Entry, Question, Trial, final_trials, tuning_trials
 
 Results = Mapping[str, Mapping[str, Any]]
 """Results of finished trials, by their keys."""
@@ -40,21 +40,21 @@ class Row(NamedTuple):
     entry: Entry
     data: str
     setting: Trial
-    values: tuple[float, ...]
+    runs: tuple[Mapping[str, Any], ...]
     """By seed."""
 
+    def values(self, of: Callable[[Mapping[str, Any]], float]) -> list[float]:
+        """A figure of each run."""
+        return [of(run) for run in self.runs]
+
     @property
-    def mean(self) -> float:
-        """Over the seeds."""
-        return statistics.mean(self.values)
+    def ap(self) -> list[float]:
+        """Of each run."""
+        return self.values(lambda run: run["metrics"]["AP"])
 
 
 def rows(
-    question: Question,
-    results: Results,
-    steps: int,
-    seeds: tuple[int, ...] = SEEDS,
-    metric: str = "AP",
+    question: Question, results: Results, steps: int, seeds: tuple[int, ...] = ()
 ) -> list[Row]:
     """The rows whose runs are all finished."""
     found = []
@@ -66,31 +66,83 @@ def rows(
         for data in question.data:
             keys = [trial.key for trial in finals if trial.data == data]
             if all(key in results for key in keys):
-                values = tuple(results[key]["metrics"][metric] for key in keys)
-                found.append(Row(entry, data, best, values))
+                found.append(Row(entry, data, best, tuple(results[key] for key in keys)))
     return found
 
 
 def paired_difference(row: Row, other: Row) -> tuple[float, float, float]:
-    """Mean, smallest and largest difference between two rows, seed by seed."""
-    differences = [a - b for a, b in zip(row.values, other.values, strict=True)]
+    """Mean, smallest and largest difference in AP between two rows, seed by seed."""
+    differences = [a - b for a, b in zip(row.ap, other.ap, strict=True)]
     return statistics.mean(differences), min(differences), max(differences)
 
 
-def table(question: Question, results: Results, steps: int, seeds: tuple[int, ...] = SEEDS) -> str:
-    """Markdown; the differences are to the first finished row of the same data set."""
-    lines = [
-        "| data | loss | rate | weight | AP | range | difference, by seed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    found = rows(question, results, steps, seeds)
+def scores_table(found: Sequence[Row]) -> str:
+    """AP of each row; the differences are to the first row of the same data set."""
+    lines = []
     for row in found:
         first = next(other for other in found if other.data == row.data)
         mean, low, high = paired_difference(row, first)
-        difference = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if row is not first else ""
         lines.append(
-            f"| {row.data} | {row.entry.name} | x {row.setting.learning_rate:g} "
-            f"| x {row.setting.weight:g} | {row.mean:.3f} "
-            f"| {min(row.values):.3f} to {max(row.values):.3f} | {difference} |"
+            (
+                row.data,
+                row.entry.name,
+                f"x {row.setting.learning_rate:g}",
+                f"x {row.setting.weight:g}",
+                _mean_and_range(row.ap),
+                f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if row is not first else "",
+            )
         )
-    return "\n".join(lines)
+    head = ("data", "loss", "rate", "weight", "AP (range)", "difference, by seed (range)")
+    return markdown(head, lines)
+
+
+IOUS = ("0.50", "0.60", "0.70", "0.80", "0.90")
+
+
+def iou_table(found: Sequence[Row]) -> str:
+    """AP of each row by IoU, mean over the seeds."""
+    lines = [
+        (
+            row.data,
+            row.entry.name,
+            *(
+                f"{statistics.mean(row.values(lambda run, iou=iou: run['ap_by_iou'][iou])):.3f}"
+                for iou in IOUS
+            ),
+        )
+        for row in found
+    ]
+    return markdown(("data", "loss", *(f"AP at IoU {iou}" for iou in IOUS)), lines)
+
+
+def calibration_table(found: Sequence[Row]) -> str:
+    """Expected calibration error of each row."""
+    lines = [
+        (row.data, row.entry.name, _mean_and_range(row.values(lambda run: run["ece"])))
+        for row in found
+    ]
+    return markdown(("data", "loss", "expected calibration error (range)"), lines)
+
+
+def tuning_table(question: Question, results: Results, steps: int) -> str:
+    """How much each loss depends on learning rate and weight: AP of its tuning runs."""
+    lines = []
+    for entry in question.entries:
+        trials = tuning_trials(question, entry, steps)
+        if entry.like or best_setting(results, trials) is None:
+            continue
+        aps = [results[trial.key]["metrics"]["AP"] for trial in trials]
+        summary = (max(aps), statistics.median(aps), min(aps))
+        lines.append((entry.name, *(f"{ap:.3f}" for ap in (*summary, *aps))))
+    settings = (f"rate x {rate:g}, weight x {weight:g}" for rate, weight in question.grid)
+    return markdown(("loss", "best", "median", "worst", *settings), lines)
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
