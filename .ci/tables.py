@@ -338,16 +338,19 @@ def tpu_parts() -> str:
                 f"`{part}`",
                 f"{old['bytes'] / 1e9:.2f} GB",
                 f"{cost['bytes'] / 1e9:.2f} GB",
+                f"{cost['copied'] / 1e9:.2f} GB ({cost['copies']})",
                 f"{cost['flops'] / 1e9:,.0f} G",
                 f"{1e3 * old['seconds']:.2f} ms",
                 f"{1e3 * cost['seconds']:.2f} ms",
             )
         )
     totals = [sum(part["bytes"] for part in row["parts"].values()) for row in (before, after)]
-    rows.append(("all", *(f"{total / 1e9:.2f} GB" for total in totals), "", "", ""))
+    copied = sum(part["copied"] for part in after["parts"].values())
+    copies = f"{copied / 1e9:.2f} GB ({after['copies']})"
+    rows.append(("all", *(f"{total / 1e9:.2f} GB" for total in totals), copies, "", "", ""))
     temporaries = [row["memory"]["temporaries"] for row in (before, after)]
-    rows.append(("temporaries", *(f"{size / 1e9:.2f} GB" for size in temporaries), "", "", ""))
-    head = ("part", "before", "after", "FLOPs", "bound before", "bound after")
+    rows.append(("temporaries", *(f"{size / 1e9:.2f} GB" for size in temporaries), *[""] * 4))
+    head = ("part", "before", "after", "of which copies", "FLOPs", "bound before", "bound after")
     return _table(head, rows, _read("tpu_compiled"))
 
 
@@ -381,7 +384,7 @@ def tpu_recipes() -> str:
             *(f"{1e3 * row['seconds'][kind]:.1f} ms" for kind in ("compute", "memory", "links")),
             f"{row['chips'] * row['batch_per_chip'] / row['bound']:,.0f}",
         )
-        for key, row in record["rows"].items()
+        for key, row in sorted(record["rows"].items())
         if row["program"] == "train"
     ]
     head = ("recipe", "slice", "chips", "images per chip", "memory", "largest batch (estimated)")

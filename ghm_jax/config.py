@@ -12,8 +12,9 @@ import difflib
 import itertools
 import math
 import os
+import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -145,15 +146,16 @@ class Anchors:
 class Loss:
     """Classification and box losses; see `ghm_jax.losses`."""
 
-    classification: Literal["ghm_c", "focal", "cross_entropy", "ohem"] = "ghm_c"
-    """Loss of the class scores."""
+    classification: str = "ghm_c"
+    """Loss of the class scores: ghm_c, focal, cross_entropy, ohem, or a function of your own as
+    `module:function`, with the arguments and results of `ghm_jax.losses.focal_loss`."""
     weight: NotNegative[float] | Literal["published"] = "published"
     """Weight of the classification loss. `published`: 1, or for GHM-C over one histogram 4, which
     gives the gradient of the published code."""
     ghm_c: Harmonizing = field(default_factory=Harmonizing)
     """GHM-C: how the class scores are harmonized."""
-    box: Literal["ghm_r", "smooth_l1", "asl1"] = "ghm_r"
-    """Loss of the box deltas of positive anchors."""
+    box: str = "ghm_r"
+    """Loss of the box deltas of positive anchors: ghm_r, smooth_l1, asl1, or `module:function`."""
     box_weight: NotNegative[float] | Literal["published"] = "published"
     """Weight of the box loss. `published`: 10 for GHM-R with a call per level, 40 with one
     histogram, which gives the same gradient; 4 for the others, which average over the four
@@ -281,6 +283,7 @@ class Config:
             _broken_model_rules(self.model),
             _broken_data_rules(self.data),
             _broken_anchor_rules(self.anchors),
+            _broken_loss_rules(self.loss),
             _broken_step_rules(self, num_devices),
         ):
             raise error
@@ -291,6 +294,8 @@ BACKBONES = (
     *("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
+CLASSIFICATION_LOSSES = ("ghm_c", "focal", "cross_entropy", "ohem")
+BOX_LOSSES = ("ghm_r", "smooth_l1", "asl1")
 # A resumed run may change these: they do not affect its result.
 HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
 
@@ -305,11 +310,9 @@ def _out_of_bounds(section: Any, prefix: str) -> Iterator[ConfigError]:
 
 def _broken_model_rules(model: Model) -> Iterator[ConfigError]:
     if model.backbone not in BACKBONES:
-        near = difflib.get_close_matches(model.backbone, BACKBONES, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
         yield ConfigError(
             "model.backbone",
-            f"unknown backbone {model.backbone!r}{hint}",
+            f"unknown backbone {_misspelt(model.backbone, BACKBONES)}",
             f"choose one of {', '.join(BACKBONES)}",
         )
     if model.backbone.startswith("resnext") and model.width % 16:
@@ -361,6 +364,24 @@ def _broken_anchor_rules(anchors: Anchors) -> Iterator[ConfigError]:
         )
     if not anchors.ratios:
         yield ConfigError("anchors.ratios", "needs at least one ratio")
+
+
+def _broken_loss_rules(loss: Loss) -> Iterator[ConfigError]:
+    for key, value, names in (
+        ("loss.classification", loss.classification, CLASSIFICATION_LOSSES),
+        ("loss.box", loss.box, BOX_LOSSES),
+    ):
+        if value not in names and not re.fullmatch(r"[\w.]+:\w+", value):
+            yield ConfigError(
+                key,
+                f"unknown loss {_misspelt(value, names)}",
+                f"choose one of {', '.join(names)}, or give a function as module:function",
+            )
+
+
+def _misspelt(value: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, names, 1)
+    return shown(value) + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def _broken_step_rules(c: Config, num_devices: int) -> Iterator[ConfigError]:

@@ -16,6 +16,7 @@ from ghm_jax.data.loader import Batches, train_batches, training_groups
 from ghm_jax.data.order import Groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.data.workers import check_workers
+from ghm_jax.detection.loss import loss_functions
 from ghm_jax.distributed.devices import (
     REPLICA,
     Device,
@@ -145,6 +146,7 @@ def prepare(
         check_profile(profile, config.optimizer.steps)
         batch_size = config.optimizer.batch_size // jax.process_count()
         check_workers(config.data, batch_size, config.run.workers)
+        loss_functions(config.loss)
         dataset = open_dataset(config.data, config.data.train_split)
         data = dataclasses.replace(config.data, name=dataset.name, classes=dataset.class_names)
         config = dataclasses.replace(config, data=data)

@@ -95,6 +95,8 @@ def fails(capsys, *args):
         ("train tiny.py --loss.ghm-c.bins", ["loss.ghm-c.bins", "--help"]),
         ("train tiny.py --loss.ghm-c.bins 0", ["loss.ghm_c.bins: must be positive, got 0"]),
         ("train tiny.py --loss.classification ghmc", ["loss.classification", "ghm_c"]),
+        ("train tiny.py --loss.classification none_such:f", ["none_such:f", "PYTHONPATH"]),
+        ("train tiny.py --loss.box ghm_jax.losses:none", ["ghm_jax.losses:none", "imported"]),
         ("train tiny.py --model.norm grup", ["model.norm", "group"]),
         ("train tiny.py --model.backbone resnet81", ["model.backbone", "did you mean resnet18"]),
         ("train tiny.py --data.dir gone", ["data.dir", "'squares'", "data prepare"]),

@@ -99,7 +99,7 @@ def test_values_of_the_wrong_type_in_a_nested_section_name_their_key(name):
         ("loss", "weight", "0.9"),
         ("loss", "weight", None),
         ("loss", "weight", False),
-        ("loss", "box", "l2"),
+        ("model", "norm", "layer"),
         ("model", "backbone", 50),
         ("model", "remat", 1),
         ("model", "frozen_stages", True),
@@ -259,6 +259,24 @@ def test_batches_must_divide_over_the_devices():
 def test_a_misspelt_backbone_gets_the_right_one_as_a_hint():
     with pytest.raises(ConfigError, match=r"did you mean resnet50\?"):
         changed(model__backbone="resnet-50").check()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("classification", "ghmc", "did you mean ghm_c?"),
+        ("box", "smoothl1", "did you mean smooth_l1?"),
+        ("classification", "my_losses.py", "module:function"),
+        ("box", ":f", "module:function"),
+        ("classification", "a b:f", "module:function"),
+        ("classification", "module:function:more", "module:function"),
+    ],
+)
+def test_a_loss_is_one_of_ours_or_names_a_function(key, value, words):
+    with pytest.raises(ConfigError, match=rf"^loss.{key}: unknown loss ") as error:
+        Config(loss=Loss(**{key: value})).check()
+    assert words in str(error.value)
+    Config(loss=Loss(**{key: "package.module:function"})).check()
 
 
 def test_a_resnext_needs_a_width_that_its_groups_divide():

@@ -35,7 +35,7 @@ def stats_command(arguments: Arguments) -> None:
     start_devices(load_run(a.run)[1])
 
     from ghm_jax.analysis.gradient_stats import write_stats
-    from ghm_jax.plots.panel import LOSS_NAMES
+    from ghm_jax.plots.panel import loss_name
 
     with Bar() as bar:
         stats, paths = write_stats(
@@ -47,6 +47,6 @@ def stats_command(arguments: Arguments) -> None:
             progress=bar,
         )
     for key, what in (("classification", "class scores"), ("box", "box coordinates")):
-        print(gradient_table(what, stats[key], LOSS_NAMES))
+        print(gradient_table(what, stats[key], loss_name))
     for path in paths:
         print(path)

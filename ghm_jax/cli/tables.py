@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,18 +113,18 @@ def inspection_table(inspection: Inspection, classes: int = 20) -> str:
     return "\n".join(lines)
 
 
-def gradient_table(what: str, stats: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def gradient_table(what: str, stats: Mapping[str, Any], name: Callable[[str], str]) -> str:
     """Shares of examples and gradient by difficulty.
 
     Args:
         what: the examples are.
         stats: of one loss, see `ghm_jax.analysis.gradient_stats.gradient_stats`.
-        names: of the losses in the table.
+        name: gives the display name of a loss.
     """
     groups = stats["difficulty"].values()
     rows = {f"examples: {what}": [group["examples"] for group in groups]}
     for loss in stats["gradient"]:
-        label = f"gradient: {names[loss]}" + (" (this run)" if loss == stats["loss"] else "")
+        label = f"gradient: {name(loss)}" + (" (this run)" if loss == stats["loss"] else "")
         rows[label] = [group["gradient"][loss] for group in groups]
     lines = [" " * 32 + "".join(f"{label:>10}" for label in stats["difficulty"])]
     for label, values in rows.items():

@@ -1,6 +1,7 @@
 """The detector's loss: which functions of `ghm_jax.losses` a config asks for, and over what."""
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from ghm_jax import losses
 from ghm_jax.config import Config, Loss
 from ghm_jax.detection.levels import Levels, split_levels
 from ghm_jax.detection.matching import Targets
+from ghm_jax.exceptions import ConfigError
 from ghm_jax.losses import GHMState, Harmonizing, LossStats
 
 LossFunction = Callable[..., tuple[jax.Array, Any, LossStats]]
@@ -59,7 +61,7 @@ def detection_loss(
     Returns:
         The loss, the next histograms, and statistics of the classification and the box loss.
     """
-    classify, regress = _classification_loss(config.loss), _box_loss(config.loss)
+    classify, regress = loss_functions(config.loss)
     if config.loss.ghm_scope == "level":  # other losses average over all levels, as published
         if config.loss.classification == "ghm_c":
             classify = _by_level(classify)
@@ -101,6 +103,15 @@ def loss_weights(loss: Loss) -> tuple[float, float]:
     return weight, box_weight
 
 
+def loss_functions(loss: Loss) -> tuple[LossFunction, LossFunction]:
+    """The classification and the box loss, with the interface of `ghm_jax.losses.focal_loss`.
+
+    Raises:
+        ConfigError: a function of the user's own that cannot be imported.
+    """
+    return _classification_loss(loss), _box_loss(loss)
+
+
 def _classification_loss(loss: Loss) -> LossFunction:
     match loss.classification:
         case "focal":
@@ -111,6 +122,8 @@ def _classification_loss(loss: Loss) -> LossFunction:
             return losses.cross_entropy_loss
         case "ghm_c":
             return _harmonized(losses.ghm_c_loss, loss.ghm_c)
+        case own:
+            return _imported("loss.classification", own)
 
 
 def _box_loss(loss: Loss) -> LossFunction:
@@ -121,6 +134,19 @@ def _box_loss(loss: Loss) -> LossFunction:
             return functools.partial(losses.asl1_loss, mu=loss.mu)
         case "ghm_r":
             return _harmonized(functools.partial(losses.ghm_r_loss, mu=loss.mu), loss.ghm_r)
+        case own:
+            return _imported("loss.box", own)
+
+
+def _imported(key: str, name: str) -> LossFunction:
+    """The function of a `module:function`; a setting's key for the error."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # of whatever kind the module raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "fix it, or put the folder of the module on PYTHONPATH"
+        raise ConfigError(key, f"{name} cannot be imported: {reason}", remedy) from error
 
 
 def _harmonized(function: LossFunction, settings: Harmonizing) -> LossFunction:

@@ -12,7 +12,7 @@ from ghm_jax.plots import figures
 from ghm_jax.plots.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE
 from ghm_jax.plots.gradients import draw_gradient_shares
 
-LOSS_NAMES = {
+_LOSS_NAMES = {
     "cross_entropy": "cross-entropy",
     "focal": "focal loss",
     "ohem": "OHEM",
@@ -21,7 +21,12 @@ LOSS_NAMES = {
     "smooth_l1": "smooth L1",
     "ghm_r": "GHM-R",
 }
-"""Display names of the losses of a config."""
+
+
+def loss_name(loss: str) -> str:
+    """The display name of a loss of a config; for `module:function` the function's."""
+    return _LOSS_NAMES.get(loss, loss.rpartition(":")[2])
+
 
 # A moving average never quite forgets bins that have become empty: lower counts are not drawn.
 _TRACE = 0.01
@@ -43,7 +48,7 @@ def stats_panel(term: str, stats: Mapping[str, Any], batch_size: int, title: str
     """
     what, xlabel = _TITLES[term]
     figure = Figure(figsize=(figures.WIDTH, 10.0), dpi=figures.DPI, layout="constrained")
-    title = title or f"{what}: {LOSS_NAMES[stats['loss']]}"
+    title = title or f"{what}: {loss_name(stats['loss'])}"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
     axes = figure.subplots(4, 1, height_ratios=(1.3, 0.9, 1.2, 1.2))
 
@@ -94,7 +99,7 @@ def _difficulty(ax: Axes, difficulty: Mapping[str, Mapping[str, Any]]) -> None:
     rows = {"examples": [group["examples"] for group in difficulty.values()]}
     losses = next(iter(difficulty.values()))["gradient"]
     for loss in losses:
-        rows[LOSS_NAMES[loss]] = [group["gradient"][loss] for group in difficulty.values()]
+        rows[loss_name(loss)] = [group["gradient"][loss] for group in difficulty.values()]
     # Pale for examples, then the losses in the colors they have above.
     colors = ("#c4cad1", GREY, ORANGE, BLUE)
     width = 0.86 / len(rows)
@@ -117,7 +122,7 @@ def _difficulty(ax: Axes, difficulty: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _named(gradient: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
-    return {LOSS_NAMES[key]: np.asarray(values) for key, values in gradient.items()}
+    return {loss_name(key): np.asarray(values) for key, values in gradient.items()}
 
 
 def _short(value: float, _: Any) -> str:

@@ -245,6 +245,34 @@ def test_the_published_scope_is_one_call_per_level():
     np.testing.assert_allclose(metrics["cross_entropy"], plain, rtol=1e-5)
 
 
+def test_a_loss_of_the_users_own_is_trained_with(tmp_path, monkeypatch):
+    (tmp_path / "losses_of_mine.py").write_text(
+        "import functools\n"
+        "from ghm_jax.losses import focal_loss, smooth_l1_loss\n"
+        "sharper = functools.partial(focal_loss, gamma=3.0)\n"
+        "def half(*levels, **axis):\n"
+        "    loss, state, stats = smooth_l1_loss(*levels, **axis)\n"
+        "    return 0.5 * loss, state, stats\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (batch,) = batches(1)
+    found = []
+    for names in (
+        {"classification": "losses_of_mine:sharper", "box": "losses_of_mine:half"},
+        {"classification": "focal", "box": "smooth_l1"},
+    ):
+        config = replace(CONFIG, loss=Loss(**names, weight=1.0, box_weight=4.0))
+        found.append(table_step(config)(table_state(), batch)[1])
+    logits, _ = table_outputs(table_state().params, batch)
+    classes, _ = (np.asarray(x) for x in make_targets(batch, config))
+    targets = (classes[..., None] == np.arange(NUM_CLASSES)).astype(float)
+    factor = np.where(targets == 1, 0.25, 0.75) * np.abs(sigmoid(logits) - targets) ** 3
+    used = classes[..., None] > -2
+    value = (factor * binary_cross_entropy(logits, targets) * used).sum() / targets.sum()
+    np.testing.assert_allclose(found[0]["loss_class"], value, rtol=2e-5)
+    np.testing.assert_allclose(found[0]["loss_box"], found[1]["loss_box"] / 2, rtol=1e-6)
+
+
 def test_losses_without_a_histogram_have_one_mean_over_all_levels_in_the_published_scope():
     values = []
     for scope in ("batch", "level"):
