@@ -16,7 +16,6 @@ from ghm_jax.data.loader import Batches, train_batches, training_groups
 from ghm_jax.data.order import Groups
 from ghm_jax.data.summary import ReplacementLog, input_notes
 from ghm_jax.data.workers import check_workers
-from ghm_jax.detection.loss import loss_functions
 from ghm_jax.distributed.devices import (
     REPLICA,
     Device,
@@ -146,11 +145,11 @@ def prepare(
         check_profile(profile, config.optimizer.steps)
         batch_size = config.optimizer.batch_size // jax.process_count()
         check_workers(config.data, batch_size, config.run.workers)
-        loss_functions(config.loss)
         dataset = open_dataset(config.data, config.data.train_split)
         data = dataclasses.replace(config.data, name=dataset.name, classes=dataset.class_names)
         config = dataclasses.replace(config, data=data)
         trainer = build(config, len(dataset.class_names), REPLICA)
+        trainer.check_losses()
         pretrained = None
         if config.model.weights and (restart or not run.has_checkpoint):
             blank = trainer.abstract_state

@@ -49,7 +49,7 @@ IMPORTS = {
     "models": "exceptions json_text",
     "data": "batch config exceptions json_text progress",
     "distributed": "exceptions",
-    "detection": "batch config losses models",
+    "detection": "batch config exceptions losses models",
     "runs": "config distributed exceptions json_text",
     "training": "batch config data detection distributed exceptions losses models progress runs",
     "plots": "batch losses runs",

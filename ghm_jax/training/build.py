@@ -11,6 +11,7 @@ import optax
 
 from ghm_jax.batch import Batch
 from ghm_jax.config import Config
+from ghm_jax.detection.loss import loss_functions
 from ghm_jax.models import RetinaNet
 from ghm_jax.training.optimizer import make_optimizer
 from ghm_jax.training.state import TrainState, init_state
@@ -25,6 +26,10 @@ class Trainer:
     model: RetinaNet
     optimizer: optax.GradientTransformation
     axis_name: str | None
+
+    def check_losses(self) -> None:
+        """Raises ConfigError for a loss of the user's own that cannot be imported."""
+        loss_functions(self.config.loss)
 
     def init_state(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
         """The state before the first step; see `ghm_jax.training.state.init_state`. To be jitted.
