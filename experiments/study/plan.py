@@ -80,6 +80,18 @@ def _like(loss: Entry, words: str, **settings: Any) -> Entry:
     return Entry(f"{loss.name}, {words}", changes, loss.tuned, like=loss)
 
 
+def _variant(name: str, function: str, weight: float, bins: int = 30) -> Entry:
+    """A function of `variants.py`."""
+    changes = {"loss.classification": f"experiments.study.variants:{function}"}
+    return Entry(name, {**changes, "loss.weight": weight, "loss.ghm_c.bins": bins})
+
+
+def _replicas(loss: Entry, replicas: int, function: str) -> Entry:
+    variant = _variant("", function, 3.0, 30 * replicas)
+    name = f"{loss.name}, histograms of {replicas} replicas"
+    return replace(variant, name=name, like=loss)
+
+
 def _boxes(name: str, weight: float, **settings: Any) -> Entry:
     changes = {f"loss.{key}": value for key, value in settings.items()}
     return Entry(name, {"loss.box_weight": weight, **changes}, tuned="loss.box_weight")
@@ -116,6 +128,19 @@ QUESTIONS = (
         ),
     ),
     Question(
+        "H11",
+        "Can GHM-C be better than focal loss?",
+        (
+            *(FOCAL, FLOOR),
+            _variant("floor of the positives", "floor_of_positives", 3.0),
+            _variant("smoothed histogram, no floor", "smoothed", 3.0),
+            _variant("positives and negatives apart", "apart", 1.5, 60),
+            _variant("strength falls to 1/2", "falling", 3.0),
+            _variant("divided by the positives", "per_object", 0.005),
+            _variant("a histogram for each class", "by_class", 3.0, 300),
+        ),
+    ),
+    Question(
         "H9",
         "Real images: blood cells and defects of circuit boards",
         (FOCAL, LEVELS, FLOOR),
@@ -147,6 +172,17 @@ QUESTIONS = (
                 )
                 for m in (0.5, 0.75, 0.9, 0.99)
             ),
+        ),
+        seeds=SEEDS[:1],
+    ),
+    Question(
+        "H7",
+        "One histogram of the batch, or one for each replica (as published)?",
+        (
+            *(FLOOR, _replicas(FLOOR, 2, "two_replicas_floor")),
+            _replicas(FLOOR, 4, "four_replicas_floor"),
+            *(NO_FLOOR, _replicas(NO_FLOOR, 2, "two_replicas")),
+            _replicas(NO_FLOOR, 4, "four_replicas"),
         ),
         seeds=SEEDS[:1],
     ),
