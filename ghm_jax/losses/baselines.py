@@ -21,7 +21,13 @@ from ghm_jax.losses.arguments import (
     read_positive,
     read_setting,
 )
-from ghm_jax.losses.ghm import check_same_shape, dense_targets, sigmoid_cross_entropy
+from ghm_jax.losses.ghm import (
+    check_same_shape,
+    dense_targets,
+    sigmoid_both,
+    sigmoid_cross_entropy,
+    sigmoid_error,
+)
 from ghm_jax.losses.harmonize import GHMState, LossStats, add, add_where, psum
 
 
@@ -61,10 +67,36 @@ def focal_loss(
     used, stats = _plain_stats(plain, examples, axis_name)
     alpha = None if alpha is None else read_setting("alpha", alpha)
     gamma = read_setting("gamma", gamma)
-    focal = functools.partial(optax.losses.sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    terms = [_sigmoid_focal(x.values, x.targets, gamma) for x in examples]
+    if alpha is not None:
+        balance = [alpha * x.targets + (1.0 - alpha) * (1.0 - x.targets) for x in examples]
+        terms = [x * weight for x, weight in zip(terms, balance, strict=True)]
     positives = psum(add_where(used, [x.targets for x in examples]), axis_name)
-    total = add_where(used, [focal(x.values, x.targets) for x in examples])
+    total = add_where(used, terms)
     return total / jnp.maximum(positives, 1.0), state, stats
+
+
+@jax.custom_jvp
+def _sigmoid_focal(logits: jax.Array, targets: jax.Array, gamma: Any) -> jax.Array:
+    """m^gamma times the cross-entropy, elementwise, where m = p (1 - t) + (1 - p) t is what the
+    prediction misses of the target."""
+    p, q = sigmoid_both(logits)
+    return (p * (1.0 - targets) + q * targets) ** gamma * sigmoid_cross_entropy(logits, targets)
+
+
+@_sigmoid_focal.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # The slope as one expression: differentiated by JAX, a TPU keeps an array for each factor, 9.6
+    # instead of 0.7 GB for four images of 800x1344 and 80 classes. A setting has no gradient.
+    logits, targets, gamma = primals
+    p, q = sigmoid_both(logits)
+    missed = p * (1.0 - targets) + q * targets
+    power, plain = missed**gamma, sigmoid_cross_entropy(logits, targets)
+    inverse = 1.0 / jnp.maximum(missed, jnp.finfo(missed.dtype).tiny)
+    by_missed = gamma * inverse * plain  # times the power, for each unit of `missed`
+    slope = power * (sigmoid_error(logits, targets) + by_missed * ((1.0 - 2.0 * targets) * p * q))
+    by_target = power * (by_missed * (q - p) - logits)
+    return power * plain, slope * tangents[0] + by_target * tangents[1]
 
 
 def ohem_loss(

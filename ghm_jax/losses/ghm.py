@@ -278,12 +278,17 @@ def sigmoid_error(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     Computed as (1 - t) p - t (1 - p), since p rounds to 1 for logits of 17 or more. NaN becomes 0.
     """
+    p, q = sigmoid_both(logits)
+    error = (1.0 - targets) * p - targets * q
+    return jnp.where(jnp.isfinite(error), error, 0.0)  # or 0 * NaN would reach the gradient
+
+
+def sigmoid_both(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """p = sigmoid(logits) and 1 - p, each exact where it is small."""
     tail = jnp.exp(-jnp.abs(logits))
     larger = 1.0 / (1.0 + tail)
     upper = logits >= 0
-    p, q = jnp.where(upper, larger, tail * larger), jnp.where(upper, tail * larger, larger)
-    error = (1.0 - targets) * p - targets * q
-    return jnp.where(jnp.isfinite(error), error, 0.0)  # or 0 * NaN would reach the gradient
+    return jnp.where(upper, larger, tail * larger), jnp.where(upper, tail * larger, larger)
 
 
 def dense_targets(logits: jax.Array, targets: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:

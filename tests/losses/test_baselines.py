@@ -87,6 +87,41 @@ def test_value_and_gradient_equal_the_oracle(rng, name):
     assert_equals_the_oracle(rng, name, *draw(rng, name))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+def test_the_slope_of_focal_loss_is_exact_for_any_gamma_target_and_logit(rng, gamma):
+    logits = np.float32(np.append(rng.normal(0, 6, 200), [0, 30, -30, 90, -90, 200, -200, 1e5]))
+    targets = np.float32(rng.choice([0, 1, 0.25, 0.9], logits.size))
+    slope = jax.jit(jax.grad(lambda x: focal_loss(x, targets, alpha=None, gamma=gamma)[0]))(logits)
+    x, t = np.float64(logits), np.float64(targets)
+    log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
+    p, q = np.exp(log_p), np.exp(log_q)
+    missed, plain = p * (1 - t) + q * t, -t * log_p - (1 - t) * log_q
+    # The product rule, with gamma m^(gamma - 1) p q as logarithms where m underflows.
+    log_missed = np.select([t == 0, t == 1], [log_p, log_q], np.log(missed + 1e-300))
+    inner = gamma * np.exp((gamma - 1) * log_missed + log_p + log_q) * (1 - 2 * t) * plain
+    outer = np.exp(gamma * log_missed) * (p * (1 - t) - q * t)
+    error = np.abs(slope * max(targets.sum(), 1) - (outer + inner))
+    assert (error <= 2e-5 * (np.abs(outer) + np.abs(inner)) + 1e-30).all()  # the two may cancel
+
+
+def test_focal_loss_has_a_gradient_for_soft_targets(rng):
+    values, _, _ = draw(rng, "focal")
+    targets = np.float32(rng.uniform(0.1, 0.9, SHAPE))
+
+    def formula(targets):
+        p = jax.nn.sigmoid(values)
+        terms = (p * (1 - targets) + (1 - p) * targets) ** 1.5
+        terms *= -targets * jax.nn.log_sigmoid(values) - (1 - targets) * jax.nn.log_sigmoid(-values)
+        return terms.sum() / targets.sum()
+
+    def ours(targets):
+        return focal_loss(values, targets, alpha=None, gamma=1.5)[0]
+
+    np.testing.assert_allclose(
+        *(jax.grad(f)(targets) for f in (ours, formula)), rtol=1e-3, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_options_on_number_types_change_nothing(rng, name, dtype, number_types):
