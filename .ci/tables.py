@@ -8,13 +8,20 @@
 The name is that of a function in `TABLES`. A test checks that the committed tables are current.
 """
 
+import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments.study import summary  # noqa: E402
+from experiments.study.plan import QUESTIONS, STEPS, Question  # noqa: E402
+
 RESULTS = ROOT / "experiments/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -421,6 +428,44 @@ def tpu_scale() -> str:
     return _table(head, rows, record, data)
 
 
+def study_scores(key: str) -> str:
+    """AP of the losses of a question of the study."""
+    rows = summary.rows(*_study(key))
+    return summary.scores_table(rows) + _study_origin([run for row in rows for run in row.runs])
+
+
+def study_calibration(key: str) -> str:
+    """Calibration errors of the same runs."""
+    return summary.calibration_table(summary.rows(*_study(key))) + "\n"
+
+
+def study_tuning(key: str) -> str:
+    """AP of the runs that the settings were chosen by."""
+    return summary.tuning_table(*_study(key)) + "\n"
+
+
+def _study(key: str) -> tuple[Question, dict[str, dict[str, Any]], int]:
+    """A question, all results, and the steps of a final run."""
+    (question,) = (question for question in QUESTIONS if question.key == key)
+    return question, summary.read_results(RESULTS / "study/runs.jsonl"), STEPS
+
+
+def _study_origin(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How the runs of a table were made."""
+    if not runs:
+        return "\n\nNot finished.\n"
+    dates = sorted({run["date"] for run in runs})
+    record = {
+        **runs[0],
+        "path": "experiments/results/study/runs.jsonl",
+        "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "seconds": sum(run["seconds"] for run in runs),
+        "note": f"{len(runs)} runs, one core each",
+    }
+    del record["load_average"]
+    return f"\n\n{_provenance(record)}\n"
+
+
 def _peak(row: dict[str, Any]) -> int:
     return sum(row["memory"][name] for name in ("arguments", "outputs", "temporaries", "code"))
 
@@ -443,6 +488,11 @@ TABLES: dict[str, Callable[[], str]] = {
             tpu_scale,
         ),
     )
+}
+TABLES |= {
+    "study_h1": functools.partial(study_scores, "H1"),
+    "study_h1_tuning": functools.partial(study_tuning, "H1"),
+    "study_h1_calibration": functools.partial(study_calibration, "H1"),
 }
 """Name in a page's comment -> its table."""
 

@@ -21,13 +21,13 @@ from experiments.study.plan import (
     tuning_trials,
 )
 from experiments.study.summary import (
-    best_setting,
     calibration_table,
     iou_table,
     paired_difference,
     read_results,
     rows,
     scores_table,
+    tune,
     tuning_table,
 )
 from experiments.study.trial import ap_by_iou
@@ -49,9 +49,10 @@ def results_of(question: Question, ap) -> dict:
 
     found = {}
     for entry in question.entries:
-        tuning = tuning_trials(question, entry, STEPS)
-        found |= {trial.key: record(trial) for trial in tuning}
-        best = best_setting(found, tuning)
+        best = None
+        while best is None:
+            tuning, best = tune(question, entry, found, STEPS)
+            found |= {trial.key: record(trial) for trial in tuning}
         finals = final_trials(question, entry, best, STEPS)
         found |= {trial.key: record(trial) for trial in finals}
     return found
@@ -105,6 +106,23 @@ def test_the_final_runs_take_the_setting_that_was_best_and_no_seed_of_the_tuning
         assert row.ap == pytest.approx([0.71, 0.72, 0.73])
 
 
+def test_tuning_goes_on_in_the_direction_of_the_best_until_it_is_no_better():
+    question = QUESTIONS[0]
+
+    def ap(trial):  # highest at four times the weight; for the second loss at half the rate
+        if trial.entry == question.entries[0]:
+            return 1 - abs(np.log2(trial.weight) - 2) / 10 - abs(np.log2(trial.learning_rate)) / 5
+        return 1 - abs(np.log2(trial.learning_rate) + 1) / 10 - abs(np.log2(trial.weight)) / 5
+
+    results = results_of(question, ap)
+    found = [tune(question, entry, results, STEPS) for entry in question.entries[:2]]
+    (weights, one), (rates, other) = found
+    assert (one.learning_rate, one.weight) == (1, 4)
+    assert [t.weight for t in weights] == [1, 1, 1, 0.5, 2, 4, 8]
+    assert (other.learning_rate, other.weight) == (0.5, 1)
+    assert [t.learning_rate for t in rates] == [1, 0.5, 2, 1, 1, 0.25]
+
+
 def test_differences_are_taken_seed_by_seed():
     question = QUESTIONS[0]
     first, second = question.entries[:2]
@@ -135,14 +153,19 @@ def test_variants_take_the_setting_that_was_best_for_their_loss():
 
 def test_the_other_tables_have_a_line_per_loss():
     question = QUESTIONS[0]
-    results = results_of(question, lambda trial: 0.4 + 0.1 * trial.weight + 0.01 * trial.seed)
-    found = rows(question, results, STEPS)  # weight x 2: 0.6 and the seeds 1, 2, 3
+
+    def ap(trial):  # weight x 2: 0.6 and the seeds 1, 2, 3
+        return 0.4 + 0.1 * min(trial.weight, 4 - trial.weight) + 0.01 * trial.seed
+
+    results = results_of(question, ap)
+    found = rows(question, results, STEPS)
     by_iou = next(line for line in iou_table(found).splitlines() if "| focal |" in line)
     assert by_iou.endswith("| 0.670 | 0.570 | 0.470 | 0.370 | 0.270 |")
     error = next(line for line in calibration_table(found).splitlines() if "| focal |" in line)
     assert error.endswith("| 0.380 (0.370 to 0.390) |")
     tuned = tuning_table(question, results, STEPS).splitlines()
-    assert tuned[2] == "| focal | 0.600 | 0.500 | 0.450 | 0.500 | 0.500 | 0.500 | 0.450 | 0.600 |"
+    grid = "0.600 | 0.500 | 0.450 | 0.500 | 0.500 | 0.500 | 0.450 | 0.600"
+    assert tuned[2] == f"| focal | {grid} | 0.400 (rate x 1, weight x 4) |"
     assert len(tuned) == 2 + len(question.entries)
 
 

@@ -26,12 +26,11 @@ from typing import Any
 import tyro
 
 from experiments.study.outliers import KINDS, SOURCE, make_outliers
-from experiments.study.plan import QUESTIONS, Question, Trial, final_trials, tuning_trials
-from experiments.study.summary import best_setting, read_results, rows, scores_table
+from experiments.study.plan import QUESTIONS, STEPS, Question, Trial, final_trials
+from experiments.study.summary import read_results, rows, scores_table, tune
 from ghm_jax.config import to_dict
 
 RESULTS = Path(__file__).parents[1] / "results" / "study" / "runs.jsonl"
-STEPS = 2400
 
 
 class Study:
@@ -130,13 +129,17 @@ def batches(
         return
     for start in range(0, len(question.entries), 2):
         entries = question.entries[start : start + 2]
-        yield [trial for entry in entries for trial in tuning_trials(question, entry, steps)]
-        finals = []
-        for entry in entries:
-            best = best_setting(study.finished, tuning_trials(question, entry, steps))
-            assert best is not None
-            finals += final_trials(question, entry, best, steps, seeds)
-        yield [trial for trial in finals if has_data(trial.data, study.data_dir)]
+        settings = [tune(question, entry, study.finished, steps) for entry in entries]
+        while missing := [trials for trials, best in settings if best is None]:
+            yield [trial for trials in missing for trial in trials]
+            settings = [tune(question, entry, study.finished, steps) for entry in entries]
+        yield [
+            trial
+            for entry, (_, best) in zip(entries, settings, strict=True)
+            if best is not None
+            for trial in final_trials(question, entry, best, steps, seeds)
+            if has_data(trial.data, study.data_dir)
+        ]
 
 
 def has_data(name: str, data_dir: str) -> bool:

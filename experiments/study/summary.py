@@ -26,12 +26,23 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def best_setting(results: Results, trials: Iterable[Trial]) -> Trial | None:
-    """The trial with the highest AP; None: some are missing."""
-    trials = list(trials)
-    if any(trial.key not in results for trial in trials):
-        return None
-    return max(trials, key=lambda trial: results[trial.key]["metrics"]["AP"])
+def tune(
+    question: Question, entry: Entry, results: Results, steps: int
+) -> tuple[list[Trial], Trial | None]:
+    """The trials that an entry is tuned with, and the best; None: some are still to be run."""
+    trials = tuning_trials(question, entry, steps)
+    while all(trial.key in results for trial in trials):
+        best = max(trials, key=lambda trial: ap_of(results[trial.key]))
+        further = best.further()
+        if further is None or further in trials:
+            return trials, best
+        trials.append(further)
+    return trials, None
+
+
+def ap_of(run: Mapping[str, Any]) -> float:
+    """AP of a finished trial."""
+    return run["metrics"]["AP"]
 
 
 class Row(NamedTuple):
@@ -50,7 +61,7 @@ class Row(NamedTuple):
     @property
     def ap(self) -> list[float]:
         """Of each run."""
-        return self.values(lambda run: run["metrics"]["AP"])
+        return self.values(ap_of)
 
 
 def rows(
@@ -59,7 +70,7 @@ def rows(
     """The rows whose runs are all finished."""
     found = []
     for entry in question.entries:
-        best = best_setting(results, tuning_trials(question, entry, steps))
+        _, best = tune(question, entry, results, steps)
         if best is None:
             continue
         finals = final_trials(question, entry, best, steps, seeds)
@@ -128,14 +139,21 @@ def tuning_table(question: Question, results: Results, steps: int) -> str:
     """How much each loss depends on learning rate and weight: AP of its tuning runs."""
     lines = []
     for entry in question.entries:
-        trials = tuning_trials(question, entry, steps)
-        if entry.like or best_setting(results, trials) is None:
+        trials, best = tune(question, entry, results, steps)
+        if entry.like or best is None:
             continue
-        aps = [results[trial.key]["metrics"]["AP"] for trial in trials]
+        of_grid, further = trials[: len(question.grid)], trials[len(question.grid) :]
+        aps = [ap_of(results[trial.key]) for trial in of_grid]
+        beyond = [
+            f"{ap_of(results[trial.key]):.3f} (rate x {trial.learning_rate:g}, "
+            f"weight x {trial.weight:g})"
+            for trial in further
+        ]
         summary = (max(aps), statistics.median(aps), min(aps))
-        lines.append((entry.name, *(f"{ap:.3f}" for ap in (*summary, *aps))))
+        lines.append((entry.name, *(f"{ap:.3f}" for ap in (*summary, *aps)), ", ".join(beyond)))
     settings = (f"rate x {rate:g}, weight x {weight:g}" for rate, weight in question.grid)
-    return markdown(("loss", "best", "median", "worst", *settings), lines)
+    head = ("loss", "best of five", "median", "worst", *settings, "further")
+    return markdown(head, lines)
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
