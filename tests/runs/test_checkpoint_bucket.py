@@ -169,5 +169,6 @@ def test_a_bucket_that_fails_one_request_in_ten_keeps_every_checkpoint(directory
         assert_same(checkpoints.restore(LIKE), make_state(2))
         assert complete_steps(directory) == [2]
     assert store.faults.failed > 5
-    assert len(said) == 1
-    assert "they are repeated" in said[0]
+    assert len(said) <= 1
+    if status:  # a broken connection is repeated below gcsfs as well, which is not told
+        assert "they are repeated" in said[0]
