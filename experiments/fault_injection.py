@@ -2,11 +2,15 @@
 
     python -m experiments.fault_injection                        # 50 kills, and all other faults
     python -m experiments.fault_injection --kills 4 --repeats 1  # a quick version
+    python -m experiments.fault_injection --store gs             # with the runs in a bucket
 
 A tiny detector is trained once undisturbed and many times with faults, always by the real command
 in a process of its own. A run survives a fault if the same command then resumes it and it ends
 bit-identical in every array of the state and every line of the log (except times). Data is lost if
 a complete checkpoint is gone or cannot be read afterwards.
+
+The bucket is `experiments.local_bucket` (extra dev). Runs in it are compared with one on the disk,
+and instead of a full disk it fails one request in five.
 
 Prints a table; with --out FILE also writes it as JSON.
 """
@@ -24,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import cv2
 import jax
@@ -34,8 +38,10 @@ import tyro
 from ghm_jax.config import Anchors, Config, Data, Harmonizing, Loss, Model, Optimizer, Run
 from ghm_jax.data import prepare_folder
 from ghm_jax.evaluation.detector import restore_state
+from ghm_jax.runs.checkpoint import complete_steps
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.records import write_record
+from ghm_jax.runs.storage import as_path, is_bucket
 
 STEPS, EVERY = 120, 5  # two dozen checkpoints per run
 NAN_STEP = 60
@@ -75,8 +81,9 @@ class FaultResult:
 class FaultInjector:
     """A folder with the data and the undisturbed run, and methods for the faults."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, bucket: Any = None) -> None:
+        """`bucket`: a `local_bucket.Store` for the runs; None: they are in the folder as well."""
+        self.folder, self.random, self.bucket = folder, random.Random(seed), bucket
         draw_squares(folder / "images", broken=None)
         prepare(folder / "data", folder / "images")
         self.environment = os.environ | {
@@ -84,15 +91,18 @@ class FaultInjector:
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         }
+        self.runs = folder
         done = self.train("undisturbed")
         if done.wait() != 0:
             raise SystemExit(f"the undisturbed run failed:\n{self.output('undisturbed')}")
         self.expected = outcome(folder / "undisturbed")
+        if bucket is not None:
+            self.runs = as_path("gs://bucket/runs")
 
     def train(self, name: str, *more: str, code: str = "") -> subprocess.Popen[bytes]:
         """Starts the command for the run `name`; `code` runs before it in the same process."""
         data = [] if "--data.dir" in more else ["--data.dir", str(self.folder / "data")]
-        args = ["train", __file__, "--run-dir", str(self.folder / name), *data, *more]
+        args = ["train", __file__, "--run-dir", str(self.runs / name), *data, *more]
         program = (
             f"import sys; sys.argv[1:] = {args!r}\n{code}\nfrom ghm_jax.cli import main; main()"
         )
@@ -107,7 +117,7 @@ class FaultInjector:
 
     def is_same(self, name: str) -> bool:
         """Whether a finished run is bit-identical to the undisturbed one."""
-        return outcome(self.folder / name) == self.expected
+        return outcome(self.runs / name) == self.expected
 
     def kills(self, count: int) -> list[FaultResult]:
         """SIGKILL during startup, between steps, and while saving a checkpoint."""
@@ -118,14 +128,14 @@ class FaultInjector:
             number += 1
             name, killed = f"killed{number}", []
             while total + len(killed) < count:
-                before = newest(self.folder / name)
+                before = newest(self.runs / name)
                 process = self.train(name)
                 kind = self.random.choice(list(rows))
                 if not self.kill(process, name, kind):
                     break
                 killed.append(rows[kind])
                 rows[kind].tried += 1
-                rows[kind].data_lost += newest(self.folder / name) < before
+                rows[kind].data_lost += newest(self.runs / name) < before
             self.train(name).wait()
             same = self.is_same(name)
             # A checkpoint that looks complete but is not is skipped when the run resumes.
@@ -138,14 +148,14 @@ class FaultInjector:
 
     def kill(self, process: subprocess.Popen[bytes], name: str, kind: str) -> bool:
         """Kills the process at a random moment of that kind; False if it had finished before."""
-        run = RunDirectory(self.folder / name)
+        run = RunDirectory(self.runs / name)
         before = size(run.history)
         longest = {"at any time": 8.0, "in a step": 1.0, "in a save": 0.05}[kind]
         if kind == "in a step":
             wait_until(lambda: size(run.history) != before, process)
         if kind == "in a save":
-            old = set(run.checkpoints.glob("*tmp*"))
-            wait_until(lambda: set(run.checkpoints.glob("*tmp*")) - old, process)
+            old = unfinished(run)
+            wait_until(lambda: unfinished(run) - old, process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(self.random.uniform(0, longest))
         process.kill()
@@ -157,17 +167,17 @@ class FaultInjector:
         for number in range(repeats):
             name = f"damaged{number}"
             process = self.train(name)
-            run = RunDirectory(self.folder / name)
+            run = RunDirectory(self.runs / name)
             wait_until(lambda: len(whole(run.path)) >= 2, process)  # noqa: B023 (called here only)
             process.terminate()
             process.wait()
             last = run.checkpoints / str(newest(run.path))
-            file = self.random.choice([f for f in last.rglob("*") if f.is_file() and size(f)])
+            file = self.random.choice([f for f in files_in(last) if size(f)])
             keep = self.random.choice([0, self.random.randrange(size(file)), None])
             if keep is None:
                 file.unlink()
             else:
-                os.truncate(file, keep)
+                file.write_bytes(file.read_bytes()[:keep])
             older = whole(run.path) - {last.name}
             code = self.train(name).wait()
             row.survived += code == 0 and self.is_same(name)
@@ -202,6 +212,19 @@ class FaultInjector:
             subprocess.run(["umount", "-l", str(disk)], check=False)
         return row
 
+    def busy_bucket(self) -> FaultResult:
+        """The bucket answers one request in five with an error 503 or not at all."""
+        row, faults = FaultResult("a bucket that fails one request in five", 2), self.bucket.faults
+        for status in (503, 0):
+            name = f"busy{status}"
+            faults.every, faults.status, faults.failed = 5, status, 0
+            code = self.train(name, "--run.checkpoint-every", str(STEPS // 2)).wait()
+            row.note += f"{faults.failed} failed ({status or 'no answer'}) "
+            faults.every = 0
+            row.survived += code == 0 and self.is_same(name)
+            row.data_lost += newest(self.runs / name) != STEPS
+        return row
+
     def broken_image(self) -> FaultResult:
         """An image is truncated: the run names it, or replaces it if `data.on_error` says so."""
         row = FaultResult("an image that cannot be decoded", 2)
@@ -227,7 +250,7 @@ def poisoned(state, batch, **how):
 ghm_jax.training.build.train_step = poisoned
 """
         if self.train("poisoned", code=code).wait() == 0:
-            state = outcome(self.folder / "poisoned")["state"]
+            state = outcome(self.runs / "poisoned")["state"]
             row.survived = int(np.frombuffer(state[".skipped.total"], np.int32)[0] == 1)
         rate = FaultResult("a learning rate of 1e30", 1)
         code = self.train("diverged", "--optimizer.learning-rate", "1e30").wait()
@@ -254,7 +277,22 @@ def outcome(path: Path) -> dict[str, Any]:
 
 def whole(path: Path) -> set[str]:
     """Names of the complete checkpoints of a run."""
-    return {p.name for p in (path / "checkpoints").glob("*") if p.name.isdigit()}
+    return set(map(str, complete_steps(path / "checkpoints")))
+
+
+def unfinished(run: RunDirectory) -> set[str]:
+    """Names of the checkpoints of a run that are being written."""
+    there = {path.name for path in run.checkpoints.glob("*")}
+    if is_bucket(run.path):
+        return {name for name in there if name.isdigit()} - whole(run.path)
+    return {name for name in there if "tmp" in name}
+
+
+def files_in(directory: Path) -> list[Path]:
+    """All files below a directory, in order."""
+    if is_bucket(directory):
+        return cast(Any, directory).objects()
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 def newest(path: Path) -> int:
@@ -306,28 +344,41 @@ def prepare(out: Path, images: Path) -> None:
     prepare_folder(config.data.name, out, {"train": source, "validation": source})
 
 
-def main(kills: int = 50, repeats: int = 10, seed: int = 0, out: Path | None = None) -> None:
+def main(
+    kills: int = 50,
+    repeats: int = 10,
+    seed: int = 0,
+    store: Literal["disk", "gs"] = "disk",
+    out: Path | None = None,
+) -> None:
     """Injects every kind of fault.
 
     Args:
         kills: number of SIGKILLs.
         repeats: number of damaged checkpoints.
         seed: of the moments and files.
+        store: where the runs are.
         out: JSON file for the table.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        injector = FaultInjector(Path(folder), seed)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
+        bucket = None
+        if store == "gs":
+            from experiments.local_bucket import running_store
+
+            bucket = held.enter_context(running_store())
+        injector = FaultInjector(Path(folder), seed, bucket)
         rows = injector.kills(kills)
-        rows += [injector.damage(repeats), injector.full_disk(), injector.broken_image()]
-        rows += injector.bad_numbers()
+        rows += [injector.damage(repeats)]
+        rows += [injector.busy_bucket() if bucket else injector.full_disk()]
+        rows += [injector.broken_image(), *injector.bad_numbers()]
     print(f"{'fault':<44}{'tried':>6}{'survived':>10}{'data lost':>11}")
     for row in rows:
         counts = f"{row.tried:>6}{row.survived:>10}{row.data_lost:>11}"
         print(f"{row.fault:<44}{counts}  {row.note}".rstrip())
     if out:
         command = f"python -m experiments.fault_injection --kills {kills} --repeats {repeats} "
-        command += f"--seed {seed}"
+        command += f"--seed {seed}" + " --store gs" * (store == "gs")
         contents = {
             "seconds": round(time.perf_counter() - start),
             "rows": [dataclasses.asdict(row) for row in rows],

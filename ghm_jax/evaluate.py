@@ -24,7 +24,7 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.experiments import load_experiment
-from ghm_jax.runs.storage import unused_directory, why_not_writable, write_text
+from ghm_jax.runs.storage import as_path, unused_directory, why_not_writable, write_text
 from ghm_jax.training.state import TrainState
 
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` uses more
@@ -109,7 +109,7 @@ def evaluate(
     progress.close()
     if "annotations" not in task.truth:
         path = on_first_process(lambda: str(_write_submission(run, task, detections)))
-        return Submission(path=Path(path), images=len(task.truth["images"]))
+        return Submission(path=as_path(path), images=len(task.truth["images"]))
     found = on_first_process(
         lambda: dataclasses.asdict(_write(run, task, state, detections, evaluator, progress))
     )
@@ -189,7 +189,7 @@ def evaluate_file(
         UserError: no such file, run, experiment or data, detections of another data set, or `out`
             is in use or cannot be written.
     """
-    config = load_run(source)[1] if Path(source).is_dir() else load_experiment(source)
+    config = load_run(source)[1] if as_path(source).is_dir() else load_experiment(source)
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
     place = None if out is None else RunDirectory(unused_directory(out))

@@ -19,7 +19,7 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.models.weight_conversion import export_detector
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.runs.storage import why_not_writable, write_text
+from ghm_jax.runs.storage import as_path, is_bucket, why_not_writable, write_text
 from ghm_jax.training.build import make_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -76,7 +76,7 @@ def export(
         UserError: no run, no checkpoint, an unknown suffix, a network that torchvision lacks
             (.safetensors), or a shape that cannot be (.stablehlo).
     """
-    out = Path(out)
+    out = as_path(out)
     _check(out, batch_size=batch_size, size=size, platforms=platforms)
     run, config = load_run(run_dir, data_dir=data_dir)
     files, notes = [out], None
@@ -103,7 +103,7 @@ def _check(out: Path, **shape: Any) -> None:
         raise ArgumentError("out", f"{out} does not end in .safetensors or .stablehlo")
     if out.suffix == ".safetensors" and given:
         raise ArgumentError(given[0], f"{out} holds weights only", "omit it, or use .stablehlo")
-    if not out.parent.is_dir():
+    if not is_bucket(out) and not out.parent.is_dir():
         raise ArgumentError("out", f"no directory {out.parent}", "create it first")
     notes = [out.with_name(out.name + ".json")] if out.suffix == ".stablehlo" else []
     if why := why_not_writable(out, *notes):

@@ -16,6 +16,7 @@ from ghm_jax.models.weight_files import load_weights, locate
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory, claim_run
+from ghm_jax.runs.storage import as_path
 from ghm_jax.training.build import build
 
 
@@ -40,7 +41,7 @@ def import_run(
     config.check()
     choose_devices(1)  # raises where there is none
     config = replace(config, data=_resolved(config.data))
-    if RunDirectory(Path(run_dir)).has_checkpoint:
+    if RunDirectory(as_path(run_dir)).has_checkpoint:
         raise ConfigError(str(run_dir), "already holds a checkpoint", "choose another `run_dir`")
 
     path = locate(source)

@@ -33,6 +33,7 @@ from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory, claim_run, note_dataset
+from ghm_jax.runs.storage import as_path, telling_of_retries
 from ghm_jax.training.build import Trainer, build
 from ghm_jax.training.compilation import Step, compile_step
 from ghm_jax.training.interrupt import StopRequest, TrainingInterrupted, stop_on_signal
@@ -102,9 +103,12 @@ def train(
             previous checkpoint.
     """
     progress = progress if progress and is_first() else Silent()
-    job = prepare(config, RunDirectory(Path(run_dir)), restart, profile, progress)
+    with raise_together():
+        run = RunDirectory(as_path(run_dir))
+    job = prepare(config, run, restart, profile, progress)
     step = compile_lazily(job)
     with (
+        telling_of_retries(run.path, progress.say),
         claimed(job, restart),
         stop_on_signal(progress) as stopping,
         Checkpoints(job.run.checkpoints, job.config.run.keep, job.config.run.keep_best) as saved,
@@ -276,8 +280,8 @@ def loop(
             log.record(done, metrics)
             ap = evaluate_if_due(job, log, state, done)
             # A logged step is checked for NaN and Inf before its state is saved.
-            saver.save_if_due(done, state, ap=ap, before=log.flush)
-        log.flush()
+            saver.save_if_due(done, state, ap=ap, before=log.before_checkpoint)
+        log.before_checkpoint()
         saver.save_last(done, state)
     return state, done, signal_number
 
@@ -292,7 +296,8 @@ def logging(
     ideal = ideal_seconds(config, len(job.dataset.class_names), job.groups, kinds)
     log = TrainingLog(job.run, config, start, job.progress, ideal)
     profile = job.profile if is_first() else None
-    profiler = Profiler(job.run.tensorboard, profile, job.progress.say)
+    place, shown = log.growing.tensorboard, job.run.tensorboard
+    profiler = Profiler(place, profile, job.progress.say, shown)
     process, processes = jax.process_index(), jax.process_count()
     batches = train_batches(job.dataset, config, start, process, processes, groups=job.groups)
     try:

@@ -132,3 +132,12 @@ def finished_run(dataset_dir, tmp_path_factory):
     with quick_compilation():
         state = train(tiny_config(dataset_dir), run.path, progress=listener)
     return run, state, listener
+
+
+@pytest.fixture
+def store():
+    """A bucket on this machine; see `bucket_emulator`."""
+    from bucket_emulator import running_store
+
+    with running_store() as store:
+        yield store

@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a part may import parts of lower floors only. A folder is one part.
 FLOORS = (
     ("exceptions", "json_text", "batch", "progress"),
-    ("bounds",),
+    ("bounds", "bucket"),
     ("harmonizing",),
     ("config",),
     ("losses", "models", "data", "distributed"),
@@ -42,6 +42,7 @@ IMPORTS = {
     "json_text": "",
     "bounds": "json_text",
     "batch": "",
+    "bucket": "exceptions",
     "progress": "",
     "harmonizing": "bounds",
     "config": "bounds exceptions harmonizing json_text",
@@ -50,7 +51,7 @@ IMPORTS = {
     "data": "batch config exceptions json_text progress",
     "distributed": "exceptions",
     "detection": "batch config exceptions losses models",
-    "runs": "config distributed exceptions json_text",
+    "runs": "bucket config distributed exceptions json_text",
     "training": "batch config data detection distributed exceptions losses models progress runs",
     "plots": "batch losses runs",
     "evaluation": "batch config data detection distributed exceptions plots progress runs training",

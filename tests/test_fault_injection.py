@@ -9,7 +9,10 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_run_survives_kills_damage_a_full_disk_and_bad_input(tmp_path):
+@pytest.mark.parametrize("store", ["disk", "gs"])
+def test_a_run_survives_kills_damage_a_full_disk_and_bad_input(tmp_path, store):
+    if store == "gs":
+        pytest.importorskip("bucket_emulator")
     command = [
         sys.executable,
         "-m",
@@ -18,6 +21,8 @@ def test_a_run_survives_kills_damage_a_full_disk_and_bad_input(tmp_path):
         "2",
         "--repeats",
         "1",
+        "--store",
+        store,
     ]
     out = tmp_path / "fault_injection.json"
     done = subprocess.run(

@@ -9,6 +9,7 @@ from the losses of `ghm_jax.losses`.
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ from ghm_jax.losses.density import bin_index, shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import why_not_writable, write_text
+from ghm_jax.runs.storage import as_path, why_not_writable, write_text
 from ghm_jax.training.build import make_model
 from ghm_jax.training.state import TrainState
 
@@ -76,7 +77,7 @@ def write_stats(
         ConfigError: as for `gradient_stats`.
         ArgumentError: as for `gradient_stats`, or `out` cannot be written.
     """
-    folder = Path(out or run_dir)
+    folder = as_path(out or run_dir)
     if out and folder.exists() and not folder.is_dir():
         raise ArgumentError("out", f"{folder} is a file", "choose a directory")
     if why := why_not_writable(folder / "stats.json"):
@@ -92,7 +93,9 @@ def write_stats(
         write_text(paths[0], json.dumps(stats, indent=2) + "\n")
         for key, name in (("classification", "classes"), ("box", "boxes")):
             paths.append(folder / f"stats_{name}.png")
-            stats_panel(key, stats[key], stats["batch_size"]).savefig(paths[-1])
+            drawn = io.BytesIO()
+            stats_panel(key, stats[key], stats["batch_size"]).savefig(drawn, format="png")
+            paths[-1].write_bytes(drawn.getvalue())
     except OSError as error:
         raise ArgumentError(
             "out", f"{folder} cannot be written ({error.strerror})", "choose another directory"

@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: list[str]) -> None:
     # Without a home directory it warns at length that its cache of fonts is a temporary one.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    for name in ("gcsfs", "google"):  # what fails is one line of ours
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Without this, JAX logs why it found no accelerators on a machine that has none.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     command = next((n for n in (3, 2, 1) if " ".join(args[:n]) in _COMMANDS), 0)

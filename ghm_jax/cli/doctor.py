@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -11,8 +10,9 @@ from ghm_jax.cli.arguments import AllSettings, Arguments, check_positive, parse
 from ghm_jax.cli.messages import as_options
 from ghm_jax.config import Config
 from ghm_jax.exceptions import UserError
-from ghm_jax.runs.directory import load_run
+from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.runs.storage import as_path, is_bucket
 
 if TYPE_CHECKING:
     from ghm_jax.analysis.doctor import Finding
@@ -23,7 +23,8 @@ class Doctor:
     """Checks versions, devices, decoders, disk and data; prints each fault with its remedy."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_EXPERIMENT")] = ""
-    """Run or experiment whose settings and data are checked (none)."""
+    """Run or experiment whose settings and data are checked, or gs://BUCKET/DIR to try a bucket
+    (none)."""
     images: int = 2000
     """Most records to read per split."""
     config: AllSettings = field(default_factory=Config)
@@ -39,8 +40,9 @@ def doctor_command(arguments: Arguments) -> None:
     faults, source = 0, a.source
     if source:
         try:
-            default = load_run(source)[1] if Path(source).is_dir() else load_experiment(source)
-            a = parse(Doctor, arguments, "ghm-jax doctor", Doctor(source, config=default))
+            a = parse(
+                Doctor, arguments, "ghm-jax doctor", Doctor(source, config=_config_of(source))
+            )
         except UserError as error:
             print(_line(fault_of("settings", error)))
             faults, source = 1, ""
@@ -54,6 +56,14 @@ def doctor_command(arguments: Arguments) -> None:
         print(f"{faults} {'fault' if faults == 1 else 'faults'}")
         sys.exit(1)
     print("all is well")
+
+
+def _config_of(source: str) -> Config:
+    """Of a run or an experiment; the default for a place in a bucket where no run is yet."""
+    place = as_path(source)
+    if is_bucket(place) and not RunDirectory(place).config.is_file():
+        return Config()
+    return load_run(source)[1] if place.is_dir() else load_experiment(source)
 
 
 def _line(finding: "Finding") -> str:

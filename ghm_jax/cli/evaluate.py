@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -14,6 +13,7 @@ from ghm_jax.cli.job import Distributed, hurried_exit, join_processes
 from ghm_jax.cli.messages import Bar, fail
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.runs.storage import as_path
 
 if TYPE_CHECKING:
     from ghm_jax.evaluation.results import Evaluation
@@ -71,7 +71,7 @@ def evaluate_command(arguments: Arguments) -> None:
         out = a.out or None
         _print_figures(evaluate_file(a.run, a.detections, out, evaluator=a.evaluator, **data))
         if out:
-            print(f"report: {RunDirectory(Path(out)).report}")
+            print(f"report: {RunDirectory(as_path(out)).report}")
         return
     with hurried_exit(job), Bar() as bar:
         result = evaluate(a.run, evaluator=a.evaluator, progress=bar, **data)
@@ -84,7 +84,7 @@ def evaluate_command(arguments: Arguments) -> None:
     if result.unwritten:
         sys.stdout.flush()
         fail(f"{result.unwritten}; the files of {a.run} are not those of this evaluation")
-    print(f"report: {RunDirectory(Path(a.run)).report}")
+    print(f"report: {RunDirectory(as_path(a.run)).report}")
 
 
 def _print_figures(result: "Evaluation") -> None:

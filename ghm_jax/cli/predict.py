@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -11,6 +10,7 @@ from ghm_jax.cli.arguments import Arguments, DataPlace, parse
 from ghm_jax.cli.devices import start_devices
 from ghm_jax.cli.messages import Bar
 from ghm_jax.runs.directory import load_run
+from ghm_jax.runs.storage import as_path
 
 _TURNED = "have an orientation tag, which is not applied: boxes are in the pixels as stored"
 
@@ -60,4 +60,4 @@ def predict_command(arguments: Arguments) -> None:
         print(f"{done.turned} images {_TURNED}", file=sys.stderr)
     said = f"; skipped {len(skipped)} files" if skipped else ""
     print(f"{done.detections} detections on {done.images} images{said}")
-    print(f"overview: {Path(a.out) / 'contact_sheet.jpg'}")
+    print(f"overview: {as_path(a.out) / 'contact_sheet.jpg'}")

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import tensorstore as ts
 from ghm_jax.distributed.processes import is_first, raise_together
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.json_text import parse_json
+from ghm_jax.runs.storage import is_bucket, move, remove_tree
 
 State = TypeVar("State", bound=Any)
 """A named tuple of arrays."""
@@ -33,7 +33,7 @@ def check_location(directory: Path) -> None:
     none, and takes gs:/ and the like for a bucket.
     """
     path = str(directory.resolve()) + os.sep
-    bad = re.search(r"[*?\[\\\0\ud800-\udfff]|:/", path)
+    bad = re.search(r"[*?\[\\\0\ud800-\udfff]|:/", path.removeprefix("gs://"))
     if not bad:
         return
     what, remedy = f"'{bad[0]}'", "whose whole path has none of * ? [ \\"
@@ -46,6 +46,18 @@ def check_location(directory: Path) -> None:
         f"checkpoints could not be read back from {path!r}, which contains {what}",
         f"choose another `run_dir`, {remedy}",
     )
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """The steps in a directory of checkpoints that can be restored if nothing is damaged, in order.
+
+    On a disk Orbax renames a checkpoint when it is complete; in a bucket, where nothing can be
+    renamed, it writes a last object into it.
+    """
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    if is_bucket(directory):
+        steps = [step for step in steps if (directory / str(step) / _COMPLETE).exists()]
+    return steps
 
 
 class Checkpoints:
@@ -64,13 +76,14 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(keep_any),
         )
         self._manager = self._open()
+        self._check_listing()
         self._unverified: tuple[int, int] | None = None  # the first save: step, arrays
         self._verified = False
 
     def _open(self) -> ocp.CheckpointManager:
         try:
             return ocp.CheckpointManager(
-                self._directory,
+                str(self._directory),  # which becomes a path of Orbax's own kind
                 options=self._options,
                 item_handlers=ocp.StandardCheckpointHandler(),
             )
@@ -89,6 +102,21 @@ class Checkpoints:
                 if isinstance(error, OSError)
                 else "delete the files _CHECKPOINT_METADATA in it, which hold no part of a state",
             ) from error
+
+    def _check_listing(self) -> None:
+        """Raises ConfigError if Orbax did not see every checkpoint in a bucket: to it, an object
+        that cannot be asked for does not exist."""
+        if not is_bucket(self._directory):
+            return
+        try:
+            there = complete_steps(self._directory)
+        except OSError as error:
+            there, why = [], f"cannot be listed ({error.strerror})"
+        else:
+            why = f"only {len(self.steps)} of {len(there)} checkpoints can be seen"
+            if there == self.steps:
+                return
+        raise ConfigError(str(self._directory), why, "try again when the bucket answers")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -194,9 +222,15 @@ class Checkpoints:
 
     def remove_fragments(self) -> None:
         """Removes what interrupted saves left behind. Do not call it while a process saves."""
-        if is_first():
-            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+        if not is_first():
+            return
+        for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            remove_tree(path)
+        if is_bucket(self._directory):  # where a save begins under its final name
+            complete = set(complete_steps(self._directory))
+            for path in self._directory.glob("*"):
+                if path.name.isdecimal() and int(path.name) not in complete:
+                    remove_tree(path)
 
     def restore(
         self, like: State, *, skipped: Callable[[int, str], None] = lambda step, why: None
@@ -252,12 +286,13 @@ class Checkpoints:
             new, number = path.with_name(f"{step}.damaged{number}"), number + 1
         with raise_together():  # the other processes must not look before it is gone
             if is_first():
-                path.rename(new)
+                move(path, new)
         self._manager.reload()
         return new
 
 
 _UNKNOWN = -1.0
+_COMPLETE = "commit_success.txt"
 _CHECKSUM = "crc32"  # of all arrays; older checkpoints have none
 
 

@@ -1,5 +1,7 @@
 """A run's directory: which file is where, and whether a run may use the directory.
 
+It is on a disk or in a bucket, gs://BUCKET/runs/NAME; see `ghm_jax.runs.storage`.
+
 runs/NAME/
     config.json      the resolved config
     dataset.json     the data set as it was when the run started or resumed last
@@ -25,9 +27,9 @@ from pathlib import Path
 from ghm_jax.config import Config, differences, from_dict, to_dict
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.json_text import parse_json, shown
-from ghm_jax.runs.checkpoint import check_location
+from ghm_jax.runs.checkpoint import check_location, complete_steps
 from ghm_jax.runs.lock import LOCK, lock_directory
-from ghm_jax.runs.storage import set_aside, write_text
+from ghm_jax.runs.storage import as_path, set_aside, write_text
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class RunDirectory:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is a state to resume from."""
-        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+        return bool(complete_steps(self.checkpoints))
 
     @property
     def history(self) -> Path:
@@ -96,7 +98,7 @@ def load_run(path: str | Path, *, data_dir: str | None = None) -> tuple[RunDirec
     Raises:
         ConfigError: the directory is not a run, or its config cannot be read.
     """
-    run = RunDirectory(Path(path))
+    run = RunDirectory(as_path(path))
     if not run.config.is_file():
         raise ConfigError(
             str(path), "not a run (it has no config.json)", "give the directory of a run"
@@ -135,7 +137,7 @@ def claim_run(
         ConfigError: it holds something else, or a run of another config, another job trains there,
             or checkpoints cannot be kept there.
     """
-    run = RunDirectory(Path(path))
+    run = RunDirectory(as_path(path))
     check_location(run.path)
     with contextlib.ExitStack() as held:
         try:

@@ -4,17 +4,16 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ghm_jax.json_text import parse_json
-from ghm_jax.runs.storage import write_text
+from ghm_jax.runs.storage import as_path, write_text
 
 _HISTOGRAMS = ("ghm_c", "ghm_r")
 
 
-def read_history(path: str | PathLike[str]) -> list[dict[str, Any]]:
+def read_history(path: str | Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, by rising step.
 
     A crash can leave half of a last line; lines that are not a record, a `step` and numbers by
@@ -25,7 +24,7 @@ def read_history(path: str | PathLike[str]) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
     """
     history: list[dict[str, Any]] = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in as_path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = parse_json(line)
         except ValueError:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.json_text import parse_json
+from ghm_jax.runs.storage import create, now_at, remove_if, touch
 
 LOCK = "training.lock"
 """Name of the file."""
@@ -47,8 +47,7 @@ class Lock:
         self.file = file
         """Where it is now; to be changed by whoever moves the directory."""
         self._text = json.dumps(_this_process()._asdict())
-        with file.open("x", encoding="utf-8") as opened:
-            opened.write(self._text)
+        create(file, self._text)
         self._released = threading.Event()
         threading.Thread(target=self._renew, name="lock of a run", daemon=True).start()
 
@@ -56,7 +55,7 @@ class Lock:
         while not self._released.wait(RENEWED_EVERY):
             with contextlib.suppress(OSError):
                 if self._is_held():
-                    os.utime(self.file)
+                    touch(self.file)
 
     def _is_held(self) -> bool:
         """Whether it is still this process's: a person may have deleted it."""
@@ -118,7 +117,7 @@ def _acquire(directory: Path, say: Callable[[str], None]) -> Lock:
             continue
         holder = _parse(text)
         _refuse_if_in_use(directory, file, holder)
-        if _remove(file, text):
+        if remove_if(file, text):
             say(f"{directory}: took over the stale lock of {_name(holder)}")
 
 
@@ -147,20 +146,6 @@ def _may_be_there(holder: _Holder | None, age: Callable[[], float]) -> tuple[boo
     return seconds < SILENCE, f" (last sign of life {seconds:.0f} s ago)"
 
 
-def _remove(file: Path, text: str) -> bool:
-    """Removes a lock with this content. False: another process did so, and it may have its own."""
-    aside = file.with_name(f"{file.name}-{platform.node()}-{os.getpid()}")
-    try:
-        file.rename(aside)
-    except FileNotFoundError:
-        return False
-    if _read(aside) != text:
-        aside.rename(file)
-        return False
-    aside.unlink()
-    return True
-
-
 def _read(file: Path) -> str | None:
     """The content of a lock; None if there is none."""
     try:
@@ -187,8 +172,7 @@ def _name(holder: _Holder | None) -> str:
 
 def _age(file: Path) -> float:
     """Seconds since the last sign of life, both by the clock of the file system."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}-") as new:
-        now = os.stat(new.name).st_mtime
+    now = now_at(file)
     try:
         return max(0.0, now - file.stat().st_mtime)
     except FileNotFoundError:

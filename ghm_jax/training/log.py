@@ -14,6 +14,7 @@ from ghm_jax.distributed.processes import is_first
 from ghm_jax.progress import Progress
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.runs.history import append_line, read_history, rewrite
+from ghm_jax.runs.storage import GrowingFiles
 from ghm_jax.training.metric_writers import MetricWriter, TensorBoard, WeightsAndBiases
 from ghm_jax.training.optimizer import learning_rate
 
@@ -48,18 +49,16 @@ class TrainingLog:
         self._config, self._run, self._progress = config, run, progress
         self._rate = learning_rate(config.optimizer)
         self._writes = is_first()
-        history = read_history(run.history) if run.history.is_file() else []
-        history = [record for record in history if record["step"] <= start]
-        if self._writes:
-            rewrite(run.history, history)
-        if self._writes and run.evaluations.is_file():
-            scores = read_history(run.evaluations)
-            rewrite(run.evaluations, [record for record in scores if record["step"] <= start])
+        self._files = GrowingFiles(run.path)
+        self.growing = RunDirectory(self._files.path)
+        """Where the files that grow are written."""
+        history = self._begin(run.history, self.growing.history, start)
+        self._begin(run.evaluations, self.growing.evaluations, start)
         self._writers: list[MetricWriter] = []
         if self._writes:
-            self._writers.append(TensorBoard(run.tensorboard, start))
+            self._writers.append(TensorBoard(self.growing.tensorboard, start))
         if self._writes and config.run.wandb:
-            self._writers.append(WeightsAndBiases(run, config))
+            self._writers.append(WeightsAndBiases(run, config, self._files.path))
         self._warned = False
         # Skipped updates that were already reported.
         self._skipped = history[-1].get("skipped") or 0 if history else 0
@@ -70,6 +69,15 @@ class TrainingLog:
         self._ideal_seconds = ideal_seconds or {}
         self._ideal = self._waited = 0.0  # seconds since the last record
         self._latest: Any = None  # an array of the last step (type checkers do not know `is_ready`)
+
+    def _begin(self, old: Path, new: Path, start: int) -> list[dict[str, Any]]:
+        """The records of a file up to the step from which the run resumes, which are kept."""
+        there = old.is_file()
+        records = read_history(old) if there else []
+        records = [record for record in records if record["step"] <= start]
+        if self._writes and (there or old == self._run.history):
+            rewrite(new, records)
+        return records
 
     def next_batch(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
         """The next batch. Time spent here counts as waiting for data if the devices are idle.
@@ -111,7 +119,7 @@ class TrainingLog:
             self._warn_about_skipped(done, values, images_at_fault)
         if values["skipped_in_a_row"]:
             return
-        self._write(self._run.history, record)
+        self._write(self.growing.history, record)
         steps = self._config.optimizer.steps
         self._progress.update("train", done, steps, progress_fields(record))
 
@@ -157,7 +165,7 @@ class TrainingLog:
             figures: the twelve COCO figures by name.
             pictures: uint8[H, W, 3] by name, of validation images.
         """
-        self._write(self._run.evaluations, {"step": done, **figures}, "validation", pictures)
+        self._write(self.growing.evaluations, {"step": done, **figures}, "validation", pictures)
         self._progress.say(f"step {done}: AP {100 * figures['AP']:.1f} on the validation split")
         self._since, self._waited = time.perf_counter(), 0.0
 
@@ -175,19 +183,37 @@ class TrainingLog:
             append_line(path, record)
             for writer in self._writers:
                 writer.add(group, record, pictures or {})
+            self._files.copy_if_due()
             self._warned = False
         except OSError as error:
-            if not self._warned:
-                what = error.filename or path
-                self._progress.say(
-                    f"{what}: cannot be written ({error.strerror}); training continues"
-                )
-            self._warned = True
+            self._warn(error, path)
+
+    def _warn(self, error: OSError, path: Path) -> None:
+        if not self._warned:
+            what = error.filename or path
+            self._progress.say(f"{what}: cannot be written ({error.strerror}); training continues")
+        self._warned = True
+
+    def before_checkpoint(self) -> None:
+        """Writes what is pending, so that no record of a step is lost once its state is saved.
+
+        Raises:
+            TrainingDiverged: see `flush`.
+        """
+        self.flush()
+        try:
+            self._files.copy()
+        except OSError as error:
+            self._warn(error, self._run.path)
 
     def close(self) -> None:
         """Closes the files."""
         for writer in self._writers:
             writer.close()
+        try:
+            self._files.close()
+        except OSError as error:
+            self._warn(error, self._run.path)
 
 
 def progress_fields(record: Mapping[str, Any]) -> dict[str, str]:

@@ -148,8 +148,16 @@ class WeightsAndBiases:
     environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, decide where it goes.
     """
 
-    def __init__(self, run: RunDirectory, config: Config) -> None:
-        """Raises ConfigError if W&B cannot start a run, for example without a login."""
+    def __init__(self, run: RunDirectory, config: Config, directory: Path | None = None) -> None:
+        """
+        Args:
+            run: with the id of its run there, if it has one.
+            config: resolved.
+            directory: on a disk, for what W&B itself keeps; None: that of the run.
+
+        Raises:
+            ConfigError: W&B cannot start a run, for example without a login.
+        """
         self._wandb: Any = importlib.import_module("wandb")
         if not run.wandb_id.is_file():
             write_text(run.wandb_id, secrets.token_hex(4) + "\n")
@@ -159,7 +167,7 @@ class WeightsAndBiases:
                 name=run.path.resolve().name,
                 id=run.wandb_id.read_text().strip(),
                 resume="allow",
-                dir=str(run.path),
+                dir=str(directory or run.path),
                 config=to_dict(config),
             )
         except Exception as error:

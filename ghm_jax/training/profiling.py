@@ -15,9 +15,20 @@ class Profiler:
     """
 
     def __init__(
-        self, directory: Path, steps: tuple[int, int] | None, say: Callable[[str], None]
+        self,
+        directory: Path,
+        steps: tuple[int, int] | None,
+        say: Callable[[str], None],
+        shown: Path | None = None,
     ) -> None:
-        """`directory` gets `plugins/profile/`, as TensorBoard expects; no `steps`: no profile."""
+        """
+        Args:
+            directory: gets `plugins/profile/`, as TensorBoard expects.
+            steps: the first and the last one; None: no profile.
+            say: called with a line when it is written.
+            shown: the directory to name in it; None: `directory`.
+        """
+        self._shown = shown or directory
         self._directory, self._steps, self._say = directory, steps, say
         self._running = False
         self._latest: Any = ()
@@ -52,6 +63,6 @@ class Profiler:
         try:
             jax.block_until_ready(self._latest)
             jax.profiler.stop_trace()
-            self._say(f"profile written to {self._directory / 'plugins/profile'}")
+            self._say(f"profile written to {self._shown / 'plugins/profile'}")
         except Exception as error:  # a full disk, for example
             self._say(f"the profile could not be written ({error}); training continues")

@@ -17,6 +17,7 @@ from ghm_jax.config import Optimizer, Predict, Run
 from ghm_jax.evaluate import evaluate
 from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.runs.directory import RunDirectory, load_run
+from ghm_jax.runs.storage import as_path
 from ghm_jax.train import train
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,23 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def assert_same_training(alone, job):
+    """But for rounding."""
+    want, got = (
+        restore_state(run, load_run(run.path)[1], jax.devices()[0]) for run in (alone, job)
+    )
+    assert int(got.step) == 4
+    leaves = jax.tree.leaves_with_path(got.params)
+    for (path, x), y in zip(leaves, jax.tree.leaves(want.params), strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)
+    for logged, of_one in ((job.history, alone.history), (job.evaluations, alone.evaluations)):
+        keys = ("step", "loss_class", "loss_box", "AP", "AP50")
+        rows = [[record.get(key, 0) for key in keys] for record in records(logged)]
+        want_rows = [[record.get(key, 0) for key in keys] for record in records(of_one)]
+        np.testing.assert_allclose(rows, want_rows, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def place(dataset_dir, tmp_path_factory):
     """A directory with an experiment."""
@@ -112,20 +130,7 @@ def test_two_processes_train_what_one_process_trains(place, resumed):
     (out, _), second = resumed
     assert "resuming at step 2 of 4 steps on 8 cpu devices" in out
     assert second == ("", "")
-    alone, job = RunDirectory(place / "alone"), RunDirectory(place / "job")
-    want, got = (
-        restore_state(run, load_run(run.path)[1], jax.devices()[0]) for run in (alone, job)
-    )
-    assert int(got.step) == 4
-    leaves = jax.tree.leaves_with_path(got.params)
-    for (path, x), y in zip(leaves, jax.tree.leaves(want.params), strict=True):
-        name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)
-    for logged, of_one in ((job.history, alone.history), (job.evaluations, alone.evaluations)):
-        keys = ("step", "loss_class", "loss_box", "AP", "AP50")
-        rows = [[record.get(key, 0) for key in keys] for record in records(logged)]
-        want_rows = [[record.get(key, 0) for key in keys] for record in records(of_one)]
-        np.testing.assert_allclose(rows, want_rows, rtol=1e-3)
+    assert_same_training(RunDirectory(place / "alone"), RunDirectory(place / "job"))
 
 
 def test_two_processes_find_what_one_process_finds(place, resumed):
@@ -154,3 +159,15 @@ def test_a_user_error_is_one_line_from_the_first_process(place):
     assert err.count("\n") == 0
     assert second == ("", "")
     assert not (place / "new").exists()
+
+
+def test_a_bucket_can_be_all_that_they_share(place):
+    pytest.importorskip("bucket_emulator")
+    from experiments.local_bucket import URL, running_store
+
+    with running_store() as store:
+        outputs = Job(place, "train", "tiny.py", "--run-dir", f"{URL}/job").end()
+        assert f"{URL}/job: new run of 4 steps on 8 cpu devices" in outputs[0][0]
+        assert "job/training.lock" not in store.objects
+        assert_same_training(RunDirectory(place / "alone"), RunDirectory(as_path(f"{URL}/job")))
+        assert not (place / "gs:").exists()

@@ -16,7 +16,10 @@ from packaging.requirements import Requirement
 from ghm_jax.analysis.doctor.data import examine_data
 from ghm_jax.analysis.doctor.finding import Finding, guarded
 from ghm_jax.analysis.doctor.run import examine_directory, examine_weights
+from ghm_jax.analysis.doctor.store import examine_bucket
 from ghm_jax.config import Config
+from ghm_jax.runs.directory import RunDirectory
+from ghm_jax.runs.storage import as_path, is_bucket
 
 _NEEDED_BYTES = 2_000_000_000  # checkpoints of an R50 run, with a margin
 
@@ -31,12 +34,13 @@ def examine(
 ) -> Iterator[Finding]:
     """Checks this machine and the data of a config, one finding after the other.
 
-    Nothing is written, and no data set is built.
+    Nothing is written, except an object into a bucket that is deleted again, and no data set is
+    built.
 
     Args:
         config: of an experiment or a run, or any with `data.dir` set.
-        source: the run or experiment that the config is from; empty: none, and all data sets in
-            `data.dir` are checked.
+        source: the run or experiment that the config is from, or a place in a bucket for runs;
+            empty: none, and all data sets in `data.dir` are checked.
         data_given: missing data is a fault, even without a `source`.
         images: most records to read per split.
         encoding: of the terminal.
@@ -50,10 +54,14 @@ def examine(
         ("disk", lambda: _disk(config)),
         ("memory", lambda: _shared_memory(config)),
     ]
+    place = as_path(source) if source else Path()
+    if is_bucket(place):
+        checks.append(("bucket", lambda: examine_bucket(place)))
+        source = source if RunDirectory(place).config.is_file() else ""
     if source:
         checks.append(("settings", lambda: _settings(config, source)))
-        if Path(source).is_dir():
-            checks.append(("run", lambda: examine_directory(Path(source), config)))
+        if place.is_dir():
+            checks.append(("run", lambda: examine_directory(place, config)))
         else:
             checks.append(("weights", lambda: examine_weights(config)))
     needed = data_given or bool(source)
