@@ -142,8 +142,10 @@ def noise(measured: Sequence[Measured]) -> dict[str, Any]:
 
 def rest(measured: Sequence[Measured]) -> dict[str, Any]:
     """Share of positive examples by score, measured and from the densities."""
-    counts = sum(x.counts.astype(np.float64) for x in measured)
-    positive = sum(x.positive.astype(np.float64) for x in measured)
+    counts, positive = (
+        np.stack(values).astype(np.float64).sum(0)
+        for values in ([x.counts for x in measured], [x.positive for x in measured])
+    )
     negative, of_score = counts - positive, positive[::-1]
     seen = of_score / np.maximum(of_score + negative, 1.0)
     score = (np.arange(BINS) + 0.5) / BINS

@@ -7,19 +7,22 @@ histogram has as many bins as the docstring says (`loss.ghm_c.bins`).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghm_jax.distributed.devices import split_batch
 from ghm_jax.harmonizing import Harmonizing
 from ghm_jax.losses import IGNORE, GHMState, LossStats, ghm_c_loss
 
 BINS = 30
 FLOOR = Harmonizing(bins=BINS, min_count=100.0)
 NO_FLOOR = Harmonizing(bins=BINS, min_count=0.0)
+
+_ghm_c: Callable[..., Any] = ghm_c_loss  # whose types are those of a single array
 
 Levels = Sequence[jax.Array]
 Result = tuple[jax.Array, GHMState, LossStats]
@@ -45,7 +48,7 @@ def smoothed(
 
     A bin with a handful of examples borrows from its neighbours instead of being cut off.
     """
-    _, _, stats = ghm_c_loss(logits, classes, mask, **NO_FLOOR, axis_name=axis_name)
+    _, _, stats = _ghm_c(logits, classes, mask, None, axis_name=axis_name, **NO_FLOOR)
     counts = jnp.convolve(jnp.pad(stats.counts, 2, "symmetric"), _KERNEL, "valid")
     settings = {**NO_FLOOR, "batch_counts": counts}
     return _ghm_c(logits, classes, mask, state, axis_name=axis_name, **settings)
@@ -135,28 +138,18 @@ def of_replicas(
     GPUs; 30 bins for each replica."""
     del mask
 
-    def of_replica(logits: Levels, classes: Levels, state: GHMState) -> Result:
+    def of_replica(logits: Any, classes: Any, state: Any) -> Result:
         settings = {**NO_FLOOR, "min_count": min_count / replicas, "axis_name": axis_name}
         return _ghm_c(logits, classes, None, state, **settings)
 
-    shares = [
-        [x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:]) for x in levels]
-        for levels in (logits, classes)
-    ]
-    return _joined(jax.vmap(of_replica)(*shares, _stack(_split(state, replicas))))
+    logits, classes = (split_batch(list(levels), replicas) for levels in (logits, classes))
+    return _joined(jax.vmap(of_replica)(logits, classes, _stack(_split(state, replicas))))
 
 
 two_replicas = functools.partial(of_replicas, replicas=2, min_count=0.0)
 four_replicas = functools.partial(of_replicas, replicas=4, min_count=0.0)
 two_replicas_floor = functools.partial(of_replicas, replicas=2, min_count=100.0)
 four_replicas_floor = functools.partial(of_replicas, replicas=4, min_count=100.0)
-
-
-def _ghm_c(*arguments: Any, **settings: Any) -> Result:
-    """`ghm_c_loss` with a state."""
-    loss, state, stats = ghm_c_loss(*arguments, **settings)
-    assert state is not None
-    return loss, state, stats
 
 
 def _num_positive(classes: Levels, axis_name: str | None) -> jax.Array:
