@@ -148,6 +148,7 @@ def check_bucket(location: str) -> None:
             "write it like gs://BUCKET/runs/NAME",
         )
     _check_access(bucket)
+    _system()  # before Orbax opens its own, which is then without cached listings too
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bucket_emulator import URL
+from bucket_emulator import BUCKET, URL
 
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.checkpoint import Checkpoints, check_location, complete_steps
@@ -42,6 +42,16 @@ def assert_same(a, b):
 def directory(store):
     del store
     return as_path(f"{URL}/{PREFIX}")
+
+
+def test_checkpoints_copied_from_a_bucket_to_a_disk_are_restored(three, tmp_path):
+    for found in three.objects():
+        copy = tmp_path / str(found).removeprefix(f"{three}/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(found.read_bytes())
+    state, said = restored(tmp_path)
+    assert_same(state, make_state(3))
+    assert not said
 
 
 @pytest.fixture
@@ -83,6 +93,15 @@ def test_a_directory_without_checkpoints_can_be_opened_again(directory):
             assert checkpoints.latest is None
             with pytest.raises(ConfigError, match="no checkpoint"):
                 checkpoints.restore(LIKE)
+
+
+def test_what_another_process_removes_is_seen_at_once(three, store):
+    assert int(restored(three)[0].step) == 3
+    with store.lock:
+        store.storage.delete_file(BUCKET, f"{PREFIX}/3/commit_success.txt")
+    state, said = restored(three)
+    assert_same(state, make_state(2))
+    assert not said
 
 
 def test_whatever_object_is_damaged_the_one_before_is_restored(three, store, rng):
