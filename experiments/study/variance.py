@@ -15,7 +15,6 @@ fixed, training batches go through both forms of GHM-C:
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,9 +72,7 @@ def main(
 
 def config_of(entry: Entry, data_dir: str, steps: int, seed: int) -> Config:
     """The quickstart with a loss of the study."""
-    trial = Trial(entry, "quickstart", "digit_scenes", seed, 1.0, 1.0, steps)
-    config = trial.config(data_dir)
-    return replace(config, loss=replace(config.loss, weight=3.0))
+    return Trial(entry, "quickstart", "digit_scenes", seed, 1.0, 1.0, steps).config(data_dir)
 
 
 def trained(config: Config) -> tuple[Trainer, TrainState]:
