@@ -31,7 +31,7 @@ from ghm_jax.distributed.processes import global_max, is_first, raise_together
 from ghm_jax.evaluation.validation import Validation
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.checkpoint import Checkpoints
+from ghm_jax.runs.checkpoint import Checkpoints, set_aside_damaged_notes
 from ghm_jax.runs.directory import RunDirectory, claim_run, note_dataset
 from ghm_jax.runs.storage import as_path, telling_of_retries
 from ghm_jax.training.build import Trainer, build
@@ -175,7 +175,9 @@ def prepare(
 
 @contextlib.contextmanager
 def claimed(job: Job, restart: bool) -> Iterator[None]:
-    """The run's directory is this job's alone; of several processes the first one locks it.
+    """The run's directory is this job's alone, and its checkpoints can be listed.
+
+    Of several processes the first one locks and mends it.
 
     Raises:
         UserError: see `claim_run`.
@@ -185,6 +187,7 @@ def claimed(job: Job, restart: bool) -> Iterator[None]:
             if is_first():
                 say = job.progress.say
                 held.enter_context(claim_run(job.run.path, job.config, restart=restart, say=say))
+                set_aside_damaged_notes(job.run.checkpoints, say)
         yield
 
 

@@ -21,6 +21,8 @@ def test_a_run_survives_kills_damage_a_full_disk_and_bad_input(tmp_path, store):
         "2",
         "--repeats",
         "1",
+        "--steps",
+        "30",
         "--store",
         store,
     ]

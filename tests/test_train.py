@@ -211,6 +211,22 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_previous_one(
     assert {p.name for p in run.checkpoints.iterdir()} == {"3", "6", "6.damaged"}
 
 
+@pytest.mark.parametrize("content", [b"", b'{"AP": 0', b"[]"])
+@pytest.mark.parametrize("note", ["metrics/metrics", "_CHECKPOINT_METADATA"])
+def test_a_checkpoint_whose_notes_are_damaged_is_resumed(
+    finished_run, dataset_dir, tmp_path, note, content
+):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(finished_run[0].path, run.path)
+    shutil.rmtree(run.checkpoints / "6")
+    (run.checkpoints / "3" / note).write_bytes(content)
+    listener = Listener()
+    state = train(tiny_config(dataset_dir), run.path, progress=listener)
+    assert listener.steps == [4, 5, 6]
+    assert any(f"checkpoints/3/{note}: damaged, moved to" in line for line in listener.lines)
+    assert_same(state, finished_run[1])
+
+
 def test_evaluation_during_training_changes_nothing_but_keeps_the_best(
     finished_run, dataset_dir, tmp_path
 ):

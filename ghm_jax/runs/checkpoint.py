@@ -281,14 +281,28 @@ class Checkpoints:
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that its step can be saved again; gives the new path."""
         path = self._directory / str(step)
-        new, number = path.with_name(f"{step}.damaged"), 2
-        while new.exists():
-            new, number = path.with_name(f"{step}.damaged{number}"), number + 1
+        new = _aside(path)
         with raise_together():  # the other processes must not look before it is gone
             if is_first():
                 move(path, new)
         self._manager.reload()
         return new
+
+
+def set_aside_damaged_notes(directory: Path, say: Callable[[str], None]) -> None:
+    """Renames what Orbax reads of every checkpoint when it lists them, where it is damaged.
+
+    It would list none of them. These files hold no part of a state: what is lost is the AP of a
+    checkpoint, and its checksum. Do not call it while another process saves.
+
+    Args:
+        directory: of the checkpoints.
+        say: called with a line for each file.
+    """
+    for step in complete_steps(directory):
+        while (file := _damaged_note(directory / str(step))) and file.is_file():
+            new = file.replace(_aside(file))
+            say(f"{file}: damaged, moved to {new.name}; it holds no part of the state")
 
 
 _UNKNOWN = -1.0
@@ -299,6 +313,14 @@ _CHECKSUM = "crc32"  # of all arrays; older checkpoints have none
 def _average_precision(notes: Any) -> float:
     ap = notes.get("AP") if isinstance(notes, Mapping) else None
     return ap if isinstance(ap, int | float) else _UNKNOWN
+
+
+def _aside(path: Path) -> Path:
+    """The path of something damaged when it is moved out of the way."""
+    new, number = path.with_name(f"{path.name}.damaged"), 2
+    while new.exists():
+        new, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
+    return new
 
 
 def _damaged_note(checkpoint: Path) -> Path | None:
