@@ -26,7 +26,7 @@ from typing import Any
 import tyro
 
 from experiments.study.outliers import KINDS, SOURCE, make_outliers
-from experiments.study.plan import QUESTIONS, STEPS, Question, Trial, final_trials
+from experiments.study.plan import QUESTIONS, STEPS, Entry, Question, Trial, final_trials
 from experiments.study.summary import read_results, rows, scores_table, tune
 from ghm_jax.config import to_dict
 
@@ -122,24 +122,32 @@ def batches(
 ) -> Iterator[list[Trial]]:
     """The runs of a question: those for tuning, then the final ones with what was best.
 
-    Two losses at a time, so that a study that is stopped has finished rows.
+    Two losses at a time, so that a study that is stopped has finished rows; one may be tuned while
+    the other is trained.
     """
     if not has_data(question.data[0], study.data_dir):
         print(f"{question.key}: no {question.data[0]} in {study.data_dir}, skipped")
         return
     for start in range(0, len(question.entries), 2):
         entries = question.entries[start : start + 2]
-        settings = [tune(question, entry, study.finished, steps) for entry in entries]
-        while missing := [trials for trials, best in settings if best is None]:
-            yield [trial for trials in missing for trial in trials]
-            settings = [tune(question, entry, study.finished, steps) for entry in entries]
-        yield [
+        while missing := [
             trial
-            for entry, (_, best) in zip(entries, settings, strict=True)
-            if best is not None
-            for trial in final_trials(question, entry, best, steps, seeds)
-            if has_data(trial.data, study.data_dir)
-        ]
+            for entry in entries
+            for trial in next_trials(question, entry, study, steps, seeds)
+            if trial.key not in study.finished
+        ]:
+            yield missing
+
+
+def next_trials(
+    question: Question, entry: Entry, study: Study, steps: int, seeds: tuple[int, ...]
+) -> list[Trial]:
+    """Those for tuning a loss until its best setting is known, then the final ones."""
+    tuning, best = tune(question, entry, study.finished, steps)
+    if best is None:
+        return tuning
+    finals = final_trials(question, entry, best, steps, seeds)
+    return [trial for trial in finals if has_data(trial.data, study.data_dir)]
 
 
 def has_data(name: str, data_dir: str) -> bool:
