@@ -9,7 +9,8 @@ in a process of its own. A run survives a fault if the same command then resumes
 bit-identical in every array of the state and every line of the log (except times). Data is lost if
 a complete checkpoint is gone or cannot be read afterwards.
 
-The bucket is `experiments.local_bucket` (extra dev). Runs in it are compared with one on the disk.
+The bucket is `experiments.local_bucket` (extra dev), with the data as well. Runs in it are compared
+with one on the disk.
 Instead of a full disk it fails one request in five; bad images and numbers do not meet it.
 
 Prints a table; with --out FILE also writes it as JSON.
@@ -41,9 +42,11 @@ from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.runs.checkpoint import complete_steps
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.records import write_record
-from ghm_jax.runs.storage import as_path, is_bucket
+from ghm_jax.storage import as_path, is_bucket
 
 EVERY = 5  # steps between checkpoints
+MAIN = "from ghm_jax.cli import main; main()"
+GHM_JAX = (sys.executable, "-c", MAIN)
 TIMED = ("images_per_second", "seconds", "data_wait", "mfu")  # depend on wall time
 
 config = Config(
@@ -81,7 +84,7 @@ class FaultInjector:
     """A folder with the data and the undisturbed run, and methods for the faults."""
 
     def __init__(self, folder: Path, seed: int, steps: int, bucket: Any = None) -> None:
-        """`bucket`: a `local_bucket.Store` for the runs; None: they are in the folder as well."""
+        """`bucket`: a `local_bucket.Store` for runs and data; None: they are in the folder too."""
         self.folder, self.random, self.bucket = folder, random.Random(seed), bucket
         self.steps = steps
         draw_squares(folder / "images", broken=None)
@@ -90,23 +93,30 @@ class FaultInjector:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+            "GHM_JAX_CACHE": str(folder / "cache"),
         }
-        self.runs = folder
+        self.runs, self.data = folder, str(folder / "data")
         done = self.train("undisturbed")
         if done.wait() != 0:
             raise SystemExit(f"the undisturbed run failed:\n{self.output('undisturbed')}")
         self.expected = outcome(folder / "undisturbed")
         if bucket is not None:
-            self.runs = as_path("gs://bucket/runs")
+            self.runs, self.data = as_path("gs://bucket/runs"), "gs://bucket/data"
+            images = str(folder / "images")
+            splits = [
+                word
+                for split in ("train", "validation")
+                for word in (f"--{split}", images, f"{images}/instances.json")
+            ]
+            command = ["data", "prepare", "folder", config.data.name, *splits, "--out", self.data]
+            subprocess.run([*GHM_JAX, *command], env=self.environment, check=True)
 
     def train(self, name: str, *more: str, code: str = "") -> subprocess.Popen[bytes]:
         """Starts the command for the run `name`; `code` runs before it in the same process."""
-        data = [] if "--data.dir" in more else ["--data.dir", str(self.folder / "data")]
+        data = [] if "--data.dir" in more else ["--data.dir", self.data]
         args = ["train", __file__, "--run-dir", str(self.runs / name), *data, *more]
         args += ["--optimizer.steps", str(self.steps)]
-        program = (
-            f"import sys; sys.argv[1:] = {args!r}\n{code}\nfrom ghm_jax.cli import main; main()"
-        )
+        program = f"import sys; sys.argv[1:] = {args!r}\n{code}\n{MAIN}"
         with (self.folder / f"{name.replace('/', '-')}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", program], env=self.environment, stdout=log, stderr=log
@@ -360,7 +370,7 @@ def main(
         repeats: number of damaged checkpoints.
         steps: of each run; a checkpoint after every fifth.
         seed: of the moments and files.
-        store: where the runs are.
+        store: where runs and data are.
         out: JSON file for the table.
     """
     start = time.perf_counter()

@@ -15,15 +15,26 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils.epath import gpath
 
 from ghm_jax.exceptions import ConfigError
 
 SCHEME = "gs://"
+
+
+class StoredFile(NamedTuple):
+    """What a bucket says of an object."""
+
+    size: int
+    """In bytes."""
+    version: str
+    """Another one for each content that it has had."""
+    md5: str
+    """In base64; empty if the bucket does not say."""
 
 
 class BucketPath(gpath.PosixGPath):
@@ -79,6 +90,17 @@ class BucketPath(gpath.PosixGPath):
         with _telling(self):
             return [BucketPath(SCHEME + name) for name in sorted(_system().find(str(self)))]
 
+    def files(self) -> dict[str, "StoredFile"]:
+        """All objects below it, by their names from here on."""
+        with _telling(self):
+            found = _system().find(str(self), detail=True)
+        return {
+            name.removeprefix(self._whole).lstrip("/"): StoredFile(
+                info["size"], str(info.get("generation", "")), info.get("md5Hash", "")
+            )
+            for name, info in sorted(found.items())
+        }
+
     def stat(self) -> Any:
         """With `st_size` in bytes and `st_mtime`, by the clock of the bucket."""
         with _telling(self):
@@ -86,9 +108,9 @@ class BucketPath(gpath.PosixGPath):
             when = info["mtime"].timestamp() if info.get("mtime") else 0.0
             return SimpleNamespace(st_size=info["size"], st_mtime=when)
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
         with _telling(self):
-            return _system().cat_file(str(self))
+            return _system().cat_file(str(self), start, end)
 
     def read_text(self, encoding: str | None = None, errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding or "utf-8", errors)
@@ -125,6 +147,11 @@ class BucketPath(gpath.PosixGPath):
         except (FileNotFoundError, FileExistsError):  # removed, or written again, in between
             return False
         return True
+
+    def upload(self, file: Path) -> None:
+        """Writes a file of any size; the object appears when all of it has arrived."""
+        with _telling(self):
+            _system().put_file(str(file), str(self))
 
     def copy_to(self, other: "BucketPath") -> None:
         """Copies the object within the store."""

@@ -34,7 +34,10 @@ class Data:
     name: str = "coco/2017"
     """TFDS name of the data set; empty: the only one in `dir`; the run stores its name."""
     dir: str = "data"
-    """Directory that holds prepared TFDS data sets (array_record)."""
+    """Directory that holds prepared TFDS data sets (array_record), or gs://BUCKET/DIR."""
+    cache: str = ""
+    """Directory for copies of what is needed of a data set in a bucket; empty: `data` in
+    $GHM_JAX_CACHE, or in ~/.cache/ghm_jax."""
     train_split: str = "train"
     """TFDS split to train on."""
     validation_split: str = "validation"
@@ -297,7 +300,7 @@ BACKBONES = (
 CLASSIFICATION_LOSSES = ("ghm_c", "focal", "cross_entropy", "ohem")
 BOX_LOSSES = ("ghm_r", "smooth_l1", "asl1")
 # A resumed run may change these: they do not affect its result.
-HARMLESS = ("run.", "data.dir", "data.annotations", "predict.")
+HARMLESS = ("run.", "data.dir", "data.cache", "data.annotations", "predict.")
 
 
 def _out_of_bounds(section: Any, prefix: str) -> Iterator[ConfigError]:

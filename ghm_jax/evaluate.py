@@ -24,7 +24,7 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.experiments import load_experiment
-from ghm_jax.runs.storage import as_path, unused_directory, why_not_writable, write_text
+from ghm_jax.storage import as_path, unused_directory, why_not_writable, write_text
 from ghm_jax.training.state import TrainState
 
 _STATS_IMAGES = 64  # for the histograms of the report; `ghm-jax stats` uses more
@@ -96,7 +96,7 @@ def evaluate(
         run, config = load_run(run_dir, data_dir=data_dir)
         devices = choose_devices(config.run.devices)
         config.check(len(devices))
-        task = _open(config, split, annotations, run.path)
+        task = _open(config, split, annotations, run.path, progress)
         _check_writable(run, task, progress)
         state = restore_state(run, config, own_devices(devices)[0])
     progress.say(
@@ -195,7 +195,7 @@ def evaluate_file(
     place = None if out is None else RunDirectory(unused_directory(out))
     if place is not None and (why := why_not_writable(place.metrics)):
         raise ArgumentError("out", f"{out} cannot be written ({why})", "choose another directory")
-    task = _open(config, split, annotations, source)
+    task = _open(config, split, annotations, source, Silent())
     if "annotations" not in task.truth:
         raise ConfigError("data.annotations", f"{task.config.data.annotations} has no annotations")
     rows = load_results(detections, task.truth)
@@ -210,13 +210,19 @@ def evaluate_file(
     return evaluation
 
 
-def _open(config: Config, split: str | None, annotations: str | None, source: str | Path) -> _Task:
+def _open(
+    config: Config,
+    split: str | None,
+    annotations: str | None,
+    source: str | Path,
+    progress: Progress,
+) -> _Task:
     """The data to evaluate on, with COCO instances of exactly its images (or, of a test set, the
     list of its images)."""
     chosen = config.data.annotations if annotations is None else annotations
     data = dataclasses.replace(config.data, annotations=chosen)
     config, split = dataclasses.replace(config, data=data), split or data.validation_split
-    dataset = open_dataset(data, split)
+    dataset = open_dataset(data, split, progress)
     if data.classes and dataset.class_names != data.classes:
         raise ConfigError(
             "data.name",

@@ -19,7 +19,7 @@ from ghm_jax.exceptions import ArgumentError, ConfigError
 from ghm_jax.models.weight_conversion import export_detector
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.runs.storage import as_path, is_bucket, why_not_writable, write_text
+from ghm_jax.storage import as_path, is_bucket, why_not_writable, write_text
 from ghm_jax.training.build import make_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")

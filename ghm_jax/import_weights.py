@@ -16,7 +16,7 @@ from ghm_jax.models.weight_files import load_weights, locate
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory, claim_run
-from ghm_jax.runs.storage import as_path
+from ghm_jax.storage import as_path
 from ghm_jax.training.build import build
 
 
@@ -84,7 +84,9 @@ def _matching(
 def _resolved(data: Data) -> Data:
     """With the data set's name and classes. COCO need not be prepared, so that users can predict on
     their own images."""
-    if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(Path(data.dir)):
+    if data.name in ("coco/2014", "coco/2017") and data.name not in data_set_names(
+        as_path(data.dir)
+    ):
         return replace(data, classes=tuple(COCO_CATEGORIES))
     dataset = open_dataset(data, data.validation_split)
     return replace(data, name=dataset.name, classes=dataset.class_names)

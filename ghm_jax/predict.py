@@ -24,7 +24,7 @@ from ghm_jax.exceptions import ArgumentError, DataError, UserError
 from ghm_jax.plots.drawing import contact_sheet, draw_boxes
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import unused_directory, why_not_writable
+from ghm_jax.storage import unused_directory, why_not_writable
 
 SHEET_IMAGES = 24
 """Maximum number of images on the contact sheet: the first ones."""

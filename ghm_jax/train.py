@@ -33,7 +33,7 @@ from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.checkpoint import Checkpoints, set_aside_damaged_notes
 from ghm_jax.runs.directory import RunDirectory, claim_run, note_dataset
-from ghm_jax.runs.storage import as_path, telling_of_retries
+from ghm_jax.storage import as_path, telling_of_retries
 from ghm_jax.training.build import Trainer, build
 from ghm_jax.training.compilation import Step, compile_step
 from ghm_jax.training.interrupt import StopRequest, TrainingInterrupted, stop_on_signal
@@ -149,7 +149,7 @@ def prepare(
         check_profile(profile, config.optimizer.steps)
         batch_size = config.optimizer.batch_size // jax.process_count()
         check_workers(config.data, batch_size, config.run.workers)
-        dataset = open_dataset(config.data, config.data.train_split)
+        dataset = open_dataset(config.data, config.data.train_split, progress)
         data = dataclasses.replace(config.data, name=dataset.name, classes=dataset.class_names)
         config = dataclasses.replace(config, data=data)
         trainer = build(config, len(dataset.class_names), REPLICA)
@@ -168,7 +168,7 @@ def prepare(
             dataset=dataset,
             groups=training_groups(dataset, config.data),
             trainer=trainer,
-            validation=Validation(config, devices) if config.run.eval_every else None,
+            validation=Validation(config, devices, progress) if config.run.eval_every else None,
             pretrained=pretrained,
         )
 

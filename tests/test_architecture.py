@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("exceptions", "json_text", "batch", "progress"),
     ("bounds", "bucket"),
-    ("harmonizing",),
+    ("harmonizing", "storage"),
     ("config",),
     ("losses", "models", "data", "distributed"),
     ("detection", "runs"),
@@ -43,29 +43,35 @@ IMPORTS = {
     "bounds": "json_text",
     "batch": "",
     "bucket": "exceptions",
+    "storage": "bucket exceptions",
     "progress": "",
     "harmonizing": "bounds",
     "config": "bounds exceptions harmonizing json_text",
     "losses": "bounds harmonizing",
     "models": "exceptions json_text",
-    "data": "batch config exceptions json_text progress",
+    "data": "batch bucket config exceptions json_text progress storage",
     "distributed": "exceptions",
     "detection": "batch config exceptions losses models",
-    "runs": "bucket config distributed exceptions json_text",
-    "training": "batch config data detection distributed exceptions losses models progress runs",
+    "runs": "config distributed exceptions json_text storage",
+    "training": "batch config data detection distributed exceptions losses models progress runs "
+    "storage",
     "plots": "batch losses runs",
-    "evaluation": "batch config data detection distributed exceptions plots progress runs training",
-    "analysis": "batch config data detection distributed evaluation exceptions losses models plots "
-    "progress runs training",
-    "train": "analysis config data distributed evaluation exceptions progress runs training",
-    "evaluate": "analysis config data distributed evaluation exceptions progress runs training",
-    "predict": "config data detection distributed evaluation exceptions plots progress runs",
-    "export": "batch config detection distributed evaluation exceptions models progress runs "
+    "evaluation": "batch config data detection distributed exceptions plots progress runs storage "
     "training",
-    "import_weights": "config data distributed exceptions models progress runs training",
+    "analysis": "batch config data detection distributed evaluation exceptions losses models "
+    "plots progress runs storage training",
+    "train": "analysis config data distributed evaluation exceptions progress runs storage "
+    "training",
+    "evaluate": "analysis config data distributed evaluation exceptions progress runs storage "
+    "training",
+    "predict": "config data detection distributed evaluation exceptions plots progress runs "
+    "storage",
+    "export": "batch config detection distributed evaluation exceptions models progress runs "
+    "storage training",
+    "import_weights": "config data distributed exceptions models progress runs storage training",
     "bench": "analysis batch config data detection distributed evaluation losses training",
     "cli": "analysis bench config data distributed evaluate evaluation exceptions export "
-    "import_weights plots predict progress runs train training",
+    "import_weights plots predict progress runs storage train training",
 }
 LONGEST_FUNCTION = 60  # lines, with its docstring
 

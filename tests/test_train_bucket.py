@@ -8,7 +8,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from bucket_emulator import URL
+from bucket_emulator import URL, copy_to_bucket
 from tiny import Listener, tiny_config
 
 from ghm_jax import cli
@@ -19,7 +19,7 @@ from ghm_jax.predict import predict
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.runs.history import read_history
-from ghm_jax.runs.storage import as_path
+from ghm_jax.storage import as_path
 from ghm_jax.train import train
 from ghm_jax.training.interrupt import TrainingInterrupted
 
@@ -49,16 +49,23 @@ def told(history):
 
 
 @pytest.fixture
-def stopped(store, dataset_dir):
+def bucket_config(store, dataset_dir, tmp_path, monkeypatch):
+    """`tiny_config` with its data in the bucket."""
+    monkeypatch.setenv("GHM_JAX_CACHE", str(tmp_path / "cache"))
+    return tiny_config(copy_to_bucket(dataset_dir, f"{URL}/data"))
+
+
+@pytest.fixture
+def stopped(bucket_config):
     """A run that was killed in step 5, with the checkpoint of step 3."""
     with pytest.raises(PowerFailed):
-        train(tiny_config(dataset_dir), RUN, progress=Listener(4, die))
+        train(bucket_config, RUN, progress=Listener(4, die))
     return RunDirectory(as_path(RUN))
 
 
-def test_a_kill_and_a_signal_do_not_change_the_result(stopped, store, finished_run, dataset_dir):
+def test_a_kill_and_a_signal_do_not_change_the_result(stopped, store, finished_run, bucket_config):
     whole_run, whole, _ = finished_run
-    config = tiny_config(dataset_dir)
+    config = bucket_config
     listener = Listener(4, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(TrainingInterrupted, match="stopped at step 5 of 6") as interrupted:
         train(config, RUN, progress=listener)
@@ -68,15 +75,16 @@ def test_a_kill_and_a_signal_do_not_change_the_result(stopped, store, finished_r
     assert told(read_history(stopped.history)) == told(read_history(whole_run.history))
     with Checkpoints(stopped.checkpoints) as checkpoints:
         assert_same(checkpoints.restore(whole), whole)
-    names = {name.removeprefix("runs/a/").partition("/")[0] for name in store.objects}
+    inside = [name for name in store.objects if name.startswith("runs/a/")]
+    names = {name.removeprefix("runs/a/").partition("/")[0] for name in inside}
     assert names == {path.name for path in whole_run.path.iterdir()}
 
 
 def test_every_command_reads_a_run_and_writes_into_a_bucket(
-    store, finished_run, dataset_dir, tmp_path, capsys
+    store, finished_run, bucket_config, dataset_dir, tmp_path, capsys
 ):
     whole_run, _, _ = finished_run
-    train(tiny_config(dataset_dir), RUN, profile=(2, 3))
+    train(bucket_config, RUN, profile=(2, 3))
     assert any(name.startswith("runs/a/tensorboard/plugins/profile/") for name in store.objects)
     on_disk, result = evaluate(whole_run.path), evaluate(RUN)
     assert result.metrics == on_disk.metrics

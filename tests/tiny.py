@@ -77,7 +77,13 @@ def draw_image(rng: np.random.Generator, height: int, width: int, count: int):
 
 
 def write_dataset(folder: Path) -> Path:
-    """Prepares `squares` in `folder / "data"` and returns that directory.
+    """Prepares `squares` in `folder / "data"` and returns that directory."""
+    prepare_folder("squares", folder / "data", write_images(folder))
+    return folder / "data"
+
+
+def write_images(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """The images of `squares` and their annotations, by split, to be prepared.
 
     Ten images to train on and six to validate (not a multiple of the batch size), of several sizes;
     in each split one without boxes, in the validation split one with a crowd region.
@@ -109,8 +115,7 @@ def write_dataset(folder: Path) -> Path:
             json.dumps({"images": images, "annotations": annotations, "categories": categories})
         )
         splits[split] = (folder, path)
-    prepare_folder("squares", folder / "data", splits)
-    return folder / "data"
+    return splits
 
 
 def tiny_batch(rng: np.random.Generator, size: int = 8) -> Batch:

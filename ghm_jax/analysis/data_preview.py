@@ -23,7 +23,7 @@ from ghm_jax.detection.outputs import make_targets
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.plots.inspection import batch_picture, statistics_figure
 from ghm_jax.progress import Progress, Silent
-from ghm_jax.runs.storage import write_text
+from ghm_jax.storage import write_text
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -102,7 +102,7 @@ def inspect_data(
         raise ArgumentError("batches", f"must be positive, got {batches}")
     if out.exists() and not out.is_dir():
         raise ArgumentError("out", f"{out} is a file", "give a directory")
-    dataset = open_dataset(config.data, config.data.train_split)
+    dataset = open_dataset(config.data, config.data.train_split, progress)
     out.mkdir(parents=True, exist_ok=True)
     files, measured, shapes = [], [], Counter()
     loader = train_batches(dataset, config, 0)

@@ -43,7 +43,7 @@ from ghm_jax.losses.density import bin_index, shares
 from ghm_jax.plots.panel import stats_panel
 from ghm_jax.progress import Progress, Silent
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import as_path, why_not_writable, write_text
+from ghm_jax.storage import as_path, why_not_writable, write_text
 from ghm_jax.training.build import make_model
 from ghm_jax.training.state import TrainState
 
@@ -151,7 +151,7 @@ def gradient_stats(
     split = split or config.data.validation_split
     devices = choose_devices(config.run.devices)
     config.check(len(devices))
-    dataset = open_dataset(config.data, split)
+    dataset = open_dataset(config.data, split, progress)
     if config.data.classes and dataset.class_names != config.data.classes:
         raise ConfigError(
             "data.name",

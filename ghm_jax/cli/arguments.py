@@ -173,7 +173,7 @@ def _first_sentence(boxed: str) -> str:
 
 def check_out(out: str) -> None:
     """Raises ArgumentError if the file cannot be written, before anything is measured."""
-    from ghm_jax.runs.storage import why_not_writable
+    from ghm_jax.storage import why_not_writable
 
     if out and not Path(out).absolute().parent.is_dir():
         raise ArgumentError("out", f"no directory {Path(out).parent}", "create it first")

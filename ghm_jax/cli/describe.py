@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -11,6 +10,7 @@ from ghm_jax.cli.arguments import AllSettings, Arguments, check_out, check_posit
 from ghm_jax.config import Config, Data
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.runs.experiments import load_experiment
+from ghm_jax.storage import as_path
 
 
 @dataclass
@@ -105,12 +105,12 @@ def _num_classes(data: Data) -> int:
         return len(data.classes)
     if data.name.startswith("coco/"):
         return 80
-    if data.name and not (Path(data.dir) / data.name).is_dir():
+    if data.name and not (as_path(data.dir) / data.name).is_dir():
         raise ArgumentError(
             "classes",
             f"unknown, because {data.name} is not in {data.dir}",
             "give their number, or set `data.dir`",
         )
-    from ghm_jax.data.dataset import open_dataset
+    from ghm_jax.data.dataset import describe_dataset
 
-    return len(open_dataset(data, data.train_split).class_names)
+    return len(describe_dataset(data).class_names)

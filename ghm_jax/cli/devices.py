@@ -1,7 +1,7 @@
 """Devices and compiled programs: how every command that computes starts."""
 
 from ghm_jax.config import Config
-from ghm_jax.runs.storage import cache_directory
+from ghm_jax.storage import cache_directory
 
 
 def start_devices(config: Config, *batch_sizes: int, joined: bool = False) -> None:

@@ -12,7 +12,7 @@ from ghm_jax.config import Config
 from ghm_jax.exceptions import UserError
 from ghm_jax.runs.directory import RunDirectory, load_run
 from ghm_jax.runs.experiments import load_experiment
-from ghm_jax.runs.storage import as_path, is_bucket
+from ghm_jax.storage import as_path, is_bucket
 
 if TYPE_CHECKING:
     from ghm_jax.analysis.doctor import Finding

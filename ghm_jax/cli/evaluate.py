@@ -13,7 +13,7 @@ from ghm_jax.cli.job import Distributed, hurried_exit, join_processes
 from ghm_jax.cli.messages import Bar, fail
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.runs.storage import as_path
+from ghm_jax.storage import as_path
 
 if TYPE_CHECKING:
     from ghm_jax.evaluation.results import Evaluation

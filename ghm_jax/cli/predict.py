@@ -10,7 +10,7 @@ from ghm_jax.cli.arguments import Arguments, DataPlace, parse
 from ghm_jax.cli.devices import start_devices
 from ghm_jax.cli.messages import Bar
 from ghm_jax.runs.directory import load_run
-from ghm_jax.runs.storage import as_path
+from ghm_jax.storage import as_path
 
 _TURNED = "have an orientation tag, which is not applied: boxes are in the pixels as stored"
 

@@ -29,7 +29,10 @@ from ghm_jax.data.records import (
     reading,
 )
 from ghm_jax.data.schema import category_ids_of, classes_problem, detection_features
+from ghm_jax.data.staging import local_directory, stage
 from ghm_jax.exceptions import ConfigError, UserError
+from ghm_jax.progress import Progress, Silent
+from ghm_jax.storage import as_path, is_bucket
 
 
 @dataclass(frozen=True)
@@ -71,36 +74,58 @@ class Dataset:
         return len(self.source)
 
 
-def open_dataset(data: Data, split: str) -> Dataset:
-    """Opens a split of the data set `data.name` in `data.dir`.
+@dataclass(frozen=True)
+class Description:
+    """What the files of a prepared data set say of it, without its records."""
 
-    The embedded data set `digit_scenes` is built there first if it is missing.
+    place: Path
+    """Where it is."""
+    directory: Path
+    """Where it is on a disk: `place`, or of a data set in a bucket, the copy of it."""
+    name: str
+    """TFDS name."""
+    builder: Any
+    """Of TFDS."""
+    class_names: tuple[str, ...]
+    """In label order."""
+    category_ids: tuple[int, ...]
+    """COCO category id of each label."""
+    like_corners: tuple[str, ...]
+    """The splits whose boxes look like corners in the annotations."""
+
+
+def describe_dataset(data: Data, progress: Progress | None = None) -> Description:
+    """The description of the data set `data.name` in `data.dir`.
+
+    The embedded data set `digit_scenes` is built there first if it is missing (if that is a bucket,
+    in the cache).
 
     Args:
         data: which data set.
-        split: TFDS split or slice of one, such as `train[:1%]`.
+        progress: receives progress updates if it is in a bucket.
 
     Raises:
-        ConfigError: no such data set or split, one that cannot be read, or whose class names are
-            not those that it was prepared from.
+        ConfigError: no such data set, one that cannot be read, or whose class names are not those
+            that it was prepared from.
     """
-    refuse_bucket(ConfigError, "data.dir", data.dir)
-    name = data.name or _only_dataset(Path(data.dir))
-    if name == DigitScenes.name and not _versions(Path(data.dir) / name):
-        _build_digit_scenes(data.dir)
-    versions = _versions(Path(data.dir) / name)
+    place = as_path(data.dir)
+    name = data.name or _only_dataset(place)
+    if name == DigitScenes.name and not _versions(place / name):
+        place = local_directory(place, data.cache) if is_bucket(place) else place
+        if not _versions(place / name):
+            _build_digit_scenes(str(place))
+    versions = _versions(place / name)
     if not versions:
         raise ConfigError(
             "data.dir",
             f"no prepared data set {name!r} in {data.dir}",
             "prepare it there with ghm-jax data prepare, or set `data.dir` to where it is",
         )
-    directory = versions[-1]
+    place = directory = versions[-1]
+    if is_bucket(place):
+        directory = stage(place, data.cache, _is_no_shard, progress or Silent())
     builder, metadata = read_builder(directory), read_metadata(directory)
     _check_format(builder, name)
-
-    key = "data.train_split" if split == data.train_split else "data.validation_split"
-    _check_split(key, name, split, builder.info.splits)
     with reading(directory / CLASS_NAMES):  # without names TFDS calls the classes 0, 1, 2
         if not (directory / CLASS_NAMES).read_bytes().strip():
             raise ValueError("it is empty")
@@ -111,15 +136,42 @@ def open_dataset(data: Data, split: str) -> Dataset:
     category_ids = tuple(metadata.get("category_ids", category_ids_of(class_names)))
     if problem := classes_problem(class_names, category_ids):
         raise ConfigError(str(directory), problem, "prepare it again from its annotations")
+    like_corners = tuple(metadata.get("like_corners", ()))
+    return Description(place, directory, name, builder, class_names, category_ids, like_corners)
+
+
+def open_dataset(data: Data, split: str, progress: Progress | None = None) -> Dataset:
+    """Opens a split of the data set `data.name` in `data.dir`; see `describe_dataset`.
+
+    Args:
+        data: which data set.
+        split: TFDS split or slice of one, such as `train[:1%]`.
+        progress: receives progress updates if it must be copied from a bucket.
+
+    Raises:
+        ConfigError: no such data set or split, or one that cannot be read.
+    """
+    found = describe_dataset(data, progress)
+    key = "data.train_split" if split == data.train_split else "data.validation_split"
+    _check_split(key, found.name, split, found.builder.info.splits)
+    if is_bucket(found.place):
+        with reading(found.directory / DESCRIPTION[0]):
+            shards = found.builder.info.splits[split].file_instructions
+        names = {Path(shard.filename).name for shard in shards}
+        stage(found.place, data.cache, names.__contains__, progress or Silent())
     return Dataset(
-        source=Records(builder, directory, split),
-        name=name,
-        class_names=class_names,
-        category_ids=category_ids,
-        index_file=directory / f"index-{quote(split, safe='')}.npz",
-        like_corners=_base(split) in metadata.get("like_corners", ()),
-        folder=read_folder(directory, _base(split)),
+        source=Records(found.builder, found.directory, split),
+        name=found.name,
+        class_names=found.class_names,
+        category_ids=found.category_ids,
+        index_file=found.directory / f"index-{quote(split, safe='')}.npz",
+        like_corners=_base(split) in found.like_corners,
+        folder=read_folder(found.directory, _base(split)),
     )
+
+
+def _is_no_shard(name: str) -> bool:
+    return ".array_record-" not in name
 
 
 def _has_own_ids(builder: Any) -> bool:
@@ -161,7 +213,7 @@ def _versions(directory: Path) -> list[Path]:
 
 def data_set_names(directory: Path) -> list[str]:
     """The prepared data sets in a directory of data sets, sorted."""
-    inside = [*directory.glob("*"), *directory.glob("*/*")]
+    inside = [path for one in directory.glob("*") for path in (one, *one.glob("*"))]
     return sorted(path.relative_to(directory).as_posix() for path in inside if _versions(path))
 
 
@@ -193,13 +245,12 @@ def write_array_record(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def refuse_bucket(kind: type[UserError], key: str, path: str | Path) -> None:
-    """Raises a `kind` with this key for gs://... and the like: array_record needs a file system."""
+    """Raises a `kind` with this key if images or annotations are at gs://... and the like."""
     scheme, colon, _ = str(path).partition(":/")
     if colon and len(scheme) > 1:  # C:/ is a drive
         raise kind(
             key,
-            f"{path} is not a local directory, and records can only be written to and read from "
-            "one",
+            f"{path} is not a local directory, from which images and annotations are read",
             "mount the bucket (gcsfuse BUCKET DIR) and give the mounted directory",
         )
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from ghm_jax.batch import LoadedBatch
 from ghm_jax.config import Config, Data
-from ghm_jax.data.dataset import Dataset, data_set_names, open_dataset
+from ghm_jax.data.dataset import Dataset, data_set_names, describe_dataset
 from ghm_jax.data.loader import validation_batches
 from ghm_jax.data.placement import to_original
 from ghm_jax.data.schema import category_ids_of
@@ -22,6 +21,7 @@ from ghm_jax.exceptions import ConfigError
 from ghm_jax.progress import Progress
 from ghm_jax.runs.checkpoint import Checkpoints
 from ghm_jax.runs.directory import RunDirectory
+from ghm_jax.storage import as_path
 from ghm_jax.training.build import build, make_model
 from ghm_jax.training.state import TrainState
 
@@ -138,8 +138,8 @@ def category_ids_of_run(data: Data, progress: Progress) -> tuple[int, ...]:
         progress: receives a message if the ids are derived from the names.
     """
     # Asked for by name, because opening the embedded data set would build it.
-    if data.name in data_set_names(Path(data.dir)):
-        dataset = open_dataset(data, data.train_split)
+    if data.name in data_set_names(as_path(data.dir)):
+        dataset = describe_dataset(data, progress)
         if dataset.class_names == data.classes:
             return dataset.category_ids
     progress.say(

@@ -16,7 +16,7 @@ from ghm_jax.evaluation.samples import make_samples
 from ghm_jax.plots.report import render_report
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.runs.history import read_history
-from ghm_jax.runs.storage import write_text
+from ghm_jax.storage import write_text
 
 _SAMPLES = 12  # validation images drawn in the report
 

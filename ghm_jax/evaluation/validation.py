@@ -20,10 +20,10 @@ _PICTURES = 4  # validation images drawn at each evaluation
 class Validation:
     """Scores states on the validation split; the detector is compiled once."""
 
-    def __init__(self, config: Config, devices: list[Device]) -> None:
+    def __init__(self, config: Config, devices: list[Device], progress: Progress) -> None:
         """Opens the data set; raises ConfigError if that fails."""
         self._config = config
-        self._dataset = open_dataset(config.data, config.data.validation_split)
+        self._dataset = open_dataset(config.data, config.data.validation_split, progress)
         self._truth = load_ground_truth(config, self._dataset)
         if "annotations" not in self._truth:
             raise ConfigError("data.annotations", "has no annotations", "give the instances JSON")

@@ -16,7 +16,7 @@ import tensorstore as ts
 from ghm_jax.distributed.processes import is_first, raise_together
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.json_text import parse_json
-from ghm_jax.runs.storage import is_bucket, move, remove_tree
+from ghm_jax.storage import is_bucket, move, remove_tree
 
 State = TypeVar("State", bound=Any)
 """A named tuple of arrays."""

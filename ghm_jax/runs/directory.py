@@ -1,6 +1,6 @@
 """A run's directory: which file is where, and whether a run may use the directory.
 
-It is on a disk or in a bucket, gs://BUCKET/runs/NAME; see `ghm_jax.runs.storage`.
+It is on a disk or in a bucket, gs://BUCKET/runs/NAME; see `ghm_jax.storage`.
 
 runs/NAME/
     config.json      the resolved config
@@ -29,7 +29,7 @@ from ghm_jax.exceptions import ConfigError
 from ghm_jax.json_text import parse_json, shown
 from ghm_jax.runs.checkpoint import check_location, complete_steps
 from ghm_jax.runs.lock import LOCK, lock_directory
-from ghm_jax.runs.storage import as_path, set_aside, write_text
+from ghm_jax.storage import as_path, set_aside, write_text
 
 
 @dataclass(frozen=True)

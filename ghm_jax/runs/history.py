@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ghm_jax.json_text import parse_json
-from ghm_jax.runs.storage import as_path, write_text
+from ghm_jax.storage import as_path, write_text
 
 _HISTOGRAMS = ("ghm_c", "ghm_r")
 

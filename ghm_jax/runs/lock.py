@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.json_text import parse_json
-from ghm_jax.runs.storage import create, now_at, remove_if, touch
+from ghm_jax.storage import create, now_at, remove_if, touch
 
 LOCK = "training.lock"
 """Name of the file."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ghm_jax.runs.storage import write_text
+from ghm_jax.storage import write_text
 
 
 def write_record(

@@ -14,7 +14,7 @@ from ghm_jax.distributed.processes import is_first
 from ghm_jax.progress import Progress
 from ghm_jax.runs.directory import RunDirectory
 from ghm_jax.runs.history import append_line, read_history, rewrite
-from ghm_jax.runs.storage import GrowingFiles
+from ghm_jax.storage import GrowingFiles
 from ghm_jax.training.metric_writers import MetricWriter, TensorBoard, WeightsAndBiases
 from ghm_jax.training.optimizer import learning_rate
 

@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from ghm_jax.config import Config, to_dict
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import RunDirectory
-from ghm_jax.runs.storage import write_text
+from ghm_jax.storage import write_text
 
 _EVENTS: Any = event_pb2  # generated: type checkers see nothing in them
 _SUMMARIES: Any = summary_pb2

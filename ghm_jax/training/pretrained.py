@@ -12,7 +12,7 @@ from ghm_jax.exceptions import ConfigError
 from ghm_jax.models.weight_conversion import import_backbone
 from ghm_jax.models.weight_files import HUB, load_weights, locate
 from ghm_jax.runs.checkpoint import restore_tree, save_tree
-from ghm_jax.runs.storage import cache_directory
+from ghm_jax.storage import cache_directory
 
 
 def load_backbone(model: Model, like: Mapping[str, Any]) -> dict[str, Any]:

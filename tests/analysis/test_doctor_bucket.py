@@ -5,7 +5,7 @@ from bucket_emulator import URL
 
 from ghm_jax import cli
 from ghm_jax.analysis.doctor.store import examine_bucket
-from ghm_jax.runs.storage import as_path
+from ghm_jax.storage import as_path
 
 
 def lines(capsys, *words):

@@ -17,7 +17,7 @@ from ghm_jax.config import Optimizer, Predict, Run
 from ghm_jax.evaluate import evaluate
 from ghm_jax.evaluation.detector import restore_state
 from ghm_jax.runs.directory import RunDirectory, load_run
-from ghm_jax.runs.storage import as_path
+from ghm_jax.storage import as_path
 from ghm_jax.train import train
 
 pytestmark = pytest.mark.slow
@@ -161,13 +161,17 @@ def test_a_user_error_is_one_line_from_the_first_process(place):
     assert not (place / "new").exists()
 
 
-def test_a_bucket_can_be_all_that_they_share(place):
-    pytest.importorskip("bucket_emulator")
-    from experiments.local_bucket import URL, running_store
-
-    with running_store() as store:
-        outputs = Job(place, "train", "tiny.py", "--run-dir", f"{URL}/job").end()
-        assert f"{URL}/job: new run of 4 steps on 8 cpu devices" in outputs[0][0]
+def test_a_bucket_can_be_all_that_they_share(place, dataset_dir, tmp_path, monkeypatch):
+    bucket = pytest.importorskip("bucket_emulator")
+    monkeypatch.setenv("GHM_JAX_CACHE", str(tmp_path))
+    with bucket.running_store() as store:
+        data = bucket.copy_to_bucket(dataset_dir, f"{bucket.URL}/data")
+        outputs = Job(
+            place, "train", "tiny.py", "--run-dir", f"{bucket.URL}/job", "--data.dir", data
+        ).end()
+        assert f"{bucket.URL}/job: new run of 4 steps on 8 cpu devices" in outputs[0][0]
         assert "job/training.lock" not in store.objects
-        assert_same_training(RunDirectory(place / "alone"), RunDirectory(as_path(f"{URL}/job")))
+        assert_same_training(
+            RunDirectory(place / "alone"), RunDirectory(as_path(f"{bucket.URL}/job"))
+        )
         assert not (place / "gs:").exists()

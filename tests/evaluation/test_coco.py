@@ -14,6 +14,7 @@ from ghm_jax.data.coco_fields import read_instances
 from ghm_jax.evaluation.coco import METRICS, load_ground_truth, load_results, score
 from ghm_jax.evaluation.validation import Validation
 from ghm_jax.exceptions import ConfigError, DataError
+from ghm_jax.progress import Silent
 
 both_evaluators = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
 
@@ -195,7 +196,7 @@ def test_while_training_only_images_of_the_split_are_scored_against(dataset_dir,
     def validate(split):
         data = dataclasses.replace(config.data, annotations=str(path), validation_split=split)
         changed = dataclasses.replace(config, data=data)
-        return Validation(changed, jax.devices()[:2])
+        return Validation(changed, jax.devices()[:2], Silent())
 
     truth = coco_ground_truth(open_dataset(config.data, "validation"))
     path.write_text(json.dumps(truth))

@@ -11,7 +11,7 @@ from bucket_emulator import BUCKET, URL
 
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.checkpoint import Checkpoints, check_location, complete_steps
-from ghm_jax.runs.storage import as_path, telling_of_retries
+from ghm_jax.storage import as_path, telling_of_retries
 
 PREFIX = "runs/a/checkpoints"
 

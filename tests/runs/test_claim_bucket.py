@@ -7,9 +7,10 @@ import time
 import pytest
 from bucket_emulator import URL
 
+from ghm_jax import storage
 from ghm_jax.config import Config, Optimizer
 from ghm_jax.exceptions import ConfigError
-from ghm_jax.runs import lock, storage
+from ghm_jax.runs import lock
 from ghm_jax.runs.directory import claim_run
 from ghm_jax.runs.lock import LOCK, SILENCE, describe_lock, lock_directory
 

@@ -15,7 +15,7 @@ from ghm_jax.config import Config, Harmonizing, Loss, Predict, Run, to_dict
 from ghm_jax.exceptions import ConfigError
 from ghm_jax.runs.directory import RunDirectory, claim_run, load_run, note_dataset
 from ghm_jax.runs.experiments import experiment_name, load_experiment
-from ghm_jax.runs.storage import cache_directory, set_aside, why_not_writable, write_text
+from ghm_jax.storage import cache_directory, set_aside, why_not_writable, write_text
 
 
 def claim(path, config, **how):

@@ -25,6 +25,7 @@ from ghm_jax.data.prepare.digit_scenes import DigitScenes
 from ghm_jax.data.schema import COCO_CATEGORIES, classes_problem
 from ghm_jax.data.transforms import decode_image, encoded_size, resized_size
 from ghm_jax.exceptions import ConfigError, DataError
+from ghm_jax.storage import as_path
 
 _DECODED = 20  # images per split that are decoded; of the others only headers are read
 
@@ -82,7 +83,7 @@ def examine_data(
         encoding: of the terminal.
     """
     data = config.data
-    directory = Path(data.dir)
+    directory = as_path(data.dir)
     present = data_set_names(directory) if directory.is_dir() else []
     names = [data.name] if chosen and data.name else present
     if not names:

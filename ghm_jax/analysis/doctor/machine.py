@@ -18,8 +18,9 @@ from ghm_jax.analysis.doctor.finding import Finding, guarded
 from ghm_jax.analysis.doctor.run import examine_directory, examine_weights
 from ghm_jax.analysis.doctor.store import examine_bucket
 from ghm_jax.config import Config
+from ghm_jax.data.staging import local_directory
 from ghm_jax.runs.directory import RunDirectory
-from ghm_jax.runs.storage import as_path, is_bucket
+from ghm_jax.storage import as_path, is_bucket
 
 _NEEDED_BYTES = 2_000_000_000  # checkpoints of an R50 run, with a margin
 
@@ -34,8 +35,8 @@ def examine(
 ) -> Iterator[Finding]:
     """Checks this machine and the data of a config, one finding after the other.
 
-    Nothing is written, except an object into a bucket that is deleted again, and no data set is
-    built.
+    Nothing is written, except an object into a bucket that is deleted again and the copy of data in
+    a bucket, and no data set is built.
 
     Args:
         config: of an experiment or a run, or any with `data.dir` set.
@@ -165,7 +166,9 @@ def _evaluators() -> Iterator[Finding]:
 
 def _disk(config: Config) -> Iterator[Finding]:
     yield from _cache()
-    for what, path in (("disk of runs", Path()), ("disk of data", Path(config.data.dir))):
+    data = as_path(config.data.dir)
+    data = local_directory(data, config.data.cache) if is_bucket(data) else data
+    for what, path in (("disk of runs", Path()), ("disk of data", data)):
         there = path.absolute()
         while not there.exists():
             there = there.parent
@@ -180,7 +183,7 @@ def _disk(config: Config) -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from ghm_jax.runs.storage import cache_directory, why_not_writable
+    from ghm_jax.storage import cache_directory, why_not_writable
 
     cache = cache_directory("programs")
     why = "no home directory" if cache is None else why_not_writable(cache / "any")

@@ -13,7 +13,7 @@ from ghm_jax.models.weight_files import HUB
 from ghm_jax.runs.checkpoint import check_location
 from ghm_jax.runs.directory import RunDirectory, dataset_change
 from ghm_jax.runs.lock import describe_lock
-from ghm_jax.runs.storage import why_not_writable
+from ghm_jax.storage import as_path, why_not_writable
 from ghm_jax.training.build import build
 from ghm_jax.training.pretrained import read_backbone
 
@@ -65,7 +65,7 @@ def _checkpoint(run: RunDirectory, config: Config) -> Iterator[Finding]:
 
 def _data_set(run: RunDirectory, config: Config) -> Iterator[Finding]:
     """Whether the data set is the one that the run was trained on."""
-    if config.data.name not in data_set_names(Path(config.data.dir)):  # do not build it
+    if config.data.name not in data_set_names(as_path(config.data.dir)):  # do not build it
         return
     try:
         dataset = open_dataset(config.data, config.data.train_split)

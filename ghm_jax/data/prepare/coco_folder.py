@@ -25,8 +25,10 @@ from ghm_jax.data.prepare.coco_annotations import (
 )
 from ghm_jax.data.records import FOLDERS, Records, read_builder, read_metadata
 from ghm_jax.data.schema import detection_features
+from ghm_jax.data.staging import local_directory, stage, upload
 from ghm_jax.exceptions import ArgumentError, ConfigError, DataError
 from ghm_jax.progress import Progress, Silent
+from ghm_jax.storage import as_path, is_bucket
 
 Splits = Mapping[str, tuple[str | Path, str | Path]]
 """{split: (directory of its images, its instances JSON)}"""
@@ -50,7 +52,8 @@ def prepare_folder(
 
     Args:
         name: of the new data set: `mine`, or with a configuration, `coco/2017`.
-        out: directory of data sets (`data.dir` of a run).
+        out: directory of data sets (`data.dir` of a run), or gs://BUCKET/DIR: the data set is made
+            in the cache of data (see `staging.local_directory`), stays there, and is uploaded.
         splits: see `Splits`; if a name begins with `test`, its annotations are optional.
         subset: fraction of the images of every split, in (0, 1]; see `read_split`.
         progress: receives progress updates.
@@ -65,10 +68,13 @@ def prepare_folder(
         DataError: images or annotations that cannot be used.
     """
     progress = progress or Silent()
-    _check_arguments(name, out, splits, subset)
+    _check_arguments(name, splits, subset)
+    place = as_path(out)
+    if is_bucket(place):
+        return _prepare_in_bucket(name, place, splits, subset, progress)
     categories, images = _read_splits(splits, subset)
     sources = _sources(splits, subset, images)
-    target = Path(out) / name / str(CocoDirectory.VERSION)
+    target = place / name / str(CocoDirectory.VERSION)
     unfinished = target.parent / "unfinished"
     if target.parent.is_dir() and any(p != unfinished for p in target.parent.iterdir()):
         if not target.is_dir() or not _is_made_from(target, sources, images, progress):
@@ -80,17 +86,27 @@ def prepare_folder(
         progress.close()
         progress.say(f"{target}: already prepared")
         return target
-    images = {split: check_sizes(split, part, progress) for split, part in images.items()}
-    for split, part in images.items():
-        for note in box_notes(part):
-            progress.say(f"warning: {split}: {note}")
-    _check_disk(Path(out), name, images)
+    images = _checked(images, progress)
+    _check_disk(place, name, images)
     parts = _write_splits(name, unfinished, categories, images, sources, progress)
     progress.close()
     like_corners = [s for s, part in images.items() if look_like_corners(*boxes_in_images(part))]
     folders = {split: str(Path(directory).absolute()) for split, (directory, _) in splits.items()}
     _join_parts(parts, sources, like_corners, folders, target)
     shutil.rmtree(unfinished)
+    return target
+
+
+def _prepare_in_bucket(
+    name: str, place: Path, splits: Splits, subset: float, progress: Progress
+) -> Path:
+    """Makes a data set in the cache and uploads it; one that is in the bucket is compared first."""
+    target = place / name / str(CocoDirectory.VERSION)
+    if (target / "features.json").is_file():
+        stage(target, "", lambda name: True, progress)
+    local = local_directory(place)
+    made = prepare_folder(name, local, splits, subset=subset, progress=progress)
+    upload(made, target, progress)
     return target
 
 
@@ -210,7 +226,7 @@ class CocoDirectory(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self._progress.update(f"write {split}", done, len(images), {})
 
 
-def _check_arguments(name: str, out: str | Path, splits: Splits, subset: float) -> None:
+def _check_arguments(name: str, splits: Splits, subset: float) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*(/\w[\w.-]*)?", name):
         raise ArgumentError(
             "name",
@@ -219,7 +235,6 @@ def _check_arguments(name: str, out: str | Path, splits: Splits, subset: float) 
         )
     if not splits:
         raise ArgumentError("splits", "empty", "give at least one, with images and annotations")
-    refuse_bucket(ArgumentError, "out", out)
     for split, paths in splits.items():
         if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
             raise ArgumentError(
@@ -296,6 +311,17 @@ def _read_splits(
             )
         categories = found
     return categories, images
+
+
+def _checked(
+    images: Mapping[str, list[AnnotatedImage]], progress: Progress
+) -> dict[str, list[AnnotatedImage]]:
+    """The images with the sizes of their files, after warnings about their boxes."""
+    checked = {split: check_sizes(split, part, progress) for split, part in images.items()}
+    for split, part in checked.items():
+        for note in box_notes(part):
+            progress.say(f"warning: {split}: {note}")
+    return checked
 
 
 def _check_disk(out: Path, name: str, images: Mapping[str, list[AnnotatedImage]]) -> None:

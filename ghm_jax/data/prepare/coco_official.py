@@ -5,9 +5,8 @@ import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 
-import tensorflow_datasets as tfds
-
-from ghm_jax.data.dataset import refuse_bucket
+from ghm_jax.config import Data
+from ghm_jax.data.dataset import describe_dataset, refuse_bucket
 from ghm_jax.data.prepare.coco_folder import prepare_folder
 from ghm_jax.exceptions import ArgumentError
 from ghm_jax.progress import Progress, Silent
@@ -45,7 +44,7 @@ def prepare_coco(
     Args:
         year: 2017 or 2014.
         source: directory with train2017/, val2017/, annotations/ and so on.
-        out: directory of data sets (`data.dir` of a run).
+        out: directory of data sets (`data.dir` of a run), or gs://BUCKET/DIR; see `prepare_folder`.
         splits: any of train, validation, test and test_dev (2017 only); empty: those of the first
             two whose images exist.
         subset: see `prepare_folder`.
@@ -68,7 +67,7 @@ def prepare_coco(
         for split in splits
     }
     target = prepare_folder(f"coco/{year}", out, found, subset=subset, progress=progress)
-    info = tfds.builder_from_directory(target).info
+    info = describe_dataset(Data(name=f"coco/{year}", dir=str(out)), progress).builder.info
     for split in splits:
         official = max(1, round(subset * known[split][2]))
         if info.splits[split].num_examples != official:

@@ -35,7 +35,7 @@ def as_path(location: str | Path) -> Path:
     if not (separator and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme)):
         return Path(location)
     if scheme != "gs":
-        problem = f"runs can be kept in directories and in gs://..., not in {scheme}://..."
+        problem = f"only directories and gs://... can be used, not {scheme}://..."
         raise ConfigError(location, problem, "mount it as a directory, or use gs://BUCKET/DIR")
 
     from ghm_jax.bucket import BucketPath, check_bucket

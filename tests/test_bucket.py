@@ -4,7 +4,7 @@ import pytest
 from bucket_emulator import URL, running_store
 
 from ghm_jax.exceptions import ConfigError
-from ghm_jax.runs.storage import GrowingFiles, as_path, create, move, remove_if, set_aside
+from ghm_jax.storage import GrowingFiles, as_path, create, move, remove_if, set_aside
 
 pytestmark = pytest.mark.usefixtures("store")
 
