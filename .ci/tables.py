@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.study import summary  # noqa: E402
 from experiments.study.plan import QUESTIONS, STEPS, Question  # noqa: E402
+from ghm_jax.runs.experiments import load_experiment  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -399,6 +400,29 @@ def tpu_recipes() -> str:
     return _table(head, rows, record)
 
 
+ASSUMED = 0.5
+"""Part of the bound that a training run is assumed to reach, where its cost is estimated."""
+
+
+def tpu_cost() -> str:
+    """How long the recipes occupy a slice: their images at the bound, and at half of that rate."""
+    record = _read("tpu_compiled")
+    rows = []
+    for key, row in sorted(record["rows"].items()):
+        recipe, program, *_ = key.split()
+        optimizer = load_experiment(ROOT / "experiments" / f"{recipe}.py").optimizer
+        if program != "train" or row["chips"] * row["batch_per_chip"] != optimizer.batch_size:
+            continue
+        rate = row["chips"] * row["batch_per_chip"] / row["bound"]
+        hours = optimizer.steps * optimizer.batch_size / rate / 3600
+        times = (hours, hours / ASSUMED, row["chips"] * hours / ASSUMED)
+        slice_of = (f"`{recipe}`", row["topology"], row["chips"], f"{optimizer.steps:,}")
+        rows.append((*slice_of, *(f"{hours:.1f}" for hours in times)))
+    head = ("recipe", "slice", "chips", "steps", "hours at the bound")
+    head = (*head, f"hours at {ASSUMED:.0%} of it", f"chip-hours at {ASSUMED:.0%}")
+    return _table(head, rows, record)
+
+
 def tpu_scale() -> str:
     """Lower bounds of a step on larger slices, and the images that their hosts must deliver."""
     record, data = _read("tpu_compiled"), _read("bench_data")
@@ -486,6 +510,7 @@ TABLES: dict[str, Callable[[], str]] = {
             tpu_predict,
             tpu_recipes,
             tpu_scale,
+            tpu_cost,
         ),
     )
 }

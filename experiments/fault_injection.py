@@ -10,8 +10,8 @@ bit-identical in every array of the state and every line of the log (except time
 a complete checkpoint is gone or cannot be read afterwards.
 
 The bucket is `experiments.local_bucket` (extra dev), with the data as well. Runs in it are compared
-with one on the disk.
-Instead of a full disk it fails one request in five; bad images and numbers do not meet it.
+with one on the disk. Instead of a full disk it fails one request in five; bad images and numbers do
+not meet it.
 
 Prints a table; with --out FILE also writes it as JSON.
 """
@@ -102,13 +102,10 @@ class FaultInjector:
         self.expected = outcome(folder / "undisturbed")
         if bucket is not None:
             self.runs, self.data = as_path("gs://bucket/runs"), "gs://bucket/data"
-            images = str(folder / "images")
-            splits = [
-                word
-                for split in ("train", "validation")
-                for word in (f"--{split}", images, f"{images}/instances.json")
-            ]
-            command = ["data", "prepare", "folder", config.data.name, *splits, "--out", self.data]
+            images = folder / "images"
+            source = [str(images), str(images / "instances.json")]
+            command = ["data", "prepare", "folder", "--name", config.data.name, "--out", self.data]
+            command += ["--train", *source, "--validation", *source]
             subprocess.run([*GHM_JAX, *command], env=self.environment, check=True)
 
     def train(self, name: str, *more: str, code: str = "") -> subprocess.Popen[bytes]:
