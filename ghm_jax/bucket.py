@@ -172,7 +172,7 @@ def check_bucket(location: str) -> None:
         raise ConfigError(
             location,
             f"{bucket!r} cannot be the name of a bucket, which has 3 or more of a-z, 0-9, -, _, .",
-            "write it like gs://BUCKET/runs/NAME",
+            "write it like gs://BUCKET/DIR",
         )
     _check_access(bucket)
     _system()  # before Orbax opens its own, which is then without cached listings too

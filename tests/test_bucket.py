@@ -127,8 +127,8 @@ def test_what_cannot_be_asked_for_is_not_taken_for_missing(store):
     [
         ("gs://nobody-has-this/run", ["gs://nobody-has-this", "no such bucket", "create"]),
         ("gs://No_Bucket/run", ["gs://No_Bucket/run", "cannot be the name of a bucket"]),
-        ("gs://", ["cannot be the name of a bucket", "gs://BUCKET/runs/NAME"]),
-        ("s3://bucket/run", ["s3://bucket/run", "directories and in gs://", "mount"]),
+        ("gs://", ["cannot be the name of a bucket", "gs://BUCKET/DIR"]),
+        ("s3://bucket/run", ["only directories and gs://... can be used, not s3://...", "mount"]),
     ],
 )
 def test_what_is_no_bucket_is_one_line(location, words):

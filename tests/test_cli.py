@@ -195,7 +195,10 @@ def fails(capsys, *args):
         ("train tiny.py --run-dir lr[0.1]", ["lr[0.1]", "could not be read back", "--run-dir"]),
         ("train tiny.py --run-dir s3://b/run", ["s3://b/run", "mount", "gs://BUCKET/DIR"]),
         ("train tiny.py --run-dir gs:/b/run", ["gs:/b/run", "mount", "--run-dir"]),
-        ("train tiny.py --data.dir gs://b/data", ["data.dir", "gs://b/data", "mount"]),
+        (
+            "train tiny.py --data.dir gs://b/data",
+            ["gs://b/data", "name of a bucket", "gs://BUCKET/DIR"],
+        ),
         ("evaluate s3://b/run", ["s3://b/run", "mount"]),
         ("evaluate run --data.dir gone", ["data.dir", "'squares' in gone", "--data.dir"]),
         ("stats run --data.dir gone", ["data.dir", "'squares' in gone", "--data.dir"]),
