@@ -88,7 +88,7 @@ def main(
     Args:
         only: keys of the questions, such as H1; empty: all.
         seeds: of the final runs; empty: those of the plan.
-        steps: of a final run; tuning takes half of them.
+        steps: of every run.
         data_dir: where the data sets are.
         results: where finished runs are.
         runs: directory for the runs in progress.
