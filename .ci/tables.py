@@ -272,9 +272,9 @@ def inference() -> str:
     return _table((*head, "share of decoding and NMS"), rows, record)
 
 
-def faults() -> str:
-    """Faults that a run survived."""
-    record = _read("fault_injection")
+def faults(name: str) -> str:
+    """Faults that runs survived."""
+    record = _read(name)
     rows = [
         [row[key] for key in ("fault", "tried", "survived", "data_lost")] for row in record["rows"]
     ]
@@ -458,6 +458,24 @@ def study_scores(key: str) -> str:
     return summary.scores_table(rows) + _study_origin([run for row in rows for run in row.runs])
 
 
+def study_longer() -> str:
+    """AP of runs with twice the steps, by the setting that was best for the plan's steps."""
+    _, results, steps = _study("H1")
+    runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for run in results.values():
+        _, _, loss, _, rate, weight, length = run["key"].split(" / ")
+        if length == f"{2 * steps} steps":
+            runs.setdefault((loss, rate, weight), []).append(run)
+    rows = [
+        (*setting, len(found), summary.mean_and_range([summary.ap_of(run) for run in found]))
+        for setting, found in runs.items()
+    ]
+    of_all = [run for found in runs.values() for run in found]
+    head = ("loss", "rate", "weight", "seeds", f"AP after {2 * steps:,} steps (range)")
+    table = summary.markdown(head, [[str(cell) for cell in row] for row in rows])
+    return table + _study_origin(of_all)
+
+
 def study_calibration(key: str) -> str:
     """Calibration errors of the same runs."""
     return summary.calibration_table(summary.rows(*_study(key))) + "\n"
@@ -502,7 +520,6 @@ TABLES: dict[str, Callable[[], str]] = {
         *(train_step, peers, train_devices, train_losses, train_growth),
         *(
             inference,
-            faults,
             gradients,
             gradient_scale,
             softmax,
@@ -515,6 +532,9 @@ TABLES: dict[str, Callable[[], str]] = {
     )
 }
 TABLES |= {
+    "faults": functools.partial(faults, "fault_injection"),
+    "faults_gs": functools.partial(faults, "fault_injection_gs"),
+    "study_longer": study_longer,
     "study_h1": functools.partial(study_scores, "H1"),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
     "study_h1_calibration": functools.partial(study_calibration, "H1"),

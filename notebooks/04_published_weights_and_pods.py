@@ -460,17 +460,19 @@ display(Markdown("\n".join(rows)))
 # ## TPU pods and SLURM
 #
 # A pod or a cluster runs the same command once per process, and `--distributed.detect` lets them
-# find each other. All see the same directories (a mounted bucket or a network file system), and
+# find each other. All see the same directories (a network file system) or the same bucket, and
 # batch sizes must be multiples of the number of all devices. These commands follow JAX's
 # documentation; **no pod and no cluster was available to run them**. What was run is above: two
-# processes on one machine.
+# processes on one machine; and in the project's tests, two processes that share only an emulated
+# bucket.
 #
-# A TPU pod; on one TPU host or on Colab's TPU, plain `ghm-jax train` uses all chips:
+# A TPU pod, whose workers share a bucket; each copies the data that it needs from there. On one TPU
+# host or on Colab's TPU, plain `ghm-jax train` uses all chips:
 #
 # ```
 # gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd ghm_jax && \
-#     .venv/bin/ghm-jax train experiments/coco_r50_ghm.py \
-#     --data.dir DATA --run-dir RUN --distributed.detect"
+#     .venv/bin/ghm-jax train experiments/coco_r50_ghm.py --data.dir gs://BUCKET/data \
+#     --run-dir gs://BUCKET/runs/coco --distributed.detect"
 # ```
 #
 # SLURM, two nodes of eight GPUs:
@@ -486,7 +488,8 @@ display(Markdown("\n".join(rows)))
 #
 # ## Where to go next
 #
-# * `docs/multi_host.md`: multiple hosts in detail: addresses, SLURM, Open MPI, pods.
+# * `docs/multi_host.md`: multiple hosts in detail: addresses, SLURM, Open MPI, pods and their cost.
+# * `docs/buckets.md`: runs and data in a bucket.
 # * `docs/recipes.md`: all commands from data to detections.
 # * `tests/test_parity_torchvision.py`: the test that torchvision's models give the same numbers
 #   here, from the image to the detections.

@@ -18,7 +18,7 @@ def test_a_run_survives_kills_damage_a_full_disk_and_bad_input(tmp_path, store):
         "-m",
         "experiments.fault_injection",
         "--kills",
-        "2",
+        "3",
         "--repeats",
         "1",
         "--steps",
@@ -36,6 +36,6 @@ def test_a_run_survives_kills_damage_a_full_disk_and_bad_input(tmp_path, store):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert sum(row["tried"] for row in rows if "SIGKILL" in row["fault"]) == 2
+    assert sum(row["tried"] for row in rows if "SIGKILL" in row["fault"]) == 3
     assert all(row["tried"] == row["survived"] for row in rows)
     assert not any(row["data_lost"] for row in rows)

@@ -25,6 +25,8 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     (tmp_path / "experiments").mkdir()
     for experiment in (ROOT / "experiments").glob("*.py"):
         shutil.copy(experiment, tmp_path / "experiments")
+    for folder in ("study", "results/study"):
+        shutil.copytree(ROOT / "experiments" / folder, tmp_path / "experiments" / folder)
     monkeypatch.setattr(DigitScenes, "SCENES", {"train": 16, "validation": 6})
     open_dataset(Data(name="digit_scenes", dir=str(tmp_path / "data")), "train")
 

@@ -99,7 +99,7 @@ def scores_table(found: Sequence[Row]) -> str:
                 row.entry.name,
                 f"x {row.setting.learning_rate:g}",
                 f"x {row.setting.weight:g}",
-                _mean_and_range(row.ap),
+                mean_and_range(row.ap),
                 f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if row is not first else "",
             )
         )
@@ -129,7 +129,7 @@ def iou_table(found: Sequence[Row]) -> str:
 def calibration_table(found: Sequence[Row]) -> str:
     """Expected calibration error of each row."""
     lines = [
-        (row.data, row.entry.name, _mean_and_range(row.values(lambda run: run["ece"])))
+        (row.data, row.entry.name, mean_and_range(row.values(lambda run: run["ece"])))
         for row in found
     ]
     return markdown(("data", "loss", "expected calibration error (range)"), lines)
@@ -161,6 +161,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
+def mean_and_range(values: Sequence[float]) -> str:
+    """`mean (smallest to largest)`."""
     mean = f"{statistics.mean(values):.3f}"
     return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean

@@ -28,7 +28,6 @@ STREAMS = 8
 """Files that are copied at the same time."""
 BLOCK = 1 << 25
 """Bytes of a request; a copy that was stopped goes on after the last block."""
-_MB = 10**6
 _COPIED, _LOCK = "staged.json", "staging.lock"
 
 
@@ -136,6 +135,9 @@ def _copy_all(
             files[name].size if name in done else _size(part) for name, part in parts.items()
         )
 
+    def megabytes(size: int) -> int:
+        return -(-size // 10**6)
+
     pool = ThreadPoolExecutor(STREAMS)
     try:
         pending = {pool.submit(copy, name) for name in files}
@@ -144,8 +146,10 @@ def _copy_all(
             for name in (future.result() for future in finished):
                 parts[name].replace(target / name)
                 done[name] = files[name].version
-            _note(target, {**copied, **done})
-            progress.update(f"copy {source.parent.name} (MB)", moved() // _MB, total // _MB, {})
+            if finished:
+                _note(target, {**copied, **done})
+            name = f"copy {source.parent.name} (MB)"
+            progress.update(name, megabytes(moved()), megabytes(total), {})
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)

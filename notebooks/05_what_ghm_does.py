@@ -1,0 +1,242 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: jupytext,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What GHM does
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
+#
+# The paper's claims, tried on scenes of handwritten digits: which classification loss gives the
+# best detector, how much tuning each needs, how well its scores are calibrated, and what wrong
+# labels do. All losses are tuned alike, and every setting that was chosen is trained with three
+# fresh seeds. Nothing is trained here: the cells read the results of `python -m experiments.study`
+# (`docs/study.md` has the rules) and draw what is finished, in a few seconds.
+#
+# (The badge opens Colab's GitHub tab: paste the address of this repository there.)
+
+# %%
+# Installs only what is missing; in an environment that has ghm_jax it does nothing.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = ""  # to run this file on its own, as on Colab: where to clone the repository from
+
+here = Path.cwd()
+places = (here, *here.parents, here / "checkout")
+root = next((path for path in places if (path / "experiments/quickstart.py").is_file()), None)
+if root is None:
+    if not REPOSITORY:
+        raise SystemExit(f"{here} is in no checkout of ghm_jax: set REPOSITORY to its address")
+    root = here / "checkout"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, root], check=True)
+if not all(importlib.util.find_spec(name) for name in ("ghm_jax", "hotcoco")):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{root}[detector]"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## The results
+#
+# One line of JSON for each run: its figures, the command, the date and the machine.
+
+# %%
+import io
+import math
+import os
+import statistics
+import sys
+
+from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
+
+from ghm_jax.plots.figures import BLUE, GREEN, GREY, ORANGE, legend, style
+
+SMOKE = bool(os.environ.get("GHM_NOTEBOOK_SMOKE"))
+sys.path.insert(0, str(root))
+
+from experiments.study import plan, summary
+
+results = summary.read_results(root / "experiments/results/study/runs.jsonl")
+questions = {question.key: question for question in plan.QUESTIONS}
+COLORS = (BLUE, ORANGE, GREEN, GREY, "#8250df", "#bf3989", "#9a6700", "#116329", "#0a3069")
+
+
+def finished(key: str) -> list[summary.Row]:
+    """The losses of a question whose runs are all finished."""
+    return summary.rows(questions[key], results, plan.STEPS)
+
+
+def show(figure: Figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    display(Image(buffer.getvalue()))
+
+
+hours = sum(run["seconds"] for run in results.values()) / 3600
+print(f"{len(results)} runs, {hours:.1f} hours of one core")
+for key, question in questions.items():
+    wanted = len(question.entries) * len(question.data)
+    print(f"{key:<4}{len(finished(key)):>3} of {wanted:>2} rows  {question.title}")
+
+# %% [markdown]
+# ## Which classification loss?
+#
+# Table 4 of the paper asks it on COCO. A dot is a seed, a line the mean. The differences in the
+# table are to focal loss, seed by seed: if their range holds both signs, three seeds do not tell
+# the two losses apart.
+
+
+# %%
+def draw_scores(rows: list[summary.Row], title: str) -> None:
+    """AP of every seed, a line for each loss."""
+    figure = Figure(figsize=(6, 0.6 + 0.3 * len(rows)))
+    ax = figure.add_subplot()
+    for place, row in enumerate(reversed(rows)):
+        ax.plot(row.ap, [place] * len(row.ap), "o", color=BLUE, alpha=0.7, markersize=5)
+        mean = statistics.mean(row.ap)
+        ax.plot([mean, mean], [place - 0.3, place + 0.3], color=ORANGE, lw=2)
+    ax.set_yticks(range(len(rows)), [row.entry.name for row in reversed(rows)])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    style(ax, title, "")
+    show(figure)
+
+
+def compare(key: str) -> None:
+    """Figure and table of a question."""
+    rows = finished(key)
+    if not rows:
+        print(f"{key} is not finished")
+        return
+    draw_scores([row for row in rows if row.data == rows[0].data], "AP on the validation scenes")
+    display(Markdown(summary.scores_table(rows)))
+
+
+compare("H1")
+
+# %% [markdown]
+# ## Without laborious tuning?
+#
+# The paper says that GHM needs no laborious tuning. Here is the AP of all tuning runs, by the
+# weight of the loss (solid, at the base learning rate) and by the learning rate (dashed, at the
+# base weight), as multiples of the base value. What counts is how flat a curve is, and that the
+# best value is not at its end.
+
+
+# %%
+def draw_tuning(key: str, most: int = 4) -> None:
+    """AP of the tuning runs of a question's first losses."""
+    figure = Figure(figsize=(6, 3))
+    ax = figure.add_subplot()
+    question = questions[key]
+    for entry, color in zip(question.entries[:most], COLORS, strict=False):
+        trials, best = summary.tune(question, entry, results, plan.STEPS)
+        if best is None:
+            continue
+        for kind, line, other in (
+            ("weight", "-o", "learning_rate"),
+            ("learning_rate", "--s", "weight"),
+        ):
+            points = sorted(
+                (math.log2(getattr(trial, kind)), summary.ap_of(results[trial.key]))
+                for trial in trials
+                if getattr(trial, other) == 1
+            )
+            name = entry.name if kind == "weight" else None
+            ax.plot(*zip(*points, strict=True), line, color=color, label=name, markersize=4)
+    low, high = (round(edge) for edge in ax.get_xlim())
+    ax.set_xticks(range(low, high + 1), [f"x{2.0**n:g}" for n in range(low, high + 1)])
+    style(ax, "", "AP, seed 0")
+    if ax.lines:
+        legend(ax, columns=2)
+        show(figure)
+
+
+draw_tuning("H1")
+display(Markdown(summary.tuning_table(questions["H1"], results, plan.STEPS)))
+
+# %% [markdown]
+# ## Are the scores what they say?
+#
+# Of all detections with a score of about 0.7, seven in ten should be right. The dotted diagonal is
+# that; below it a detector is too sure. Seeds together, ten bins of score.
+
+# %%
+figure = Figure(figsize=(4, 4))
+ax = figure.add_subplot()
+ax.plot([0, 1], [0, 1], ":", color=GREY)
+rows = finished("H1")
+for row, color in zip(rows, COLORS, strict=False):
+    bins = zip(*(run["reliability"] for run in row.runs), strict=True)
+    points = []
+    for each in bins:
+        count = sum(one["count"] for one in each)
+        if count >= 30:  # fewer say nothing
+            weighted = (sum(one[k] * one["count"] for one in each) for k in ("score", "precision"))
+            points.append([value / count for value in weighted])
+    ax.plot(*zip(*points, strict=True), "-o", color=color, label=row.entry.name, markersize=4)
+ax.set_xlabel("mean score")
+style(ax, "", "precision at IoU 0.5")
+if rows:
+    legend(ax, columns=2)
+    show(figure)
+    display(Markdown(summary.calibration_table(rows)))
+
+# %% [markdown]
+# ## Do wrong labels hurt less?
+#
+# What sets GHM apart from focal loss is that it also weights down the very hard examples, which
+# may be outliers. Here a part of the training labels is wrong, or boxes are missing.
+
+
+# %%
+def draw_outliers(kind: str) -> None:
+    """AP by the part of the training labels that is spoilt."""
+    rows = [row for row in finished("H5") if row.data == "digit_scenes" or kind in row.data]
+    losses = dict.fromkeys(row.entry.name for row in rows)
+    if not rows:
+        print(f"H5 is not finished ({kind})")
+        return
+    figure = Figure(figsize=(6, 3))
+    ax = figure.add_subplot()
+    for name, color in zip(losses, COLORS, strict=False):
+        of_loss = [row for row in rows if row.entry.name == name]
+        parts = [int(row.data.rpartition("_")[2]) if kind in row.data else 0 for row in of_loss]
+        points = sorted(
+            (part, statistics.mean(r.ap)) for part, r in zip(parts, of_loss, strict=True)
+        )
+        ax.plot(*zip(*points, strict=True), "-o", color=color, label=name, markersize=4)
+    ax.set_xlabel("percent of the training labels")
+    style(ax, kind.replace("_", " "), "AP, mean of the seeds")
+    legend(ax, columns=2)
+    show(figure)
+
+
+draw_outliers("wrong_labels")
+draw_outliers("missing_boxes")
+
+# %% [markdown]
+# ## Boxes, changes of GHM-C, real images
+#
+# Tables 5 and 6 of the paper ask for box losses at higher and higher IoU; then six changes of
+# GHM-C that the density floor and the measurements suggest; then photographs of blood cells and of
+# circuit boards.
+
+# %%
+compare("H3")
+if finished("H3"):
+    display(Markdown(summary.iou_table(finished("H3"))))
+compare("H11")
+compare("H9")
