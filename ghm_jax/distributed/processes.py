@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # nothing public waits without a computation
 from jax.experimental import multihost_utils
 
 from ghm_jax.exceptions import StoppedElsewhere
@@ -71,6 +72,19 @@ def on_first_process(compute: Callable[[], Any]) -> Any:
     return gather_rows([compute()] if is_first() else [])[0]
 
 
+LONGEST_WAIT = 3 * 3600
+"""Seconds that processes wait for one that has more to do, such as to copy data to its disk."""
+
+
+def _wait_for_all() -> None:
+    """Returns when all processes are here. A computation of all devices would give up earlier, on
+    CPUs after 30 seconds. A process that has died ends the wait of the others."""
+    if jax.process_count() > 1:
+        client = distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier("ghm_jax", timeout_in_ms=1000 * LONGEST_WAIT)
+
+
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
     """All processes leave the block without an error, or none does.
@@ -85,6 +99,7 @@ def raise_together() -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
+    _wait_for_all()
     found = [] if problem is None else [[jax.process_index(), str(problem)]]
     for index, message in gather_rows(found)[:1]:
         if problem is not None and index == jax.process_index():

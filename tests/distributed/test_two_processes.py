@@ -24,15 +24,19 @@ pytestmark = pytest.mark.slow
 COMMAND = (sys.executable, "-c", "from ghm_jax.cli import main; main()")
 
 
+def unused_address():
+    """HOST:PORT for the coordinator of a job."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return f"localhost:{listener.getsockname()[1]}"
+
+
 class Job:
     """Two processes of a command, started in `place`."""
 
     def __init__(self, place, *args):
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        with socket.socket() as listener:
-            listener.bind(("localhost", 0))
-            address = f"localhost:{listener.getsockname()[1]}"
-        job = ("--distributed.coordinator", address, "--distributed.num-processes", "2")
+        job = ("--distributed.coordinator", unused_address(), "--distributed.num-processes", "2")
         self.processes = [
             subprocess.Popen(
                 [*COMMAND, *args, *job, "--distributed.process-id", str(number)],
@@ -175,3 +179,27 @@ def test_a_bucket_can_be_all_that_they_share(place, dataset_dir, tmp_path, monke
             RunDirectory(place / "alone"), RunDirectory(as_path(f"{bucket.URL}/job"))
         )
         assert not (place / "gs:").exists()
+
+
+SLOW = """
+import sys, time
+from ghm_jax.distributed.processes import raise_together, start_processes
+start_processes(sys.argv[1], 2, int(sys.argv[2]))
+import jax
+jax.devices()
+with raise_together():
+    time.sleep(35 * int(sys.argv[2]))  # longer than a computation on CPUs would wait
+print("together")
+"""
+
+
+def test_a_process_that_takes_its_time_is_waited_for():
+    address = unused_address()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, address, str(number)], stdout=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(output.endswith("together\n") for output in outputs)
