@@ -158,6 +158,7 @@ def draw_tuning(key: str, most: int = 4) -> None:
             ax.plot(*zip(*points, strict=True), line, color=color, label=name, markersize=4)
     low, high = (round(edge) for edge in ax.get_xlim())
     ax.set_xticks(range(low, high + 1), [f"x{2.0**n:g}" for n in range(low, high + 1)])
+    ax.set_xlabel("multiple of the base value", fontsize=8.5)
     style(ax, "", "AP, seed 0")
     if ax.lines:
         legend(ax, columns=2)
@@ -187,7 +188,7 @@ for row, color in zip(rows, COLORS, strict=False):
             weighted = (sum(one[k] * one["count"] for one in each) for k in ("score", "precision"))
             points.append([value / count for value in weighted])
     ax.plot(*zip(*points, strict=True), "-o", color=color, label=row.entry.name, markersize=4)
-ax.set_xlabel("mean score")
+ax.set_xlabel("mean score", fontsize=8.5)
 style(ax, "", "precision at IoU 0.5")
 if rows:
     legend(ax, columns=2)
@@ -206,7 +207,7 @@ def draw_outliers(kind: str) -> None:
     """AP by the part of the training labels that is spoilt."""
     rows = [row for row in finished("H5") if row.data == "digit_scenes" or kind in row.data]
     losses = dict.fromkeys(row.entry.name for row in rows)
-    if not rows:
+    if all(row.data == "digit_scenes" for row in rows):
         print(f"H5 is not finished ({kind})")
         return
     figure = Figure(figsize=(6, 3))
@@ -218,7 +219,7 @@ def draw_outliers(kind: str) -> None:
             (part, statistics.mean(r.ap)) for part, r in zip(parts, of_loss, strict=True)
         )
         ax.plot(*zip(*points, strict=True), "-o", color=color, label=name, markersize=4)
-    ax.set_xlabel("percent of the training labels")
+    ax.set_xlabel("percent of the training labels", fontsize=8.5)
     style(ax, kind.replace("_", " "), "AP, mean of the seeds")
     legend(ax, columns=2)
     show(figure)
