@@ -80,8 +80,7 @@ def _wait_for_all() -> None:
     """Returns when all processes are here. A computation of all devices would give up earlier, on
     CPUs after 30 seconds. A process that has died ends the wait of the others."""
     if jax.process_count() > 1:
-        client = distributed.global_state.client
-        assert client is not None
+        client: Any = distributed.global_state.client
         client.wait_at_barrier("ghm_jax", timeout_in_ms=1000 * LONGEST_WAIT)
 
 
