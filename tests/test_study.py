@@ -237,7 +237,11 @@ def test_the_study_runs_by_its_command_and_trains_nothing_twice(tmp_path):
     output = run()
     lines = results.read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert len({record["key"] for record in records}) == len(records) >= 4  # tuning may go on
+    keys = [record["key"] for record in records]
+    assert len(set(keys)) == len(keys)
+    assert sum("seed 1" in key for key in keys) == 2  # one final run on each data set
+    assert all("seed 0" in key for key in keys[:-2])  # tuning: the two settings, and further ones
+    assert len(keys) >= 4
     assert sum("wrong_labels_10" in record["key"] for record in records) == 1
     assert "| wrong_labels_10 | focal |" in output
     assert not list((tmp_path / "runs").iterdir())
