@@ -157,10 +157,10 @@ def has_data(name: str, data_dir: str) -> bool:
 
 
 def shortened(question: Question) -> Question:
-    """One loss, two settings, two data sets."""
-    return replace(
-        question, entries=question.entries[:1], data=question.data[:2], grid=question.grid[:2]
-    )
+    """One loss, two settings at first, two data sets."""
+    first = question.entries[0]
+    first = replace(first, grid=first.grid[:2])
+    return replace(question, entries=(first,), data=question.data[:2])
 
 
 def print_tables(

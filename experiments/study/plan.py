@@ -1,14 +1,13 @@
 """The questions of the study, and the losses that each compares. Data only.
 
-All losses are tuned alike: the learning rate and the weight of the loss that is compared, each at
-half and twice its base value while the other stays (`GRID`), with seed 0. If the best is one of
-these four, twice or half of that is tried as well, until it is no better (up to 32 times).
+All losses are tuned alike, with seed 0: twice and half the best weight so far are tried until both
+are worse (up to 32 times the base value). For the four losses that matter most, twice and half the
+learning rate as well (`GRID`); as that was never better, the others are tuned by weight alone.
 The setting with the highest AP is then trained with fresh seeds, for as many steps: what is best
-for half of them is not best for all. Where an option of a
-loss is compared (bins, momentum), its variants take the setting of the loss itself, with one seed.
+for half of them is not best for all. Where an option of a loss is compared (bins, momentum), its
+variants take the setting of the loss itself, with one seed.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ghm_jax.runs.experiments import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[1]
 GRID = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0))
-"""(learning rate, weight), as factors of the base values."""
+"""(learning rate, weight), as factors of the base values: where tuning starts."""
 STEPS = 1200
 """Of every run; half of the quickstart's."""
 TUNING_SEED = 0
@@ -33,7 +32,9 @@ class Entry:
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     tuned: str = "loss.weight"
-    """The weight that is tuned, beside the learning rate."""
+    """The weight that is tuned."""
+    grid: tuple[tuple[float, float], ...] = GRID
+    """Where tuning starts."""
     like: "Entry | None" = None
     """Trained with the setting that was best for this one, in place of its own."""
 
@@ -48,7 +49,6 @@ class Question:
     data: tuple[str, ...] = ("digit_scenes",)
     """Names of data sets; all but the first are trained with the settings tuned on the first."""
     experiment: str = "quickstart"
-    grid: tuple[tuple[float, float], ...] = GRID
     seeds: tuple[int, ...] = SEEDS
     """Of the final runs."""
 
@@ -66,17 +66,25 @@ PUBLISHED = {**_ghm_c(**REFERENCE), **_ghm_r(**REFERENCE)}
 PUBLISHED |= {"loss.ghm_scope": "level", "loss.weight": 1.0}
 
 
-def _floor(count: float) -> Entry:
+def _from(weight: float) -> tuple[tuple[float, float], ...]:
+    """Tuned by weight alone, from this on: close to the best of a similar loss."""
+    return ((1.0, weight),)
+
+
+def _floor(count: float, grid: tuple[tuple[float, float], ...] = GRID) -> Entry:
     name = f"GHM-C, floor {count:.0f}" if count else "GHM-C, no floor"
-    return Entry(name, ONE_HISTOGRAM | _ghm_c(min_count=float(count)))
+    return Entry(name, ONE_HISTOGRAM | _ghm_c(min_count=float(count)), grid=grid)
 
 
 CROSS_ENTROPY = Entry("cross-entropy", {"loss.classification": "cross_entropy"} | {
     "loss.weight": 100.0})  # fmt: skip
-OHEM = Entry("OHEM", {"loss.classification": "ohem", "loss.weight": 1.0})
+OHEM = Entry("OHEM", {"loss.classification": "ohem", "loss.weight": 1.0}, grid=_from(1.0))
 FOCAL = Entry("focal", {"loss.classification": "focal", "loss.weight": 1.0})
 LEVELS = Entry("GHM-C, published", PUBLISHED)
-NO_FLOOR, FLOOR = _floor(0), _floor(100)
+NO_FLOOR, FLOOR = _floor(0, _from(8.0)), _floor(100)
+STRENGTH = Entry(
+    "GHM-C, strength 0.75", ONE_HISTOGRAM | _ghm_c(min_count=0.0, strength=0.75), grid=_from(8.0)
+)
 
 
 def _like(loss: Entry, words: str, **settings: Any) -> Entry:
@@ -87,8 +95,9 @@ def _like(loss: Entry, words: str, **settings: Any) -> Entry:
 
 def _variant(name: str, function: str, weight: float, bins: int = 30) -> Entry:
     """A function of `variants.py`."""
-    changes = {"loss.classification": f"experiments.study.variants:{function}"}
-    return Entry(name, {**changes, "loss.weight": weight, "loss.ghm_c.bins": bins})
+    changes: dict[str, Any] = {"loss.classification": f"experiments.study.variants:{function}"}
+    changes |= {"loss.weight": weight, "loss.ghm_c.bins": bins}
+    return Entry(name, changes, grid=_from(8.0))
 
 
 def _replicas(loss: Entry, replicas: int, function: str) -> Entry:
@@ -98,8 +107,10 @@ def _replicas(loss: Entry, replicas: int, function: str) -> Entry:
 
 
 def _boxes(name: str, weight: float, **settings: Any) -> Entry:
-    changes = {f"loss.{key}": value for key, value in settings.items()}
-    return Entry(name, {"loss.box_weight": weight, **changes}, tuned="loss.box_weight")
+    """With GHM-C at the weight that is best for it."""
+    changes = {"loss.weight": 24.0, "loss.box_weight": weight}
+    changes |= {f"loss.{key}": value for key, value in settings.items()}
+    return Entry(name, changes, tuned="loss.box_weight", grid=_from(2.0))
 
 
 QUESTIONS = (
@@ -108,8 +119,7 @@ QUESTIONS = (
         "Which classification loss? (table 4 of the paper)",
         (
             *(FOCAL, FLOOR, CROSS_ENTROPY, LEVELS, OHEM, NO_FLOOR),
-            *(_floor(10), _floor(1000)),
-            Entry("GHM-C, strength 0.75", ONE_HISTOGRAM | _ghm_c(min_count=0.0, strength=0.75)),
+            *(_floor(10, _from(8.0)), _floor(1000, _from(8.0)), STRENGTH),
         ),
     ),
     Question(
@@ -148,7 +158,7 @@ QUESTIONS = (
     Question(
         "H9",
         "Real images: blood cells and defects of circuit boards",
-        (FOCAL, LEVELS, FLOOR),
+        tuple(replace(entry, grid=_from(4.0)) for entry in (FOCAL, LEVELS, FLOOR)),
         data=("bccd", "deeppcb"),
         experiment="folder_small",
     ),
@@ -216,13 +226,12 @@ class Trial:
             f"rate x {self.learning_rate:g} / weight x {self.weight:g} / {self.steps} steps"
         )
 
-    def further(self) -> "Trial | None":
-        """One step further from the base values, in the direction of this trial; up to 32 times."""
-        factors = {"learning_rate": self.learning_rate, "weight": self.weight}
-        name, factor = max(factors.items(), key=lambda item: abs(math.log(item[1])))
-        if factor in (1 / 32, 1.0, 32.0):
-            return None
-        return replace(self, **{name: factor * (2.0 if factor > 1.0 else 0.5)})
+    def neighbours(self) -> "list[Trial]":
+        """Twice and half its weight, or learning rate if that is changed; up to 32 times."""
+        name = "weight" if self.learning_rate == 1.0 else "learning_rate"
+        factor = getattr(self, name)
+        factors = (2.0 * factor, factor / 2.0)
+        return [replace(self, **{name: f}) for f in factors if 1 / 32 <= f <= 32]
 
     def config(self, data_dir: str) -> Config:
         """What it trains, on one device."""
@@ -254,11 +263,11 @@ def _changed(section: Any, path: list[str], value: Any) -> Any:
 
 
 def tuning_trials(question: Question, entry: Entry, steps: int) -> list[Trial]:
-    """One run for each setting of the question's grid, of the loss whose setting an entry takes."""
+    """The runs that tuning starts with, of the loss whose setting an entry takes."""
     entry = entry.like or entry
     return [
         Trial(entry, question.experiment, question.data[0], TUNING_SEED, rate, weight, steps)
-        for rate, weight in question.grid
+        for rate, weight in entry.grid
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.study.plan import Entry, Question, Trial, final_trials, tuning_trials
+from experiments.study.plan import GRID, Entry, Question, Trial, final_trials, tuning_trials
 
 Results = Mapping[str, Mapping[str, Any]]
 """Results of finished trials, by their keys."""
@@ -33,10 +33,10 @@ def tune(
     trials = tuning_trials(question, entry, steps)
     while all(trial.key in results for trial in trials):
         best = max(trials, key=lambda trial: ap_of(results[trial.key]))
-        further = best.further()
-        if further is None or further in trials:
+        further = [trial for trial in best.neighbours() if trial not in trials]
+        if not further:
             return trials, best
-        trials.append(further)
+        trials += further
     return trials, None
 
 
@@ -136,24 +136,31 @@ def calibration_table(found: Sequence[Row]) -> str:
 
 
 def tuning_table(question: Question, results: Results, steps: int) -> str:
-    """How much each loss depends on learning rate and weight: AP of its tuning runs."""
-    lines = []
+    """AP of the tuning runs of each loss, by setting."""
+    found = {}
     for entry in question.entries:
         trials, best = tune(question, entry, results, steps)
-        if entry.like or best is None:
-            continue
-        of_grid, further = trials[: len(question.grid)], trials[len(question.grid) :]
-        aps = [ap_of(results[trial.key]) for trial in of_grid]
-        beyond = [
-            f"{ap_of(results[trial.key]):.3f} (rate x {trial.learning_rate:g}, "
-            f"weight x {trial.weight:g})"
-            for trial in further
-        ]
-        summary = (max(aps), statistics.median(aps), min(aps))
-        lines.append((entry.name, *(f"{ap:.3f}" for ap in (*summary, *aps)), ", ".join(beyond)))
-    settings = (f"rate x {rate:g}, weight x {weight:g}" for rate, weight in question.grid)
-    head = ("loss", "best of five", "median", "worst", *settings, "further")
+        if not entry.like and best is not None:
+            found[entry.name] = {
+                (trial.learning_rate, trial.weight): f"{ap_of(results[trial.key]):.3f}"
+                for trial in trials
+            }
+    settings = sorted({setting for aps in found.values() for setting in aps})
+    head = ("loss", *(f"rate x {rate:g}, weight x {weight:g}" for rate, weight in settings))
+    lines = [(name, *(aps.get(x, "") for x in settings)) for name, aps in found.items()]
     return markdown(head, lines)
+
+
+def sensitivity_table(question: Question, results: Results, steps: int) -> str:
+    """How much each loss depends on learning rate and weight: its AP over the grid (H6)."""
+    lines = []
+    for entry in question.entries:
+        keys = [trial.key for trial in tuning_trials(question, entry, steps)]
+        if entry.grid == GRID and not entry.like and all(key in results for key in keys):
+            aps = [ap_of(results[key]) for key in keys]
+            values = (max(aps), statistics.median(aps), min(aps), min(aps) / max(aps))
+            lines.append((entry.name, *(f"{value:.3f}" for value in values)))
+    return markdown(("loss", "best", "median", "worst", "worst / best"), lines)
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
