@@ -67,8 +67,8 @@ PUBLISHED |= {"loss.ghm_scope": "level", "loss.weight": 1.0}
 
 
 def _from(weight: float) -> tuple[tuple[float, float], ...]:
-    """Tuned by weight alone, from this on: close to the best of a similar loss."""
-    return ((1.0, weight),)
+    """Tuned by weight alone, from this one on: close to the best of a similar loss."""
+    return ((1.0, weight), (1.0, 2.0 * weight), (1.0, weight / 2.0))
 
 
 def _floor(count: float, grid: tuple[tuple[float, float], ...] = GRID) -> Entry:
