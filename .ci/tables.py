@@ -476,6 +476,17 @@ def study_longer() -> str:
     return table + _study_origin(of_all)
 
 
+def study_iou(key: str) -> str:
+    """AP of the same runs by IoU."""
+    return summary.iou_table(summary.rows(*_study(key))) + "\n"
+
+
+def study_outliers() -> str:
+    """AP of each loss by data set, and how much of it is left."""
+    rows = summary.rows(*_study("H5"))
+    return summary.outliers_table(rows) + _study_origin([run for row in rows for run in row.runs])
+
+
 def study_calibration(key: str) -> str:
     """Calibration errors of the same runs."""
     return summary.calibration_table(summary.rows(*_study(key))) + "\n"
@@ -484,6 +495,11 @@ def study_calibration(key: str) -> str:
 def study_tuning(key: str) -> str:
     """AP of the runs that the settings were chosen by."""
     return summary.tuning_table(*_study(key)) + "\n"
+
+
+def study_sensitivity() -> str:
+    """How much the losses depend on learning rate and weight."""
+    return summary.sensitivity_table(*_study("H1")) + "\n"
 
 
 def _study(key: str) -> tuple[Question, dict[str, dict[str, Any]], int]:
@@ -535,6 +551,7 @@ TABLES |= {
     "faults": functools.partial(faults, "fault_injection"),
     "faults_gs": functools.partial(faults, "fault_injection_gs"),
     "study_longer": study_longer,
+    "study_sensitivity": study_sensitivity,
     "study_h1": functools.partial(study_scores, "H1"),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
     "study_h1_calibration": functools.partial(study_calibration, "H1"),

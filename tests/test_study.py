@@ -23,10 +23,12 @@ from experiments.study.plan import (
 from experiments.study.summary import (
     calibration_table,
     iou_table,
+    outliers_table,
     paired_difference,
     read_results,
     rows,
     scores_table,
+    sensitivity_table,
     tune,
     tuning_table,
 )
@@ -67,8 +69,8 @@ def test_every_run_of_the_study_has_a_valid_config_and_a_name_of_its_own(questio
         for trial in (*tuning, *finals):
             configs[trial.key] = trial.config("data").check()
     finals = len(question.entries) * len(question.data) * len(question.seeds)
-    tuned = {(entry.like or entry).name for entry in question.entries}
-    assert len(configs) == len(tuned) * len(GRID) + finals
+    tuned = {(entry.like or entry).name: entry.like or entry for entry in question.entries}
+    assert len(configs) == sum(len(entry.grid) for entry in tuned.values()) + finals
     assert len(set(map(repr, configs.values()))) == len(configs)
     assert TUNING_SEED not in SEEDS
 
@@ -76,6 +78,7 @@ def test_every_run_of_the_study_has_a_valid_config_and_a_name_of_its_own(questio
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.key)
 def test_tuning_changes_the_learning_rate_and_the_weight_that_is_compared(question):
     entry = question.entries[-1].like or question.entries[-1]
+    grid = {(0.5, 1), (2, 1), (1, 0.5), (1, 2)} if entry.grid == GRID else {(1, 0.5), (1, 2)}
     base, *others = (t.config("data") for t in tuning_trials(question, entry, STEPS))
     name = entry.tuned.removeprefix("loss.")
     weight = getattr(base.loss, name)
@@ -84,7 +87,7 @@ def test_tuning_changes_the_learning_rate_and_the_weight_that_is_compared(questi
         (c.optimizer.learning_rate / base.optimizer.learning_rate, getattr(c.loss, name) / weight)
         for c in others
     }
-    assert found == {(0.5, 1), (2, 1), (1, 0.5), (1, 2)}
+    assert found == grid
     for config in others:  # nothing else
         same = replace(config, loss=base.loss, optimizer=base.optimizer)
         assert same == base
@@ -93,7 +96,7 @@ def test_tuning_changes_the_learning_rate_and_the_weight_that_is_compared(questi
 
 def test_the_final_runs_take_the_setting_that_was_best_and_no_seed_of_the_tuning():
     question = QUESTIONS[0]
-    best = {entry.name: GRID[i % len(GRID)] for i, entry in enumerate(question.entries)}
+    best = {entry.name: entry.grid[i % len(entry.grid)] for i, entry in enumerate(question.entries)}
 
     def ap(trial):
         chosen = (trial.learning_rate, trial.weight) == best[trial.entry.name]
@@ -106,7 +109,7 @@ def test_the_final_runs_take_the_setting_that_was_best_and_no_seed_of_the_tuning
         assert row.ap == pytest.approx([0.71, 0.72, 0.73])
 
 
-def test_tuning_goes_on_in_the_direction_of_the_best_until_it_is_no_better():
+def test_tuning_goes_on_until_both_neighbours_of_the_best_are_worse():
     question = QUESTIONS[0]
 
     def ap(trial):  # highest at four times the weight; for the second loss at half the rate
@@ -121,6 +124,21 @@ def test_tuning_goes_on_in_the_direction_of_the_best_until_it_is_no_better():
     assert [t.weight for t in weights] == [1, 1, 1, 0.5, 2, 4, 8]
     assert (other.learning_rate, other.weight) == (0.5, 1)
     assert [t.learning_rate for t in rates] == [1, 0.5, 2, 1, 1, 0.25]
+
+
+def test_tuning_by_weight_goes_both_ways_and_ends_at_32_times_the_base_value():
+    question = QUESTIONS[0]
+    entry = next(entry for entry in question.entries if entry.name == "GHM-C, no floor")
+    assert entry.grid == ((1, 8), (1, 16), (1, 4))
+    for target, tried in ((1, [8, 16, 4, 2, 1, 0.5]), (1024, [8, 16, 4, 32])):
+        results = results_of(
+            replace(question, entries=(entry,)),
+            lambda trial, target=target: 1 - abs(np.log2(trial.weight / target)) / 20,
+        )
+        trials, best = tune(question, entry, results, STEPS)
+        assert [trial.weight for trial in trials] == tried
+        assert best.weight == min(target, 32)
+        assert {trial.learning_rate for trial in trials} == {1}
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -142,13 +160,13 @@ def test_variants_take_the_setting_that_was_best_for_their_loss():
     question = next(question for question in QUESTIONS if question.key == "H2")
 
     def ap(trial):
-        best = (0.5, 1.0) if trial.entry.name == "GHM-C, floor 100" else (1.0, 2.0)
+        best = (0.5, 1.0) if trial.entry.name == "GHM-C, floor 100" else (1.0, 16.0)
         return 0.5 + 0.2 * ((trial.learning_rate, trial.weight) == best)
 
     found = {row.entry.name: row.setting for row in rows(question, results_of(question, ap), STEPS)}
     few = found["GHM-C, floor 100, 5 bins"]
     assert (few.learning_rate, few.weight) == (0.5, 1.0)
-    assert found["GHM-C, no floor, 40 bins"].weight == 2.0
+    assert found["GHM-C, no floor, 40 bins"].weight == 16.0
 
 
 def test_the_other_tables_have_a_line_per_loss():
@@ -163,10 +181,30 @@ def test_the_other_tables_have_a_line_per_loss():
     assert by_iou.endswith("| 0.670 | 0.570 | 0.470 | 0.370 | 0.270 |")
     error = next(line for line in calibration_table(found).splitlines() if "| focal |" in line)
     assert error.endswith("| 0.380 (0.370 to 0.390) |")
-    tuned = tuning_table(question, results, STEPS).splitlines()
-    grid = "0.600 | 0.500 | 0.450 | 0.500 | 0.500 | 0.500 | 0.450 | 0.600"
-    assert tuned[2] == f"| focal | {grid} | 0.400 (rate x 1, weight x 4) |"
-    assert len(tuned) == 2 + len(question.entries)
+    head, _, *tuned = tuning_table(question, results, STEPS).splitlines()
+    weights = " | ".join(f"rate x 1, weight x {x:g}" for x in (0.5, 1, 2, 4, 8, 16))
+    assert head == f"| loss | rate x 0.5, weight x 1 | {weights} | rate x 2, weight x 1 |"
+    assert tuned[0] == "| focal | 0.500 | 0.450 | 0.500 | 0.600 | 0.400 |  |  | 0.500 |"
+    assert len(tuned) == len(question.entries)
+    *_, last = sensitivity_table(question, results, STEPS).splitlines()
+    assert last == "| GHM-C, published | 0.600 | 0.500 | 0.450 | 0.750 |"
+
+
+def test_the_table_of_outliers_has_the_share_of_the_ap_that_is_left():
+    question = next(question for question in QUESTIONS if question.key == "H5")
+
+    def ap(trial):
+        return (0.5 + 0.1 * trial.seed) * (1.0 if trial.data == "digit_scenes" else 0.8)
+
+    found = rows(question, results_of(question, ap), STEPS)
+    spoilt = "missing_boxes_40"
+    found = [row for row in found if row.data in ("digit_scenes", spoilt)]
+    found = [row for row in found if (row.entry.name, row.data) != ("cross-entropy", spoilt)]
+    head, _, first, *_, cross, _ = outliers_table(found).splitlines()
+    assert head == f"| loss | digit_scenes | {spoilt} | left with {spoilt} |"
+    aps = "0.700 (0.600 to 0.800) | 0.560 (0.480 to 0.640)"
+    assert first == f"| focal | {aps} | 0.800 (0.800 to 0.800) |"
+    assert cross == "| cross-entropy | 0.700 (0.600 to 0.800) |  |  |"
 
 
 def test_a_row_appears_when_all_its_runs_are_finished():

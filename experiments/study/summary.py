@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +125,25 @@ def iou_table(found: Sequence[Row]) -> str:
         for row in found
     ]
     return markdown(("data", "loss", *(f"AP at IoU {iou}" for iou in IOUS)), lines)
+
+
+def outliers_table(found: Sequence[Row]) -> str:
+    """AP of each loss on each data set, and the share of its AP on the first that is left."""
+    of_loss: dict[str, dict[str, Row]] = {}
+    for row in found:
+        of_loss.setdefault(row.entry.name, {})[row.data] = row
+    clean, *spoilt = dict.fromkeys(row.data for row in found)
+
+    def cells(by_data: Mapping[str, Row], of: Callable[[Row], list[float]]) -> list[str]:
+        return [mean_and_range(of(by_data[x])) if x in by_data else "" for x in spoilt]
+
+    lines = []
+    for loss, by_data in of_loss.items():
+        base = by_data[clean]
+        aps = cells(by_data, lambda row: row.ap)
+        left = cells(by_data, lambda row, base=base: list(map(truediv, row.ap, base.ap)))
+        lines.append((loss, mean_and_range(base.ap), *aps, *left))
+    return markdown(("loss", clean, *spoilt, *(f"left with {name}" for name in spoilt)), lines)
 
 
 def calibration_table(found: Sequence[Row]) -> str:
