@@ -502,6 +502,17 @@ def study_sensitivity() -> str:
     return summary.sensitivity_table(*_study("H1")) + "\n"
 
 
+def study_noise() -> str:
+    """Noise of the gradient with and without a floor."""
+    record = _read("study/variance")
+    return f"{summary.noise_table(record['rows'])}\n\n{_provenance(record)}\n"
+
+
+def study_rest() -> str:
+    """Where scores come to rest."""
+    return summary.rest_table(_read("study/variance")["rows"]) + "\n"
+
+
 def _study(key: str) -> tuple[Question, dict[str, dict[str, Any]], int]:
     """A question, all results, and the steps of a final run."""
     (question,) = (question for question in QUESTIONS if question.key == key)
@@ -552,6 +563,8 @@ TABLES |= {
     "faults_gs": functools.partial(faults, "fault_injection_gs"),
     "study_longer": study_longer,
     "study_sensitivity": study_sensitivity,
+    "study_noise": study_noise,
+    "study_rest": study_rest,
     "study_h1": functools.partial(study_scores, "H1"),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
     "study_h1_calibration": functools.partial(study_calibration, "H1"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import tiny_batch, tiny_config
 
+from experiments.study.summary import noise_table, rest_table
 from experiments.study.variance import BINS, Measured, by_bin, noise, rest
 from ghm_jax.detection.outputs import loss_inputs
 from ghm_jax.losses import cross_entropy_loss
@@ -63,3 +64,18 @@ def test_shares_of_positives_are_measured_and_predicted_by_score():
     for name, low in (("no floor", 60), ("floor 100", 100)):  # of D(p); D(1 - p) is 900
         q = found["at_rest"][name][bin_of_score]
         np.testing.assert_allclose(q * (1 - p) / 900, (1 - q) * p / low, rtol=1e-9)
+
+
+def test_the_tables_have_noise_over_signal_and_the_slope_of_independent_examples(rng):
+    counts = 10.0 ** np.linspace(0.2, 4, BINS)
+    norms = (np.arange(BINS) + 0.5) / BINS
+    variance = norms**2 / counts
+    figures = {"variance": variance.tolist(), "mean_squared": (variance / 2).tolist()}
+    row = {"trained with": "A", "counts": counts.tolist(), "score": norms.tolist()}
+    row |= {"positive": [0.0] * 10 + [0.25] * 20, "no floor": figures}
+    row |= {"at_rest": {"no floor": [0.75] * BINS}}
+    share = variance[counts < 10].sum() / variance.sum()
+    last = noise_table([row]).splitlines()[-1]
+    assert last == f"| A | no floor | 2.00 | {share:.0%} | -1.00 |"
+    _, _, first, *_, end = rest_table([row]).splitlines()
+    assert (first, end) == ("| 0.05 |  |  |", "| 0.95 | 0.250 | 0.750 |")

@@ -7,6 +7,8 @@ from operator import truediv
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.study.plan import GRID, Entry, Question, Trial, final_trials, tuning_trials
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -94,6 +96,7 @@ def scores_table(found: Sequence[Row]) -> str:
     for row in found:
         first = next(other for other in found if other.data == row.data)
         mean, low, high = paired_difference(row, first)
+        difference = f"{mean:+.3f}" + f" ({low:+.3f} to {high:+.3f})" * (len(row.runs) > 1)
         lines.append(
             (
                 row.data,
@@ -101,7 +104,7 @@ def scores_table(found: Sequence[Row]) -> str:
                 f"x {row.setting.learning_rate:g}",
                 f"x {row.setting.weight:g}",
                 mean_and_range(row.ap),
-                f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if row is not first else "",
+                difference if row is not first else "",
             )
         )
     head = ("data", "loss", "rate", "weight", "AP (range)", "difference, by seed (range)")
@@ -181,6 +184,46 @@ def sensitivity_table(question: Question, results: Results, steps: int) -> str:
             values = (max(aps), statistics.median(aps), min(aps), min(aps) / max(aps))
             lines.append((entry.name, *(f"{value:.3f}" for value in values)))
     return markdown(("loss", "best", "median", "worst", "worst / best"), lines)
+
+
+FEW = 10
+"""Examples on average in a bin that is called sparse."""
+
+
+def noise_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Noise of the class head's gradient over batches, of the measurements of `variance.py`.
+
+    Sums over the bins; the slope is that of a line through the bins with one example or more, in
+    logarithms: variance over the square of the bin's gradient norm, against its examples.
+    """
+    lines = []
+    for row in rows:
+        counts = np.array(row["counts"])
+        norms = (np.arange(len(counts)) + 0.5) / len(counts)
+        for name in row["at_rest"]:
+            variance = np.array(row[name]["variance"])
+            total, signal = variance.sum(), sum(row[name]["mean_squared"])
+            sparse = variance[counts < FEW].sum() / total
+            seen = counts >= 1
+            per_norm = np.log(variance[seen] / norms[seen] ** 2)
+            slope, _ = np.polyfit(np.log(counts[seen]), per_norm, 1)
+            figures = (f"{total / signal:.2f}", f"{sparse:.0%}", f"{slope:.2f}")
+            lines.append((row["trained with"], name, *figures))
+    head = ("state trained with", "gradient with", "variance / squared mean")
+    head = (*head, f"variance from bins of less than {FEW}", "slope")
+    return markdown(head, lines)
+
+
+def rest_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Share of positive examples by score: measured, and where the gradients of the loss that the
+    state was trained with cancel; empty where no positive example has such a score."""
+    head, columns = ["score"], [[f"{score:.2f}" for score in rows[0]["score"]]]
+    for row, floor in zip(rows, rows[0]["at_rest"], strict=True):
+        head += [f"{row['trained with']}: positive", "gradients cancel at"]
+        for shares in (row["positive"], row["at_rest"][floor]):
+            pairs = zip(shares, row["positive"], strict=True)
+            columns.append([f"{share:.3f}" if seen > 0 else "" for share, seen in pairs])
+    return markdown(head, list(zip(*columns, strict=True))[1::3])
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
