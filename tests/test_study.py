@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.study.__main__ import add_line
+from experiments.study.__main__ import Study, add_line
 from experiments.study.outliers import corrupted
 from experiments.study.plan import (
+    FOCAL,
     GRID,
     QUESTIONS,
     SEEDS,
@@ -224,6 +226,32 @@ def test_a_line_that_a_crash_cut_off_is_no_result(tmp_path):
     assert list(read_results(path)) == ["a"]
     add_line(path, '{"key": "c"}')
     assert list(read_results(path)) == ["a", "c"]
+
+
+def test_a_free_core_takes_what_a_finished_run_makes_possible_and_no_run_twice(
+    tmp_path, monkeypatch
+):
+    question = QUESTIONS[0]
+    one, other, third = final_trials(
+        question, FOCAL, tuning_trials(question, FOCAL, STEPS)[0], STEPS
+    )
+    started, ran = threading.Event(), []
+
+    def run(self, trial):
+        ran.append(trial)
+        if trial is third:
+            started.set()
+        if trial is other:
+            assert started.wait(10), "the third run waited for this one"
+        return {"key": trial.key, "metrics": {"AP": 0.5}}
+
+    monkeypatch.setattr(Study, "_run", run)
+    study = Study(tmp_path / "runs.jsonl", "data", tmp_path, (0, 1))
+    study.train(lambda: [one, one, other] + [third] * (one.key in study.finished))
+    assert sorted(trial.seed for trial in ran) == [1, 2, 3]
+    assert set(study.finished) == {one.key, other.key, third.key}
+    study.train(lambda: [one, other, third])
+    assert len(ran) == 3
 
 
 def test_outliers_are_a_share_of_the_labels_and_change_nothing_else(rng):

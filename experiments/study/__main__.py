@@ -16,9 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import tyro
 
 from experiments.study.outliers import KINDS, SOURCE, make_outliers
-from experiments.study.plan import QUESTIONS, STEPS, Entry, Question, Trial, final_trials
+from experiments.study.plan import QUESTIONS, STEPS, Question, Trial, final_trials
 from experiments.study.summary import read_results, rows, scores_table, tune
 from ghm_jax.config import to_dict
 
@@ -44,14 +45,26 @@ class Study:
             self._cores.put(core)
         self._workers = len(cores)
 
-    def train(self, trials: Sequence[Trial]) -> None:
-        """Trains those that are not finished, and adds a line to the results for each."""
-        missing = {trial.key: trial for trial in trials if trial.key not in self.finished}
-        for name in {trial.data for trial in missing.values()}:
-            make_outliers(name, self.data_dir)
+    def train(self, wanted: Callable[[], Iterable[Trial]]) -> None:
+        """Trains what is wanted and not finished, and adds a line to the results for each run.
+
+        What is wanted is asked again after each run, as tuning goes on from what is finished.
+        """
+        running: dict[Future[dict[str, Any]], str] = {}
         with ThreadPoolExecutor(self._workers) as pool:
-            for record in pool.map(self._run, missing.values()):
-                self.finished[record["key"]] = record
+            while True:
+                missing = (
+                    trial
+                    for trial in wanted()
+                    if trial.key not in self.finished and trial.key not in running.values()
+                )
+                for trial in islice(missing, self._workers - len(running)):
+                    make_outliers(trial.data, self.data_dir)
+                    running[pool.submit(self._run, trial)] = trial.key
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self.finished[running.pop(future)] = future.result()
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         core = self._cores.get()
@@ -103,10 +116,11 @@ def main(
         steps, seeds = 4, seeds[:1] or (1,)
         questions = [shortened(question) for question in questions]
     if not table:
-        study = Study(results, data_dir, runs, cores or range(os.cpu_count() or 1))
         for question in questions:
-            for trials in batches(question, study, steps, seeds):
-                study.train(trials)
+            if not has_data(question.data[0], data_dir):
+                print(f"{question.key}: no {question.data[0]} in {data_dir}, skipped")
+        study = Study(results, data_dir, runs, cores or range(os.cpu_count() or 1))
+        study.train(lambda: next_trials(questions, study, steps, seeds))
     print_tables(questions, read_results(results), steps, seeds)
 
 
@@ -117,37 +131,21 @@ def add_line(path: Path, line: str) -> None:
         file.write("\n" * cut_off + line + "\n")
 
 
-def batches(
-    question: Question, study: Study, steps: int, seeds: tuple[int, ...]
-) -> Iterator[list[Trial]]:
-    """The runs of a question: those for tuning, then the final ones with what was best.
-
-    Two losses at a time, so that a study that is stopped has finished rows; one may be tuned while
-    the other is trained.
-    """
-    if not has_data(question.data[0], study.data_dir):
-        print(f"{question.key}: no {question.data[0]} in {study.data_dir}, skipped")
-        return
-    for start in range(0, len(question.entries), 2):
-        entries = question.entries[start : start + 2]
-        while missing := [
-            trial
-            for entry in entries
-            for trial in next_trials(question, entry, study, steps, seeds)
-            if trial.key not in study.finished
-        ]:
-            yield missing
-
-
 def next_trials(
-    question: Question, entry: Entry, study: Study, steps: int, seeds: tuple[int, ...]
-) -> list[Trial]:
-    """Those for tuning a loss until its best setting is known, then the final ones."""
-    tuning, best = tune(question, entry, study.finished, steps)
-    if best is None:
-        return tuning
-    finals = final_trials(question, entry, best, steps, seeds)
-    return [trial for trial in finals if has_data(trial.data, study.data_dir)]
+    questions: Sequence[Question], study: Study, steps: int, seeds: tuple[int, ...]
+) -> Iterator[Trial]:
+    """For each loss those for tuning, until its best setting is known, then the final ones."""
+    for question in questions:
+        if not has_data(question.data[0], study.data_dir):
+            continue
+        for entry in question.entries:
+            tuning, best = tune(question, entry, study.finished, steps)
+            if best is None:
+                yield from tuning
+                continue
+            for trial in final_trials(question, entry, best, steps, seeds):
+                if has_data(trial.data, study.data_dir):
+                    yield trial
 
 
 def has_data(name: str, data_dir: str) -> bool:
