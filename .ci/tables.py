@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments.study import summary  # noqa: E402
-from experiments.study.plan import QUESTIONS, STEPS, Question  # noqa: E402
+from experiments.study.plan import QUESTIONS, Question  # noqa: E402
 from ghm_jax.runs.experiments import load_experiment  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
@@ -458,24 +458,6 @@ def study_scores(key: str) -> str:
     return summary.scores_table(rows) + _study_origin([run for row in rows for run in row.runs])
 
 
-def study_longer() -> str:
-    """AP of runs with twice the steps, by the setting that was best for the plan's steps."""
-    _, results, steps = _study("H1")
-    runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for run in results.values():
-        _, _, loss, _, rate, weight, length = run["key"].split(" / ")
-        if length == f"{2 * steps} steps":
-            runs.setdefault((loss, rate, weight), []).append(run)
-    rows = [
-        (*setting, len(found), summary.mean_and_range([summary.ap_of(run) for run in found]))
-        for setting, found in runs.items()
-    ]
-    of_all = [run for found in runs.values() for run in found]
-    head = ("loss", "rate", "weight", "seeds", f"AP after {2 * steps:,} steps (range)")
-    table = summary.markdown(head, [[str(cell) for cell in row] for row in rows])
-    return table + _study_origin(of_all)
-
-
 def study_iou(key: str) -> str:
     """AP of the same runs by IoU."""
     return summary.iou_table(summary.rows(*_study(key))) + "\n"
@@ -513,10 +495,10 @@ def study_rest() -> str:
     return summary.rest_table(_read("study/variance")["rows"]) + "\n"
 
 
-def _study(key: str) -> tuple[Question, dict[str, dict[str, Any]], int]:
-    """A question, all results, and the steps of a final run."""
+def _study(key: str) -> tuple[Question, dict[str, dict[str, Any]]]:
+    """A question, and all results."""
     (question,) = (question for question in QUESTIONS if question.key == key)
-    return question, summary.read_results(RESULTS / "study/runs.jsonl"), STEPS
+    return question, summary.read_results(RESULTS / "study/runs.jsonl")
 
 
 def _study_origin(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -561,10 +543,10 @@ TABLES: dict[str, Callable[[], str]] = {
 TABLES |= {
     "faults": functools.partial(faults, "fault_injection"),
     "faults_gs": functools.partial(faults, "fault_injection_gs"),
-    "study_longer": study_longer,
     "study_sensitivity": study_sensitivity,
     "study_noise": study_noise,
     "study_rest": study_rest,
+    "study_h12": functools.partial(study_scores, "H12"),
     "study_h1": functools.partial(study_scores, "H1"),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
     "study_h1_calibration": functools.partial(study_calibration, "H1"),

@@ -77,7 +77,7 @@ COLORS = (BLUE, ORANGE, GREEN, GREY, "#8250df", "#bf3989", "#9a6700", "#116329",
 
 def finished(key: str) -> list[summary.Row]:
     """The losses of a question whose runs are all finished."""
-    return summary.rows(questions[key], results, plan.STEPS)
+    return summary.rows(questions[key], results)
 
 
 def show(figure: Figure) -> None:
@@ -144,7 +144,7 @@ def draw_tuning(key: str, most: int = 4) -> None:
     ax = figure.add_subplot()
     question = questions[key]
     for entry, color in zip(question.entries[:most], COLORS, strict=False):
-        trials, best = summary.tune(question, entry, results, plan.STEPS)
+        trials, best = summary.tune(question, entry, results)
         if best is None:
             continue
         for kind, line, other in (
@@ -170,8 +170,8 @@ def draw_tuning(key: str, most: int = 4) -> None:
 
 
 draw_tuning("H1")
-display(Markdown(summary.tuning_table(questions["H1"], results, plan.STEPS)))
-display(Markdown(summary.sensitivity_table(questions["H1"], results, plan.STEPS)))
+display(Markdown(summary.tuning_table(questions["H1"], results)))
+display(Markdown(summary.sensitivity_table(questions["H1"], results)))
 
 # %% [markdown]
 # ## Are the scores what they say?

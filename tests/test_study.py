@@ -37,7 +37,6 @@ from experiments.study.summary import (
 from experiments.study.trial import ap_by_iou
 
 ROOT = Path(__file__).parents[1]
-STEPS = 100
 
 
 def results_of(question: Question, ap) -> dict:
@@ -55,9 +54,9 @@ def results_of(question: Question, ap) -> dict:
     for entry in question.entries:
         best = None
         while best is None:
-            tuning, best = tune(question, entry, found, STEPS)
+            tuning, best = tune(question, entry, found)
             found |= {trial.key: record(trial) for trial in tuning}
-        finals = final_trials(question, entry, best, STEPS)
+        finals = final_trials(question, entry, best)
         found |= {trial.key: record(trial) for trial in finals}
     return found
 
@@ -66,13 +65,14 @@ def results_of(question: Question, ap) -> dict:
 def test_every_run_of_the_study_has_a_valid_config_and_a_name_of_its_own(question):
     configs = {}
     for entry in question.entries:
-        tuning = tuning_trials(question, entry, STEPS)
-        finals = final_trials(question, entry, tuning[0], STEPS)
+        tuning = tuning_trials(question, entry)
+        finals = final_trials(question, entry, tuning[0])
         for trial in (*tuning, *finals):
             configs[trial.key] = trial.config("data").check()
     finals = len(question.entries) * len(question.data) * len(question.seeds)
-    tuned = {(entry.like or entry).name: entry.like or entry for entry in question.entries}
-    assert len(configs) == sum(len(entry.grid) for entry in tuned.values()) + finals
+    tuned = [entry.like or entry for entry in question.entries]
+    settings = {(entry.name, *setting) for entry in tuned for setting in entry.grid}
+    assert len(configs) == len(settings) + finals
     assert len(set(map(repr, configs.values()))) == len(configs)
     assert TUNING_SEED not in SEEDS
 
@@ -81,7 +81,7 @@ def test_every_run_of_the_study_has_a_valid_config_and_a_name_of_its_own(questio
 def test_tuning_changes_the_learning_rate_and_the_weight_that_is_compared(question):
     entry = question.entries[-1].like or question.entries[-1]
     grid = {(0.5, 1), (2, 1), (1, 0.5), (1, 2)} if entry.grid == GRID else {(1, 0.5), (1, 2)}
-    base, *others = (t.config("data") for t in tuning_trials(question, entry, STEPS))
+    base, *others = (t.config("data") for t in tuning_trials(question, entry))
     name = entry.tuned.removeprefix("loss.")
     weight = getattr(base.loss, name)
     assert weight > 0
@@ -104,11 +104,19 @@ def test_the_final_runs_take_the_setting_that_was_best_and_no_seed_of_the_tuning
         chosen = (trial.learning_rate, trial.weight) == best[trial.entry.name]
         return 0.5 + 0.2 * chosen + 0.01 * trial.seed
 
-    found = rows(question, results_of(question, ap), STEPS)
+    found = rows(question, results_of(question, ap))
     assert [row.entry.name for row in found] == [entry.name for entry in question.entries]
     for row in found:
         assert (row.setting.learning_rate, row.setting.weight) == best[row.entry.name]
         assert row.ap == pytest.approx([0.71, 0.72, 0.73])
+
+
+def test_losses_that_are_not_tuned_are_trained_with_their_first_setting():
+    question = next(question for question in QUESTIONS if not question.tuned)
+    entry = next(entry for entry in question.entries if entry.grid[0] == (1.0, 8.0))
+    tuning, setting = tune(question, entry, {})
+    assert tuning == []
+    assert (setting.learning_rate, setting.weight, setting.steps) == (1.0, 8.0, question.steps)
 
 
 def test_tuning_goes_on_until_both_neighbours_of_the_best_are_worse():
@@ -120,7 +128,7 @@ def test_tuning_goes_on_until_both_neighbours_of_the_best_are_worse():
         return 1 - abs(np.log2(trial.learning_rate) + 1) / 10 - abs(np.log2(trial.weight)) / 5
 
     results = results_of(question, ap)
-    found = [tune(question, entry, results, STEPS) for entry in question.entries[:2]]
+    found = [tune(question, entry, results) for entry in question.entries[:2]]
     (weights, one), (rates, other) = found
     assert (one.learning_rate, one.weight) == (1, 4)
     assert [t.weight for t in weights] == [1, 1, 1, 0.5, 2, 4, 8]
@@ -137,7 +145,7 @@ def test_tuning_by_weight_goes_both_ways_and_ends_at_32_times_the_base_value():
             replace(question, entries=(entry,)),
             lambda trial, target=target: 1 - abs(np.log2(trial.weight / target)) / 20,
         )
-        trials, best = tune(question, entry, results, STEPS)
+        trials, best = tune(question, entry, results)
         assert [trial.weight for trial in trials] == tried
         assert best.weight == min(target, 32)
         assert {trial.learning_rate for trial in trials} == {1}
@@ -152,7 +160,7 @@ def test_differences_are_taken_seed_by_seed():
         return values.get(trial.entry.name, {}).get(trial.seed, 0.0)
 
     results = results_of(question, ap)
-    one, other, *_ = rows(question, results, STEPS)
+    one, other, *_ = rows(question, results)
     assert paired_difference(other, one) == pytest.approx((0.05, 0.0, 0.1))
     text = scores_table([one, other])
     assert "| 0.350 (0.200 to 0.550) | +0.050 (+0.000 to +0.100) |" in text
@@ -165,7 +173,7 @@ def test_variants_take_the_setting_that_was_best_for_their_loss():
         best = (0.5, 1.0) if trial.entry.name == "GHM-C, floor 100" else (1.0, 16.0)
         return 0.5 + 0.2 * ((trial.learning_rate, trial.weight) == best)
 
-    found = {row.entry.name: row.setting for row in rows(question, results_of(question, ap), STEPS)}
+    found = {row.entry.name: row.setting for row in rows(question, results_of(question, ap))}
     few = found["GHM-C, floor 100, 5 bins"]
     assert (few.learning_rate, few.weight) == (0.5, 1.0)
     assert found["GHM-C, no floor, 40 bins"].weight == 16.0
@@ -178,17 +186,17 @@ def test_the_other_tables_have_a_line_per_loss():
         return 0.4 + 0.1 * min(trial.weight, 4 - trial.weight) + 0.01 * trial.seed
 
     results = results_of(question, ap)
-    found = rows(question, results, STEPS)
+    found = rows(question, results)
     by_iou = next(line for line in iou_table(found).splitlines() if "| focal |" in line)
     assert by_iou.endswith("| 0.670 | 0.570 | 0.470 | 0.370 | 0.270 |")
     error = next(line for line in calibration_table(found).splitlines() if "| focal |" in line)
     assert error.endswith("| 0.380 (0.370 to 0.390) |")
-    head, _, *tuned = tuning_table(question, results, STEPS).splitlines()
+    head, _, *tuned = tuning_table(question, results).splitlines()
     weights = " | ".join(f"rate x 1, weight x {x:g}" for x in (0.5, 1, 2, 4, 8, 16))
     assert head == f"| loss | rate x 0.5, weight x 1 | {weights} | rate x 2, weight x 1 |"
     assert tuned[0] == "| focal | 0.500 | 0.450 | 0.500 | 0.600 | 0.400 |  |  | 0.500 |"
     assert len(tuned) == len(question.entries)
-    *_, last = sensitivity_table(question, results, STEPS).splitlines()
+    *_, last = sensitivity_table(question, results).splitlines()
     assert last == "| GHM-C, published | 0.600 | 0.500 | 0.450 | 0.750 |"
 
 
@@ -198,7 +206,7 @@ def test_the_table_of_outliers_has_the_share_of_the_ap_that_is_left():
     def ap(trial):
         return (0.5 + 0.1 * trial.seed) * (1.0 if trial.data == "digit_scenes" else 0.8)
 
-    found = rows(question, results_of(question, ap), STEPS)
+    found = rows(question, results_of(question, ap))
     spoilt = "missing_boxes_40"
     found = [row for row in found if row.data in ("digit_scenes", spoilt)]
     found = [row for row in found if (row.entry.name, row.data) != ("cross-entropy", spoilt)]
@@ -213,9 +221,9 @@ def test_a_row_appears_when_all_its_runs_are_finished():
     question = QUESTIONS[0]
     results = results_of(question, lambda trial: 0.5)
     entry = question.entries[2]
-    *_, last = final_trials(question, entry, tuning_trials(question, entry, STEPS)[0], STEPS)
+    *_, last = final_trials(question, entry, tuning_trials(question, entry)[0])
     del results[last.key]
-    names = [row.entry.name for row in rows(question, results, STEPS)]
+    names = [row.entry.name for row in rows(question, results)]
     assert names == [e.name for e in question.entries if e is not entry]
 
 
@@ -232,9 +240,7 @@ def test_a_free_core_takes_what_a_finished_run_makes_possible_and_no_run_twice(
     tmp_path, monkeypatch
 ):
     question = QUESTIONS[0]
-    one, other, third = final_trials(
-        question, FOCAL, tuning_trials(question, FOCAL, STEPS)[0], STEPS
-    )
+    one, other, third = final_trials(question, FOCAL, tuning_trials(question, FOCAL)[0])
     started, ran = threading.Event(), []
 
     def run(self, trial):

@@ -27,7 +27,7 @@ from typing import Any
 import tyro
 
 from experiments.study.outliers import KINDS, SOURCE, make_outliers
-from experiments.study.plan import QUESTIONS, STEPS, Question, Trial, final_trials
+from experiments.study.plan import QUESTIONS, Question, Trial, final_trials
 from experiments.study.summary import read_results, rows, scores_table, tune
 from ghm_jax.config import to_dict
 
@@ -88,7 +88,7 @@ class Study:
 def main(
     only: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
-    steps: int = STEPS,
+    steps: int = 0,
     data_dir: str = "data",
     results: Path = RESULTS,
     runs: Path = Path("runs/study"),
@@ -101,7 +101,7 @@ def main(
     Args:
         only: keys of the questions, such as H1; empty: all.
         seeds: of the final runs; empty: those of the plan.
-        steps: of every run.
+        steps: of every run; 0: those of the plan.
         data_dir: where the data sets are.
         results: where finished runs are.
         runs: directory for the runs in progress.
@@ -115,13 +115,17 @@ def main(
     if smoke:
         steps, seeds = 4, seeds[:1] or (1,)
         questions = [shortened(question) for question in questions]
+    questions = [
+        replace(question, steps=steps or question.steps, seeds=seeds or question.seeds)
+        for question in questions
+    ]
     if not table:
         for question in questions:
             if not has_data(question.data[0], data_dir):
                 print(f"{question.key}: no {question.data[0]} in {data_dir}, skipped")
         study = Study(results, data_dir, runs, cores or range(os.cpu_count() or 1))
-        study.train(lambda: next_trials(questions, study, steps, seeds))
-    print_tables(questions, read_results(results), steps, seeds)
+        study.train(lambda: next_trials(questions, study))
+    print_tables(questions, read_results(results))
 
 
 def add_line(path: Path, line: str) -> None:
@@ -131,19 +135,17 @@ def add_line(path: Path, line: str) -> None:
         file.write("\n" * cut_off + line + "\n")
 
 
-def next_trials(
-    questions: Sequence[Question], study: Study, steps: int, seeds: tuple[int, ...]
-) -> Iterator[Trial]:
+def next_trials(questions: Sequence[Question], study: Study) -> Iterator[Trial]:
     """For each loss those for tuning, until its best setting is known, then the final ones."""
     for question in questions:
         if not has_data(question.data[0], study.data_dir):
             continue
         for entry in question.entries:
-            tuning, best = tune(question, entry, study.finished, steps)
+            tuning, best = tune(question, entry, study.finished)
             if best is None:
                 yield from tuning
                 continue
-            for trial in final_trials(question, entry, best, steps, seeds):
+            for trial in final_trials(question, entry, best):
                 if has_data(trial.data, study.data_dir):
                     yield trial
 
@@ -161,13 +163,11 @@ def shortened(question: Question) -> Question:
     return replace(question, entries=(first,), data=question.data[:2])
 
 
-def print_tables(
-    questions: Sequence[Question], results: dict[str, Any], steps: int, seeds: tuple[int, ...]
-) -> None:
+def print_tables(questions: Sequence[Question], results: dict[str, Any]) -> None:
     """What is finished."""
     for question in questions:
         print(f"\n{question.key}. {question.title}\n")
-        print(scores_table(rows(question, results, steps, seeds)))
+        print(scores_table(rows(question, results)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ EXPERIMENTS = Path(__file__).parents[1]
 GRID = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0))
 """(learning rate, weight), as factors of the base values: where tuning starts."""
 STEPS = 1200
-"""Of every run; half of the quickstart's."""
+"""Of a run; half of the quickstart's."""
 TUNING_SEED = 0
 SEEDS = (1, 2, 3)
 
@@ -51,6 +51,9 @@ class Question:
     experiment: str = "quickstart"
     seeds: tuple[int, ...] = SEEDS
     """Of the final runs."""
+    steps: int = STEPS
+    tuned: bool = True
+    """If not, each entry is trained with the first setting of its grid."""
 
 
 def _ghm_c(**settings: Any) -> dict[str, Any]:
@@ -121,6 +124,17 @@ QUESTIONS = (
             *(FOCAL, FLOOR, CROSS_ENTROPY, LEVELS, OHEM, NO_FLOOR),
             *(_floor(10, _from(8.0)), _floor(1000, _from(8.0)), STRENGTH),
         ),
+    ),
+    Question(
+        "H12",
+        "Trained twice as long, as the quickstart: which floor, which weight?",
+        (
+            *(replace(entry, grid=_from(1.0)) for entry in (FOCAL, FLOOR, _floor(1000))),
+            *(replace(entry, grid=_from(1.0)) for entry in (CROSS_ENTROPY, _floor(10))),
+            *(replace(entry, grid=_from(8.0)) for entry in (FOCAL, FLOOR)),
+        ),
+        steps=2 * STEPS,
+        tuned=False,
     ),
     Question(
         "H5",
@@ -262,21 +276,22 @@ def _changed(section: Any, path: list[str], value: Any) -> Any:
     return replace(section, **{name: new})
 
 
-def tuning_trials(question: Question, entry: Entry, steps: int) -> list[Trial]:
+def tuning_trials(question: Question, entry: Entry) -> list[Trial]:
     """The runs that tuning starts with, of the loss whose setting an entry takes."""
     entry = entry.like or entry
     return [
-        Trial(entry, question.experiment, question.data[0], TUNING_SEED, rate, weight, steps)
+        Trial(
+            *(entry, question.experiment, question.data[0]),
+            *(TUNING_SEED, rate, weight, question.steps),
+        )
         for rate, weight in entry.grid
     ]
 
 
-def final_trials(
-    question: Question, entry: Entry, best: Trial, steps: int, seeds: tuple[int, ...] = ()
-) -> list[Trial]:
-    """The best setting with every seed (by default the question's) on every data set."""
+def final_trials(question: Question, entry: Entry, best: Trial) -> list[Trial]:
+    """The best setting with every seed on every data set."""
     return [
-        replace(best, entry=entry, data=data, seed=seed, steps=steps)
+        replace(best, entry=entry, data=data, seed=seed)
         for data in question.data
-        for seed in seeds or question.seeds
+        for seed in question.seeds
     ]

@@ -29,11 +29,11 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tune(
-    question: Question, entry: Entry, results: Results, steps: int
-) -> tuple[list[Trial], Trial | None]:
+def tune(question: Question, entry: Entry, results: Results) -> tuple[list[Trial], Trial | None]:
     """The trials that an entry is tuned with, and the best; None: some are still to be run."""
-    trials = tuning_trials(question, entry, steps)
+    trials = tuning_trials(question, entry)
+    if not question.tuned:
+        return [], trials[0]
     while all(trial.key in results for trial in trials):
         best = max(trials, key=lambda trial: ap_of(results[trial.key]))
         further = [trial for trial in best.neighbours() if trial not in trials]
@@ -67,16 +67,14 @@ class Row(NamedTuple):
         return self.values(ap_of)
 
 
-def rows(
-    question: Question, results: Results, steps: int, seeds: tuple[int, ...] = ()
-) -> list[Row]:
+def rows(question: Question, results: Results) -> list[Row]:
     """The rows whose runs are all finished."""
     found = []
     for entry in question.entries:
-        _, best = tune(question, entry, results, steps)
+        _, best = tune(question, entry, results)
         if best is None:
             continue
-        finals = final_trials(question, entry, best, steps, seeds)
+        finals = final_trials(question, entry, best)
         for data in question.data:
             keys = [trial.key for trial in finals if trial.data == data]
             if all(key in results for key in keys):
@@ -158,11 +156,11 @@ def calibration_table(found: Sequence[Row]) -> str:
     return markdown(("data", "loss", "expected calibration error (range)"), lines)
 
 
-def tuning_table(question: Question, results: Results, steps: int) -> str:
+def tuning_table(question: Question, results: Results) -> str:
     """AP of the tuning runs of each loss, by setting."""
     found = {}
     for entry in question.entries:
-        trials, best = tune(question, entry, results, steps)
+        trials, best = tune(question, entry, results)
         if not entry.like and best is not None:
             found[entry.name] = {
                 (trial.learning_rate, trial.weight): f"{ap_of(results[trial.key]):.3f}"
@@ -174,11 +172,11 @@ def tuning_table(question: Question, results: Results, steps: int) -> str:
     return markdown(head, lines)
 
 
-def sensitivity_table(question: Question, results: Results, steps: int) -> str:
+def sensitivity_table(question: Question, results: Results) -> str:
     """How much each loss depends on learning rate and weight: its AP over the grid (H6)."""
     lines = []
     for entry in question.entries:
-        keys = [trial.key for trial in tuning_trials(question, entry, steps)]
+        keys = [trial.key for trial in tuning_trials(question, entry)]
         if entry.grid == GRID and not entry.like and all(key in results for key in keys):
             aps = [ap_of(results[key]) for key in keys]
             values = (max(aps), statistics.median(aps), min(aps), min(aps) / max(aps))
