@@ -3,7 +3,7 @@
     ghm-jax train experiments/coco_r50_ghm_floored.py --data.dir data
 
 One histogram and one mean for all pyramid levels, as in the paper, a bias-corrected moving average,
-and no bin counted as less than ten examples. The weights of the losses give gradients of the
+and no bin counted as less than a hundred examples. The weights of the losses give gradients of the
 published size, see docs/losses.md.
 
 No AP is published for it, none is measured here.

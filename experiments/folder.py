@@ -8,7 +8,7 @@ A starting point for a few hundred to a few thousand images: set the number of s
 need.
 """
 
-from ghm_jax.config import Config, Data, Harmonizing, Loss, Model, Optimizer
+from ghm_jax.config import Config, Data, Model, Optimizer
 
 config = Config(
     data=Data(
@@ -18,8 +18,6 @@ config = Config(
         buckets=((512, 640), (640, 512), (640, 640)),
     ),
     model=Model(backbone="resnet18", norm="group", channels=128),
-    # A small data set leaves the bins of hard examples nearly empty; see quickstart.py.
-    loss=Loss(ghm_c=Harmonizing(min_count=100)),
     optimizer=Optimizer(
         name="adamw",
         batch_size=8,

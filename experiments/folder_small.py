@@ -7,7 +7,7 @@ For a first result without an accelerator, and for objects that a reduced image 
 are scaled to 256 x 320 pixels. `folder.py` is the larger one.
 """
 
-from ghm_jax.config import Config, Data, Harmonizing, Loss, Model, Optimizer, Predict, Run
+from ghm_jax.config import Config, Data, Loss, Model, Optimizer, Predict, Run
 
 config = Config(
     data=Data(
@@ -27,7 +27,7 @@ config = Config(
     ),
     # As in quickstart.py: a small data set leaves the bins of hard examples nearly empty;
     # the results in docs/results.md are with these weights.
-    loss=Loss(weight=3.0, box_weight=10.0, ghm_c=Harmonizing(min_count=100)),
+    loss=Loss(weight=3.0, box_weight=10.0),
     optimizer=Optimizer(
         name="adamw",
         batch_size=4,

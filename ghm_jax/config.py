@@ -155,8 +155,9 @@ class Loss:
     weight: NotNegative[float] | Literal["published"] = "published"
     """Weight of the classification loss. `published`: 1, or for GHM-C over one histogram 4, which
     gives the gradient of the published code."""
-    ghm_c: Harmonizing = field(default_factory=Harmonizing)
-    """GHM-C: how the class scores are harmonized."""
+    ghm_c: Harmonizing = field(default_factory=lambda: Harmonizing(min_count=100.0))
+    """GHM-C: how the class scores are harmonized. The floor of 100 is that of a detector, whose
+    batches hold a hundred thousand examples and more."""
     box: str = "ghm_r"
     """Loss of the box deltas of positive anchors: ghm_r, smooth_l1, asl1, or `module:function`."""
     box_weight: NotNegative[float] | Literal["published"] = "published"

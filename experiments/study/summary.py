@@ -118,6 +118,7 @@ def iou_table(found: Sequence[Row]) -> str:
         (
             row.data,
             row.entry.name,
+            f"x {row.setting.weight:g}",
             *(
                 f"{statistics.mean(row.values(lambda run, iou=iou: run['ap_by_iou'][iou])):.3f}"
                 for iou in IOUS
@@ -125,7 +126,7 @@ def iou_table(found: Sequence[Row]) -> str:
         )
         for row in found
     ]
-    return markdown(("data", "loss", *(f"AP at IoU {iou}" for iou in IOUS)), lines)
+    return markdown(("data", "loss", "weight", *(f"AP at IoU {iou}" for iou in IOUS)), lines)
 
 
 def outliers_table(found: Sequence[Row]) -> str:
