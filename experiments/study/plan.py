@@ -152,8 +152,10 @@ QUESTIONS = (
         (
             _boxes("smooth L1", 4.0, box="smooth_l1"),
             _boxes("ASL1", 4.0, box="asl1"),
-            _boxes("GHM-R, no floor", 10.0, **{"ghm_r.min_count": 0.0}),
             _boxes("GHM-R, floor 10", 10.0),
+            _boxes("GHM-R, floor 100", 10.0, **{"ghm_r.min_count": 100.0}),
+            _boxes("GHM-R, no floor", 10.0, **{"ghm_r.min_count": 0.0}),
+            _boxes("GHM-R, floor 10, mu 0.1", 10.0, mu=0.1),
         ),
     ),
     Question(
