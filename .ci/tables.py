@@ -549,6 +549,9 @@ TABLES |= {
     "study_h12": functools.partial(study_scores, "H12"),
     "study_h12_iou": functools.partial(study_iou, "H12"),
     "study_h1": functools.partial(study_scores, "H1"),
+    "study_h3": functools.partial(study_scores, "H3"),
+    "study_h3_iou": functools.partial(study_iou, "H3"),
+    "study_h3_tuning": functools.partial(study_tuning, "H3"),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
     "study_h1_calibration": functools.partial(study_calibration, "H1"),
 }

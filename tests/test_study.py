@@ -170,13 +170,14 @@ def test_variants_take_the_setting_that_was_best_for_their_loss():
     question = next(question for question in QUESTIONS if question.key == "H2")
 
     def ap(trial):
-        best = (0.5, 1.0) if trial.entry.name == "GHM-C, floor 100" else (1.0, 16.0)
+        of_floor = trial.entry.name == "GHM-C, floor 100; smooth L1"
+        best = (1.0, 0.5) if of_floor else (1.0, 2.0)
         return 0.5 + 0.2 * ((trial.learning_rate, trial.weight) == best)
 
     found = {row.entry.name: row.setting for row in rows(question, results_of(question, ap))}
-    few = found["GHM-C, floor 100, 5 bins"]
-    assert (few.learning_rate, few.weight) == (0.5, 1.0)
-    assert found["GHM-C, no floor, 40 bins"].weight == 16.0
+    few = found["GHM-C, floor 100; smooth L1, 5 bins"]
+    assert few.weight == 0.5
+    assert found["GHM-C, no floor; smooth L1, 40 bins"].weight == 2.0
 
 
 def test_the_other_tables_have_a_line_per_loss():
@@ -209,12 +210,14 @@ def test_the_table_of_outliers_has_the_share_of_the_ap_that_is_left():
     found = rows(question, results_of(question, ap))
     spoilt = "missing_boxes_40"
     found = [row for row in found if row.data in ("digit_scenes", spoilt)]
-    found = [row for row in found if (row.entry.name, row.data) != ("cross-entropy", spoilt)]
+    found = [
+        row for row in found if (row.entry.name, row.data) != ("cross-entropy; smooth L1", spoilt)
+    ]
     head, _, first, *_, cross, _ = outliers_table(found).splitlines()
     assert head == f"| loss | digit_scenes | {spoilt} | left with {spoilt} |"
     aps = "0.700 (0.600 to 0.800) | 0.560 (0.480 to 0.640)"
-    assert first == f"| focal | {aps} | 0.800 (0.800 to 0.800) |"
-    assert cross == "| cross-entropy | 0.700 (0.600 to 0.800) |  |  |"
+    assert first == f"| focal; smooth L1 | {aps} | 0.800 (0.800 to 0.800) |"
+    assert cross == "| cross-entropy; smooth L1 | 0.700 (0.600 to 0.800) |  |  |"
 
 
 def test_a_row_appears_when_all_its_runs_are_finished():
@@ -315,7 +318,7 @@ def test_the_study_runs_by_its_command_and_trains_nothing_twice(tmp_path):
     assert all("seed 0" in key for key in keys[:-2])  # tuning: the two settings, and further ones
     assert len(keys) >= 4
     assert sum("wrong_labels_10" in record["key"] for record in records) == 1
-    assert "| wrong_labels_10 | focal |" in output
+    assert "| wrong_labels_10 | focal; smooth L1 |" in output
     assert not list((tmp_path / "runs").iterdir())
     results.write_text("\n".join(lines[:-1]) + "\n")  # as if it had been stopped
     run()

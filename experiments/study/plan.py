@@ -90,21 +90,42 @@ STRENGTH = Entry(
 )
 
 
+def _smooth(loss: Entry) -> Entry:
+    """With smooth L1 for the boxes, at about the weight that is best for it."""
+    boxes = {"loss.box": "smooth_l1", "loss.box_weight": 8.0}
+    name = f"{loss.name}; smooth L1"
+    return replace(loss, name=name, changes={**loss.changes, **boxes}, grid=_from(1.0))
+
+
+FOCAL_SMOOTH, CROSS_ENTROPY_SMOOTH = _smooth(FOCAL), _smooth(CROSS_ENTROPY)
+NO_FLOOR_SMOOTH, FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH = map(_smooth, (NO_FLOOR, FLOOR, _floor(1000)))
+
+
 def _like(loss: Entry, words: str, **settings: Any) -> Entry:
     """A GHM-C with other settings, trained with the rate and weight that were best for `loss`."""
     changes = {**loss.changes, **_ghm_c(**settings)}
     return Entry(f"{loss.name}, {words}", changes, loss.tuned, like=loss)
 
 
+def _with_bins(loss: Entry) -> tuple[Entry, ...]:
+    return (loss, *(_like(loss, f"{n} bins", bins=n) for n in (5, 10, 20, 40)))
+
+
+def _with_momentum(loss: Entry, words: str = "", **settings: Any) -> tuple[Entry, ...]:
+    momenta = (0.0, 0.5, 0.75, 0.9, 0.99) if settings else (0.0, 0.5, 0.9, 0.99)  # 0.75: default
+    changed = (_like(loss, f"momentum {m}{words}", momentum=m, **settings) for m in momenta)
+    return (loss, *changed)
+
+
 def _variant(name: str, function: str, weight: float, bins: int = 30) -> Entry:
     """A function of `variants.py`."""
     changes: dict[str, Any] = {"loss.classification": f"experiments.study.variants:{function}"}
     changes |= {"loss.weight": weight, "loss.ghm_c.bins": bins}
-    return Entry(name, changes, grid=_from(8.0))
+    return Entry(name, changes)
 
 
 def _replicas(loss: Entry, replicas: int, function: str) -> Entry:
-    variant = _variant("", function, 3.0, 30 * replicas)
+    variant = _smooth(_variant("", function, 3.0, 30 * replicas))
     name = f"{loss.name}, histograms of {replicas} replicas"
     return replace(variant, name=name, like=loss)
 
@@ -137,16 +158,6 @@ QUESTIONS = (
         tuned=False,
     ),
     Question(
-        "H5",
-        "Do outliers in the training labels hurt less?",
-        (FOCAL, FLOOR, CROSS_ENTROPY, NO_FLOOR),
-        data=(
-            "digit_scenes",
-            *(f"wrong_labels_{percent}" for percent in (10, 20, 40)),
-            *(f"missing_boxes_{percent}" for percent in (20, 40)),
-        ),
-    ),
-    Question(
         "H3",
         "Which box loss? (tables 5 and 6 of the paper)",
         (
@@ -159,50 +170,55 @@ QUESTIONS = (
         ),
     ),
     Question(
+        "H13",
+        "Which classification loss, with smooth L1 for the boxes?",
+        (
+            *(FOCAL_SMOOTH, FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH),
+            *(CROSS_ENTROPY_SMOOTH, NO_FLOOR_SMOOTH),
+        ),
+    ),
+    Question(
+        "H5",
+        "Do outliers in the training labels hurt less?",
+        (FOCAL_SMOOTH, FLOOR_SMOOTH, CROSS_ENTROPY_SMOOTH, NO_FLOOR_SMOOTH),
+        data=(
+            "digit_scenes",
+            *(f"wrong_labels_{percent}" for percent in (10, 20, 40)),
+            *(f"missing_boxes_{percent}" for percent in (20, 40)),
+        ),
+    ),
+    Question(
         "H11",
         "Can GHM-C be better than focal loss?",
         (
-            *(FOCAL, FLOOR),
-            _variant("floor of the positives", "floor_of_positives", 3.0),
-            _variant("smoothed histogram, no floor", "smoothed", 3.0),
-            _variant("positives and negatives apart", "apart", 1.5, 60),
-            _variant("strength falls to 1/2", "falling", 3.0),
-            _variant("divided by the positives", "per_object", 0.005),
-            _variant("a histogram for each class", "by_class", 3.0, 300),
+            *(FOCAL_SMOOTH, FLOOR_SMOOTH),
+            _smooth(_variant("floor of the positives", "floor_of_positives", 3.0)),
+            _smooth(_variant("smoothed histogram, no floor", "smoothed", 3.0)),
+            _smooth(_variant("positives and negatives apart", "apart", 1.5, 60)),
+            _smooth(_variant("strength falls to 1/2", "falling", 3.0)),
+            _smooth(_variant("divided by the positives", "per_object", 0.005)),
+            _smooth(_variant("a histogram for each class", "by_class", 3.0, 300)),
         ),
     ),
     Question(
         "H9",
         "Real images: blood cells and defects of circuit boards",
-        tuple(replace(entry, grid=_from(4.0)) for entry in (FOCAL, LEVELS, FLOOR)),
+        (FOCAL_SMOOTH, replace(LEVELS, grid=_from(1.0)), FLOOR_SMOOTH),
         data=("bccd", "deeppcb"),
         experiment="folder_small",
     ),
     Question(
         "H2",
         "How many bins? (table 1 of the paper)",
-        (
-            *(FLOOR, *(_like(FLOOR, f"{n} bins", bins=n) for n in (5, 10, 20, 40))),
-            *(NO_FLOOR, *(_like(NO_FLOOR, f"{n} bins", bins=n) for n in (5, 10, 20, 40))),
-        ),
+        (*_with_bins(FLOOR_SMOOTH), *_with_bins(NO_FLOOR_SMOOTH)),
         seeds=SEEDS[:1],
     ),
     Question(
         "H4",
         "How much momentum of the histogram?",
         (
-            *(FLOOR, *(_like(FLOOR, f"momentum {m}", momentum=m) for m in (0.0, 0.5, 0.9, 0.99))),
-            *(NO_FLOOR, *(_like(NO_FLOOR, f"momentum {m}", momentum=m) for m in (0.0, 0.5))),
-            *(_like(NO_FLOOR, f"momentum {m}", momentum=m) for m in (0.9, 0.99)),
-            *(
-                _like(
-                    NO_FLOOR,
-                    f"momentum {m}, no bias correction",
-                    momentum=m,
-                    bias_correction=False,
-                )
-                for m in (0.5, 0.75, 0.9, 0.99)
-            ),
+            *(*_with_momentum(FLOOR_SMOOTH), *_with_momentum(NO_FLOOR_SMOOTH)),
+            *_with_momentum(NO_FLOOR_SMOOTH, ", no bias correction", bias_correction=False)[1:],
         ),
         seeds=SEEDS[:1],
     ),
@@ -210,10 +226,10 @@ QUESTIONS = (
         "H7",
         "One histogram of the batch, or one for each replica (as published)?",
         (
-            *(FLOOR, _replicas(FLOOR, 2, "two_replicas_floor")),
-            _replicas(FLOOR, 4, "four_replicas_floor"),
-            *(NO_FLOOR, _replicas(NO_FLOOR, 2, "two_replicas")),
-            _replicas(NO_FLOOR, 4, "four_replicas"),
+            *(FLOOR_SMOOTH, _replicas(FLOOR_SMOOTH, 2, "two_replicas_floor")),
+            _replicas(FLOOR_SMOOTH, 4, "four_replicas_floor"),
+            *(NO_FLOOR_SMOOTH, _replicas(NO_FLOOR_SMOOTH, 2, "two_replicas")),
+            _replicas(NO_FLOOR_SMOOTH, 4, "four_replicas"),
         ),
         seeds=SEEDS[:1],
     ),

@@ -158,15 +158,17 @@ def calibration_table(found: Sequence[Row]) -> str:
 
 
 def tuning_table(question: Question, results: Results) -> str:
-    """AP of the tuning runs of each loss, by setting."""
+    """AP of the tuning runs of each loss so far, by setting."""
     found = {}
     for entry in question.entries:
-        trials, best = tune(question, entry, results)
-        if not entry.like and best is not None:
-            found[entry.name] = {
-                (trial.learning_rate, trial.weight): f"{ap_of(results[trial.key]):.3f}"
-                for trial in trials
-            }
+        trials, _ = tune(question, entry, results)
+        aps = {
+            (trial.learning_rate, trial.weight): f"{ap_of(results[trial.key]):.3f}"
+            for trial in trials
+            if trial.key in results
+        }
+        if aps and not entry.like:
+            found[entry.name] = aps
     settings = sorted({setting for aps in found.values() for setting in aps})
     head = ("loss", *(f"rate x {rate:g}, weight x {weight:g}" for rate, weight in settings))
     lines = [(name, *(aps.get(x, "") for x in settings)) for name, aps in found.items()]
