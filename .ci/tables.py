@@ -463,12 +463,6 @@ def study_iou(key: str) -> str:
     return summary.iou_table(summary.rows(*_study(key))) + "\n"
 
 
-def study_outliers() -> str:
-    """AP of each loss by data set, and how much of it is left."""
-    rows = summary.rows(*_study("H5"))
-    return summary.outliers_table(rows) + _study_origin([run for row in rows for run in row.runs])
-
-
 def study_calibration(key: str) -> str:
     """Calibration errors of the same runs."""
     return summary.calibration_table(summary.rows(*_study(key))) + "\n"

@@ -25,8 +25,7 @@ config = Config(
         head_norm="group",
         dtype="float32",
     ),
-    # As in quickstart.py: a small data set leaves the bins of hard examples nearly empty;
-    # the results in docs/results.md are with these weights.
+    # The results in docs/results.md are with these weights.
     loss=Loss(weight=3.0, box_weight=10.0),
     optimizer=Optimizer(
         name="adamw",
