@@ -29,10 +29,13 @@ def main(
     if core >= 0:
         os.sched_setaffinity(0, {core})  # before JAX starts its threads
     from ghm_jax.config import from_dict
+    from ghm_jax.distributed.devices import keep_programs
     from ghm_jax.runs.records import provenance
+    from ghm_jax.storage import cache_directory
     from ghm_jax.train import train
     from ghm_jax.training.log import TrainingDiverged
 
+    keep_programs(cache_directory("programs"))  # runs that differ by seed or data share theirs
     settings = from_dict(json.loads(config.read_text()))
     start = time.process_time()  # as the run may be paused, or share its core
     try:
