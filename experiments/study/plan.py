@@ -97,6 +97,7 @@ def _smooth(loss: Entry) -> Entry:
     return replace(loss, name=name, changes={**loss.changes, **boxes}, grid=_from(1.0))
 
 
+FLOOR_GHM_R = Entry(f"{FLOOR.name}; GHM-R, floor 100", {**FLOOR.changes, **_ghm_r(min_count=100.0)})
 FOCAL_SMOOTH, CROSS_ENTROPY_SMOOTH = _smooth(FOCAL), _smooth(CROSS_ENTROPY)
 NO_FLOOR_SMOOTH, FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH = map(_smooth, (NO_FLOOR, FLOOR, _floor(1000)))
 
@@ -176,6 +177,16 @@ QUESTIONS = (
             *(FOCAL_SMOOTH, FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH),
             *(CROSS_ENTROPY_SMOOTH, NO_FLOOR_SMOOTH),
         ),
+    ),
+    Question(
+        "H14",
+        "Trained twice as long, as the quickstart: which box loss?",
+        (
+            *(replace(entry, grid=_from(1.0)) for entry in (FLOOR, FLOOR_GHM_R)),
+            *(FLOOR_SMOOTH, FOCAL_SMOOTH),
+        ),
+        steps=2 * STEPS,
+        tuned=False,
     ),
     Question(
         "H5",
