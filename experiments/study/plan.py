@@ -98,6 +98,7 @@ def _smooth(loss: Entry) -> Entry:
 
 
 FLOOR_GHM_R = Entry(f"{FLOOR.name}; GHM-R, floor 100", {**FLOOR.changes, **_ghm_r(min_count=100.0)})
+FLOOR_MU = Entry(f"{FLOOR.name}; GHM-R, floor 10, mu 0.1", {**FLOOR.changes, "loss.mu": 0.1})
 FOCAL_SMOOTH, CROSS_ENTROPY_SMOOTH = _smooth(FOCAL), _smooth(CROSS_ENTROPY)
 NO_FLOOR_SMOOTH, FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH = map(_smooth, (NO_FLOOR, FLOOR, _floor(1000)))
 
@@ -182,7 +183,7 @@ QUESTIONS = (
         "H14",
         "Trained twice as long, as the quickstart: which box loss?",
         (
-            *(replace(entry, grid=_from(1.0)) for entry in (FLOOR, FLOOR_GHM_R)),
+            *(replace(entry, grid=_from(1.0)) for entry in (FLOOR, FLOOR_GHM_R, FLOOR_MU)),
             *(FLOOR_SMOOTH, FOCAL_SMOOTH),
         ),
         steps=2 * STEPS,
