@@ -153,7 +153,7 @@ QUESTIONS = (
         "Trained twice as long, as the quickstart: which floor, which weight?",
         (
             *(replace(entry, grid=_from(1.0)) for entry in (FOCAL, FLOOR, _floor(1000))),
-            *(replace(entry, grid=_from(1.0)) for entry in (CROSS_ENTROPY, _floor(10))),
+            *(replace(entry, grid=_from(1.0)) for entry in (CROSS_ENTROPY, _floor(10), NO_FLOOR)),
             *(replace(entry, grid=_from(8.0)) for entry in (FOCAL, FLOOR)),
         ),
         steps=2 * STEPS,
