@@ -27,12 +27,6 @@ RESULTS = ROOT / "experiments/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_LOSSES = {
-    "focal": "focal loss (0.25, 2)",
-    "published": "GHM-C, `min_count=0` (published)",
-    "floored": "**GHM-C, `min_count=100`**",
-    "cross_entropy": "cross-entropy",
-}
 
 
 def updated(text: str) -> str:
@@ -54,20 +48,6 @@ def quickstart() -> str:
     return _table(head, [row], record)
 
 
-def density_floor() -> str:
-    """The quickstart with three classification losses."""
-    record = _read("quickstart_losses")
-    rows = []
-    for loss, scores in record["summary"].items():
-        seeds = sum(run["loss"] == loss for run in record["runs"])
-        ranges = [
-            "{mean:.3f} ({min:.3f} to {max:.3f})".format(**scores[key])
-            for key in ("AP", "AP50", "AR100")
-        ]
-        rows.append((_LOSSES[loss], seeds, *ranges))
-    return _table(("classification loss", "seeds", "AP", "AP50", "AR100"), rows, record)
-
-
 def bccd() -> str:
     """A small real data set with three classification losses."""
     record = _read("bccd_losses")
@@ -78,40 +58,6 @@ def bccd() -> str:
         scores = [row["AP"], row["AP50"], *(row["per_class"][name] for name in classes)]
         option = f"`{row['options']}`" if row["options"] else "none"
         rows.append((row["loss"], option, *(f"{score:.3f}" for score in scores)))
-    return _table(head, rows, record)
-
-
-def calibration() -> str:
-    """Calibration error of runs of two lengths."""
-    records = [_read("calibration"), _read("calibration_800_steps")]
-    head = ("steps", "classification loss", "seed", "AP", "ECE", "ECE, score >= 0.3", "detections")
-    rows = [
-        (
-            f"{record['steps']:,}",
-            _LOSSES[run["loss"]],
-            run["seed"],
-            *(f"{run[key]:.3f}" for key in ("AP", "ECE", "ECE_03")),
-            f"{run['detections']:,}",
-        )
-        for record in records
-        for run in sorted(record["runs"], key=lambda run: list(_LOSSES).index(run["loss"]))
-    ]
-    return _table(head, rows, *records)
-
-
-def calibration_bins() -> str:
-    """Precision by score in the longer runs."""
-    record = _read("calibration")
-    runs = sorted(record["runs"], key=lambda run: list(_LOSSES).index(run["loss"]))
-    head = ["score"]
-    for run in runs:
-        head += [f"{_LOSSES[run['loss']]}: precision", "detections"]
-    rows = []
-    for bins in zip(*(run["bins"] for run in runs), strict=True):
-        row = [f"{bins[0]['score_from']:.1f} to {bins[0]['score_to']:.1f}"]
-        for each in bins:
-            row += [f"{each['precision']:.3f}", f"{each['count']:,}"]
-        rows.append(row)
     return _table(head, rows, record)
 
 
@@ -468,6 +414,12 @@ def study_calibration(key: str) -> str:
     return summary.calibration_table(summary.rows(*_study(key))) + "\n"
 
 
+def study_bins(key: str) -> str:
+    """Precision by score of the same runs."""
+    rows = summary.rows(*_study(key))
+    return summary.bins_table([row for row in rows if row.setting.weight == 1.0]) + "\n"
+
+
 def study_tuning(key: str) -> str:
     """AP of the runs that the settings were chosen by."""
     return summary.tuning_table(*_study(key)) + "\n"
@@ -518,7 +470,7 @@ def _peak(row: dict[str, Any]) -> int:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(quickstart, density_floor, bccd, calibration, calibration_bins),
+        *(quickstart, bccd),
         *(loss_cost, data_cost, padding),
         *(train_step, peers, train_devices, train_losses, train_growth),
         *(
@@ -547,7 +499,8 @@ TABLES |= {
     "study_h3_iou": functools.partial(study_iou, "H3"),
     "study_h3_tuning": functools.partial(study_tuning, "H3"),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
-    "study_h1_calibration": functools.partial(study_calibration, "H1"),
+    "study_h12_calibration": functools.partial(study_calibration, "H12"),
+    "study_h12_bins": functools.partial(study_bins, "H12"),
 }
 """Name in a page's comment -> its table."""
 

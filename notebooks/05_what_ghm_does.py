@@ -185,21 +185,17 @@ display(Markdown(summary.sensitivity_table(questions["H1"], results)))
 # ## Are the scores what they say?
 #
 # Of all detections with a score of about 0.7, seven in ten should be right. The dotted diagonal is
-# that; below it a detector is too sure. Seeds together, ten bins of score.
+# that; below it a detector is too sure. Runs as long as the quickstart's, seeds together, ten bins
+# of score; bins of less than 30 detections say nothing.
 
 # %%
 figure = Figure(figsize=(4, 4))
 ax = figure.add_subplot()
 ax.plot([0, 1], [0, 1], ":", color=GREY)
-rows = finished("H1")
+rows = [row for row in finished("H12") if row.setting.weight == 1]
 for row, color in zip(rows, COLORS, strict=False):
-    bins = zip(*(run["reliability"] for run in row.runs), strict=True)
-    points = []
-    for each in bins:
-        count = sum(one["count"] for one in each)
-        if count >= 30:  # fewer say nothing
-            weighted = (sum(one[k] * one["count"] for one in each) for k in ("score", "precision"))
-            points.append([value / count for value in weighted])
+    bins = summary.pooled_bins(row)
+    points = [(score, precision) for score, precision, count in bins if count >= 30]
     ax.plot(*zip(*points, strict=True), "-o", color=color, label=row.entry.name, markersize=4)
 ax.set_xlabel("mean score", fontsize=8.5)
 style(ax, "", "precision at IoU 0.5")

@@ -23,10 +23,13 @@ from experiments.study.plan import (
     tuning_trials,
 )
 from experiments.study.summary import (
+    Row,
+    bins_table,
     calibration_table,
     iou_table,
     outliers_table,
     paired_difference,
+    pooled_bins,
     read_results,
     rows,
     scores_table,
@@ -45,7 +48,7 @@ def results_of(question: Question, ap) -> dict:
     def record(trial):
         value = ap(trial)
         return {
-            "metrics": {"AP": value},
+            "metrics": {"AP": value, "AR100": value + 0.1},
             "ap_by_iou": {f"{iou:.2f}": value + 0.55 - iou for iou in np.arange(0.5, 1, 0.05)},
             "ece": 1 - value,
         }
@@ -189,7 +192,7 @@ def test_the_other_tables_have_a_line_per_loss():
     results = results_of(question, ap)
     found = rows(question, results)
     by_iou = next(line for line in iou_table(found).splitlines() if "| focal |" in line)
-    assert by_iou.endswith("| x 2 | 0.670 | 0.570 | 0.470 | 0.370 | 0.270 |")
+    assert by_iou.endswith("| x 2 | 0.670 | 0.570 | 0.470 | 0.370 | 0.270 | 0.720 |")
     error = next(line for line in calibration_table(found).splitlines() if "| focal |" in line)
     assert error.endswith("| 0.380 (0.370 to 0.390) |")
     head, _, *tuned = tuning_table(question, results).splitlines()
@@ -199,6 +202,31 @@ def test_the_other_tables_have_a_line_per_loss():
     assert len(tuned) == len(question.entries)
     *_, last = sensitivity_table(question, results).splitlines()
     assert last == "| GHM-C, published | 0.600 | 0.500 | 0.450 | 0.750 |"
+
+
+def test_bins_of_score_are_pooled_over_the_seeds_by_their_counts():
+    def run(*bins):
+        keys = ("score", "precision", "count")
+        return {"reliability": [dict(zip(keys, each, strict=True)) for each in bins]}
+
+    empty = [(0.0, 0.0, 0)] * 8
+    runs = (
+        run((0.05, 0.1, 3000), (0.12, 0.5, 10), *empty),
+        run((0.07, 0.4, 1000), (0.18, 0.0, 0), *empty),
+    )
+    entry = QUESTIONS[0].entries[0]
+    (setting, *_) = tuning_trials(QUESTIONS[0], entry)
+    row = Row(entry, "digit_scenes", setting, runs)
+    assert pooled_bins(row)[:3] == [
+        pytest.approx((0.055, 0.175, 4000)),
+        pytest.approx((0.12, 0.5, 10)),
+        (0.0, 0.0, 0),
+    ]
+    head, _, first, second, *_, last = bins_table([row]).splitlines()
+    assert head == "| score | focal: precision | detections |"
+    assert first == "| 0.0 to 0.1 | 0.175 | 4,000 |"
+    assert second == "| 0.1 to 0.2 | 0.500 | 10 |"
+    assert last.startswith("| 0.9 to 1.0 |")
 
 
 def test_the_table_of_outliers_has_the_share_of_the_ap_that_is_left():

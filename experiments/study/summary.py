@@ -113,20 +113,16 @@ IOUS = ("0.50", "0.60", "0.70", "0.80", "0.90")
 
 
 def iou_table(found: Sequence[Row]) -> str:
-    """AP of each row by IoU, mean over the seeds."""
-    lines = [
-        (
-            row.data,
-            row.entry.name,
-            f"x {row.setting.weight:g}",
-            *(
-                f"{statistics.mean(row.values(lambda run, iou=iou: run['ap_by_iou'][iou])):.3f}"
-                for iou in IOUS
-            ),
-        )
-        for row in found
-    ]
-    return markdown(("data", "loss", "weight", *(f"AP at IoU {iou}" for iou in IOUS)), lines)
+    """AP of each row by IoU, and the recall of 100 detections per image; means over the seeds."""
+
+    def means(row: Row) -> list[str]:
+        figures = [row.values(lambda run, iou=iou: run["ap_by_iou"][iou]) for iou in IOUS]
+        figures.append(row.values(lambda run: run["metrics"]["AR100"]))
+        return [f"{statistics.mean(values):.3f}" for values in figures]
+
+    lines = [(row.data, row.entry.name, f"x {row.setting.weight:g}", *means(row)) for row in found]
+    head = ("data", "loss", "weight", *(f"AP at IoU {iou}" for iou in IOUS), "AR100")
+    return markdown(head, lines)
 
 
 def outliers_table(found: Sequence[Row]) -> str:
@@ -155,6 +151,33 @@ def calibration_table(found: Sequence[Row]) -> str:
         for row in found
     ]
     return markdown(("data", "loss", "expected calibration error (range)"), lines)
+
+
+def pooled_bins(row: Row) -> list[tuple[float, float, int]]:
+    """Mean score, precision and number of detections by bin of score, seeds together.
+
+    Score and precision of a bin without detections are 0.
+    """
+    pooled = []
+    for bins in zip(*(run["reliability"] for run in row.runs), strict=True):
+        count = sum(each["count"] for each in bins)
+        score, precision = (
+            sum(each[key] * each["count"] for each in bins) / max(count, 1)
+            for key in ("score", "precision")
+        )
+        pooled.append((score, precision, count))
+    return pooled
+
+
+def bins_table(found: Sequence[Row]) -> str:
+    """Precision and number of detections by score, seeds together."""
+    head, columns = ["score"], [[f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]]
+    for row in found:
+        head += [f"{row.entry.name}: precision", "detections"]
+        bins = pooled_bins(row)
+        columns.append([f"{precision:.3f}" for _, precision, _ in bins])
+        columns.append([f"{count:,}" for _, _, count in bins])
+    return markdown(head, zip(*columns, strict=True))
 
 
 def tuning_table(question: Question, results: Results) -> str:
