@@ -420,6 +420,13 @@ def study_bins(key: str) -> str:
     return summary.bins_table([row for row in rows if row.setting.weight == 1.0]) + "\n"
 
 
+def study_outliers() -> str:
+    """AP with outliers among the training labels."""
+    rows = summary.rows(*_study("H5"))
+    origin = _study_origin([run for row in rows for run in row.runs])
+    return summary.outliers_table(rows) + origin
+
+
 def study_tuning(key: str) -> str:
     """AP of the runs that the settings were chosen by."""
     return summary.tuning_table(*_study(key)) + "\n"
@@ -492,6 +499,10 @@ TABLES |= {
     "study_sensitivity": study_sensitivity,
     "study_noise": study_noise,
     "study_rest": study_rest,
+    "study_outliers": study_outliers,
+    "study_h13": functools.partial(study_scores, "H13"),
+    "study_h13_iou": functools.partial(study_iou, "H13"),
+    "study_h13_tuning": functools.partial(study_tuning, "H13"),
     "study_h12": functools.partial(study_scores, "H12"),
     "study_h12_iou": functools.partial(study_iou, "H12"),
     "study_h1": functools.partial(study_scores, "H1"),

@@ -203,7 +203,7 @@ QUESTIONS = (
         "H11",
         "Can GHM-C be better than focal loss?",
         (
-            *(FOCAL_SMOOTH, FLOOR_SMOOTH),
+            *(FOCAL_SMOOTH, FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH),
             _smooth(_variant("floor of the positives", "floor_of_positives", 3.0)),
             _smooth(_variant("smoothed histogram, no floor", "smoothed", 3.0)),
             _smooth(_variant("positives and negatives apart", "apart", 1.5, 60)),
