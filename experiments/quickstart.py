@@ -37,6 +37,8 @@ config = Config(
         # thousands. The floor treats a bin with fewer than 100 of the 130,000 examples as if it
         # had 100.
         ghm_c=Harmonizing(min_count=100),
+        # With the published 0.02 most errors of so short a training are outliers to GHM-R.
+        mu=0.1,
     ),
     optimizer=Optimizer(
         name="adamw",

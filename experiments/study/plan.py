@@ -181,10 +181,10 @@ QUESTIONS = (
     ),
     Question(
         "H14",
-        "Trained twice as long, as the quickstart: which box loss?",
+        "Trained twice as long, as the quickstart: which box loss, and then which class loss?",
         (
             *(replace(entry, grid=_from(1.0)) for entry in (FLOOR, FLOOR_GHM_R, FLOOR_MU)),
-            *(FLOOR_SMOOTH, FOCAL_SMOOTH),
+            *(FLOOR_SMOOTH, FOCAL_SMOOTH, HIGH_FLOOR_SMOOTH, CROSS_ENTROPY_SMOOTH),
         ),
         steps=2 * STEPS,
         tuned=False,
@@ -215,7 +215,10 @@ QUESTIONS = (
     Question(
         "H9",
         "Real images: blood cells and defects of circuit boards",
-        (FOCAL_SMOOTH, replace(LEVELS, grid=_from(1.0)), FLOOR_SMOOTH),
+        (
+            *(FOCAL_SMOOTH, replace(LEVELS, grid=_from(1.0)), FLOOR_SMOOTH),
+            replace(FLOOR_MU, like=FLOOR_SMOOTH),
+        ),
         data=("bccd", "deeppcb"),
         experiment="folder_small",
     ),
@@ -289,6 +292,7 @@ class Trial:
         config = replace(
             base,
             seed=self.seed,
+            loss=replace(base.loss, mu=Config().loss.mu),  # published, unless an entry changes it
             data=replace(base.data, name=self.data, dir=data_dir),
             optimizer=optimizer,
             run=replace(base.run, devices=1, workers=0, checkpoint_every=self.steps),
