@@ -216,7 +216,7 @@ QUESTIONS = (
         "H9",
         "Real images: blood cells and defects of circuit boards",
         (
-            *(FOCAL_SMOOTH, replace(LEVELS, grid=_from(1.0)), FLOOR_SMOOTH),
+            *(FOCAL_SMOOTH, replace(LEVELS, grid=_from(1.0)), FLOOR_SMOOTH, HIGH_FLOOR_SMOOTH),
             replace(FLOOR_MU, like=FLOOR_SMOOTH),
         ),
         data=("bccd", "deeppcb"),
