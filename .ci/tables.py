@@ -503,6 +503,8 @@ TABLES |= {
     "study_h13": functools.partial(study_scores, "H13"),
     "study_h13_iou": functools.partial(study_iou, "H13"),
     "study_h13_tuning": functools.partial(study_tuning, "H13"),
+    "study_h14": functools.partial(study_scores, "H14"),
+    "study_h14_iou": functools.partial(study_iou, "H14"),
     "study_h12": functools.partial(study_scores, "H12"),
     "study_h12_iou": functools.partial(study_iou, "H12"),
     "study_h1": functools.partial(study_scores, "H1"),
