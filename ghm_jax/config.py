@@ -167,7 +167,8 @@ class Loss:
     ghm_r: Harmonizing = field(default_factory=lambda: Harmonizing(bins=10, momentum=0.7))
     """GHM-R: how the coordinates of the boxes are harmonized."""
     mu: Positive[float] = 0.02
-    """GHM-R, ASL1: error at which the authentic smooth L1 turns from quadratic to linear."""
+    """GHM-R, ASL1: error at which the authentic smooth L1 turns from quadratic to linear. 0.02 is
+    published; GHM-R needs it near the errors that there are, such as 0.1 in a short training."""
     ghm_scope: Literal["batch", "level"] = "batch"
     """GHM: one histogram and mean over all pyramid levels (the paper), or one call per level with a
     shared moving histogram, the losses summed (the published code)."""

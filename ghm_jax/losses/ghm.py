@@ -117,7 +117,8 @@ def ghm_r_loss(
         targets: float, same shape.
         mask: bool or 0/1, same shape or 1 in place of an axis; True for positive anchors.
         state: moving histogram; None: this batch alone.
-        mu: ASL1 is quadratic below and linear above this error (equation 17).
+        mu: ASL1 is quadratic below and linear above this error (equation 17). Errors far above it
+            share the last bin: choose it by the errors that there are.
         bins: the published code has 10 here.
         batch_counts: histogram of the whole batch, if these are the examples of a microbatch.
         axis_name: replica axis to count over.
