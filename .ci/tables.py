@@ -398,33 +398,13 @@ def tpu_scale() -> str:
     return _table(head, rows, record, data)
 
 
-def study_scores(key: str) -> str:
-    """AP of the losses of a question of the study."""
+def study_table(
+    table: Callable[[Sequence[summary.Row]], str], key: str, origin: bool = False
+) -> str:
+    """A table of the finished rows of a question, and, once per set of runs, how they were made."""
     rows = summary.rows(*_study(key))
-    return summary.scores_table(rows) + _study_origin([run for row in rows for run in row.runs])
-
-
-def study_iou(key: str) -> str:
-    """AP of the same runs by IoU."""
-    return summary.iou_table(summary.rows(*_study(key))) + "\n"
-
-
-def study_calibration(key: str) -> str:
-    """Calibration errors of the same runs."""
-    return summary.calibration_table(summary.rows(*_study(key))) + "\n"
-
-
-def study_bins(key: str) -> str:
-    """Precision by score of the same runs."""
-    rows = summary.rows(*_study(key))
-    return summary.bins_table([row for row in rows if row.setting.weight == 1.0]) + "\n"
-
-
-def study_outliers() -> str:
-    """AP with outliers among the training labels."""
-    rows = summary.rows(*_study("H5"))
-    origin = _study_origin([run for row in rows for run in row.runs])
-    return summary.outliers_table(rows) + origin
+    end = _study_origin([run for row in rows for run in row.runs]) if origin else "\n"
+    return table(rows) + end
 
 
 def study_tuning(key: str) -> str:
@@ -499,22 +479,20 @@ TABLES |= {
     "study_sensitivity": study_sensitivity,
     "study_noise": study_noise,
     "study_rest": study_rest,
-    "study_outliers": study_outliers,
-    "study_h13": functools.partial(study_scores, "H13"),
-    "study_h13_iou": functools.partial(study_iou, "H13"),
-    "study_h13_tuning": functools.partial(study_tuning, "H13"),
-    "study_h14": functools.partial(study_scores, "H14"),
-    "study_h14_iou": functools.partial(study_iou, "H14"),
-    "study_h12": functools.partial(study_scores, "H12"),
-    "study_h12_iou": functools.partial(study_iou, "H12"),
-    "study_h1": functools.partial(study_scores, "H1"),
-    "study_h3": functools.partial(study_scores, "H3"),
-    "study_h3_iou": functools.partial(study_iou, "H3"),
-    "study_h3_tuning": functools.partial(study_tuning, "H3"),
+    "study_outliers": functools.partial(study_table, summary.outliers_table, "H5", origin=True),
     "study_h1_tuning": functools.partial(study_tuning, "H1"),
-    "study_h12_calibration": functools.partial(study_calibration, "H12"),
-    "study_h12_bins": functools.partial(study_bins, "H12"),
+    "study_h3_tuning": functools.partial(study_tuning, "H3"),
+    "study_h13_tuning": functools.partial(study_tuning, "H13"),
+    "study_h12_calibration": functools.partial(study_table, summary.calibration_table, "H12"),
+    "study_h12_bins": functools.partial(
+        study_table, lambda rows: summary.bins_table(summary.at_base_weight(rows)), "H12"
+    ),
 }
+for _key in ("H1", "H12", "H3", "H13", "H14"):
+    _name = f"study_{_key.lower()}"
+    TABLES[_name] = functools.partial(study_table, summary.scores_table, _key, origin=True)
+    if _key != "H1":
+        TABLES[f"{_name}_iou"] = functools.partial(study_table, summary.iou_table, _key)
 """Name in a page's comment -> its table."""
 
 

@@ -192,7 +192,7 @@ display(Markdown(summary.sensitivity_table(questions["H1"], results)))
 figure = Figure(figsize=(4, 4))
 ax = figure.add_subplot()
 ax.plot([0, 1], [0, 1], ":", color=GREY)
-rows = [row for row in finished("H12") if row.setting.weight == 1]
+rows = summary.at_base_weight(finished("H12"))
 for row, color in zip(rows, COLORS, strict=False):
     bins = summary.pooled_bins(row)
     points = [(score, precision) for score, precision, count in bins if count >= 30]

@@ -153,6 +153,11 @@ def calibration_table(found: Sequence[Row]) -> str:
     return markdown(("data", "loss", "expected calibration error (range)"), lines)
 
 
+def at_base_weight(found: Iterable[Row]) -> list[Row]:
+    """Those that were trained with the base weight of their loss."""
+    return [row for row in found if row.setting.weight == 1.0]
+
+
 def pooled_bins(row: Row) -> list[tuple[float, float, int]]:
     """Mean score, precision and number of detections by bin of score, seeds together.
 
