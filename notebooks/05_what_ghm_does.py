@@ -228,8 +228,8 @@ def draw_outliers(kind: str) -> None:
             (part, statistics.mean(r.ap)) for part, r in zip(parts, of_loss, strict=True)
         )
         ax.plot(*zip(*points, strict=True), "-o", color=color, label=name, markersize=4)
-    ax.set_xlabel("percent of the training labels", fontsize=8.5)
-    style(ax, kind.replace("_", " "), "AP, mean of the seeds")
+    ax.set_xlabel(f"{kind.replace('_', ' ')}, percent of the training objects", fontsize=8.5)
+    style(ax, "", "AP, mean of the seeds")
     legend(ax, columns=2)
     show(figure)
 
