@@ -177,10 +177,23 @@ def test_variants_take_the_setting_that_was_best_for_their_loss():
         best = (1.0, 0.5) if of_floor else (1.0, 2.0)
         return 0.5 + 0.2 * ((trial.learning_rate, trial.weight) == best)
 
-    found = {row.entry.name: row.setting for row in rows(question, results_of(question, ap))}
+    results = results_of(question, ap)
+    found = {row.entry.name: row.setting for row in rows(question, results)}
     few = found["GHM-C, floor 100; smooth L1, 5 bins"]
     assert few.weight == 0.5
     assert found["GHM-C, no floor; smooth L1, 40 bins"].weight == 2.0
+
+
+def test_variants_are_compared_with_their_loss_and_others_with_the_first():
+    question = next(question for question in QUESTIONS if question.key == "H2")
+    ap = {"GHM-C, no floor; smooth L1": 0.2, "GHM-C, no floor; smooth L1, 5 bins": 0.3}
+    results = results_of(question, lambda trial: ap.get(trial.entry.name, 0.5))
+    lines = {
+        line.split(" | ")[1]: line for line in scores_table(rows(question, results)).split("\n")
+    }
+    assert lines["GHM-C, no floor; smooth L1, 5 bins"].endswith("| +0.100 |")
+    assert lines["GHM-C, no floor; smooth L1"].endswith("| -0.300 |")
+    assert lines["GHM-C, floor 100; smooth L1, 5 bins"].endswith("| +0.000 |")
 
 
 def test_the_other_tables_have_a_line_per_loss():

@@ -221,6 +221,7 @@ QUESTIONS = (
         ),
         data=("bccd", "deeppcb"),
         experiment="folder_small",
+        steps=STEPS // 2,
     ),
     Question(
         "H2",

@@ -89,10 +89,13 @@ def paired_difference(row: Row, other: Row) -> tuple[float, float, float]:
 
 
 def scores_table(found: Sequence[Row]) -> str:
-    """AP of each row; the differences are to the first row of the same data set."""
+    """AP of each row. The difference is to the loss whose setting it takes, or else to the first
+    row of the same data set."""
     lines = []
     for row in found:
-        first = next(other for other in found if other.data == row.data)
+        same_data = [other for other in found if other.data == row.data]
+        same_setting = [other for other in same_data if other.entry is row.entry.like]
+        first, *_ = same_setting + same_data
         mean, low, high = paired_difference(row, first)
         difference = f"{mean:+.3f}" + f" ({low:+.3f} to {high:+.3f})" * (len(row.runs) > 1)
         lines.append(
