@@ -480,19 +480,18 @@ TABLES |= {
     "study_noise": study_noise,
     "study_rest": study_rest,
     "study_outliers": functools.partial(study_table, summary.outliers_table, "H5", origin=True),
-    "study_h1_tuning": functools.partial(study_tuning, "H1"),
-    "study_h3_tuning": functools.partial(study_tuning, "H3"),
-    "study_h13_tuning": functools.partial(study_tuning, "H13"),
     "study_h12_calibration": functools.partial(study_table, summary.calibration_table, "H12"),
     "study_h12_bins": functools.partial(
         study_table, lambda rows: summary.bins_table(summary.at_base_weight(rows)), "H12"
     ),
 }
-for _key in ("H1", "H12", "H3", "H13", "H14"):
+for _key in ("H1", "H12", "H3", "H13", "H14", "H11"):
     _name = f"study_{_key.lower()}"
     TABLES[_name] = functools.partial(study_table, summary.scores_table, _key, origin=True)
-    if _key != "H1":
+    if _key not in ("H1", "H11"):
         TABLES[f"{_name}_iou"] = functools.partial(study_table, summary.iou_table, _key)
+    if _key in ("H1", "H3", "H13", "H11"):
+        TABLES[f"{_name}_tuning"] = functools.partial(study_tuning, _key)
 """Name in a page's comment -> its table."""
 
 
