@@ -485,10 +485,10 @@ TABLES |= {
         study_table, lambda rows: summary.bins_table(summary.at_base_weight(rows)), "H12"
     ),
 }
-for _key in ("H1", "H12", "H3", "H13", "H14", "H11"):
+for _key in ("H1", "H12", "H3", "H13", "H14", "H11", "H2"):
     _name = f"study_{_key.lower()}"
     TABLES[_name] = functools.partial(study_table, summary.scores_table, _key, origin=True)
-    if _key not in ("H1", "H11"):
+    if _key in ("H12", "H3", "H13", "H14"):
         TABLES[f"{_name}_iou"] = functools.partial(study_table, summary.iou_table, _key)
     if _key in ("H1", "H3", "H13", "H11"):
         TABLES[f"{_name}_tuning"] = functools.partial(study_tuning, _key)

@@ -82,7 +82,7 @@ def finished(key: str) -> list[summary.Row]:
 
 def show(figure: Figure) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     display(Image(buffer.getvalue()))
 
 

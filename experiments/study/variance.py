@@ -2,8 +2,8 @@
 
     python -m experiments.study.variance --data-dir data
 
-Trains the quickstart with and without the floor for `--steps` each. At each of the two states,
-fixed, training batches go through both forms of GHM-C:
+Trains the quickstart, with the published `mu`, with and without the floor for `--steps` each. At
+each of the two states, fixed, training batches go through both forms of GHM-C:
 
 * Noise. The gradient of the class head's parameters that comes from the examples of one bin, for
   each bin; its variance over the batches, and the square of its mean. A bin of c examples has the
