@@ -485,7 +485,7 @@ TABLES |= {
         study_table, lambda rows: summary.bins_table(summary.at_base_weight(rows)), "H12"
     ),
 }
-for _key in ("H1", "H12", "H3", "H13", "H14", "H11", "H2"):
+for _key in ("H1", "H12", "H3", "H13", "H14", "H11", "H2", "H4", "H7"):
     _name = f"study_{_key.lower()}"
     TABLES[_name] = functools.partial(study_table, summary.scores_table, _key, origin=True)
     if _key in ("H12", "H3", "H13", "H14"):
