@@ -473,6 +473,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ),
     )
 }
+"""Name in a page's comment -> its table."""
 TABLES |= {
     "faults": functools.partial(faults, "fault_injection"),
     "faults_gs": functools.partial(faults, "fault_injection_gs"),
@@ -492,7 +493,6 @@ for _key in ("H1", "H12", "H3", "H13", "H14", "H11", "H2", "H4", "H7"):
         TABLES[f"{_name}_iou"] = functools.partial(study_table, summary.iou_table, _key)
     if _key in ("H1", "H3", "H13", "H11"):
         TABLES[f"{_name}_tuning"] = functools.partial(study_tuning, _key)
-"""Name in a page's comment -> its table."""
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -221,7 +221,7 @@ QUESTIONS = (
         ),
         data=("bccd", "deeppcb"),
         experiment="folder_small",
-        steps=STEPS // 2,
+        steps=STEPS // 2,  # of 0.4 s on a core, four times that of the digits
     ),
     Question(
         "H2",

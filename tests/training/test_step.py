@@ -195,10 +195,15 @@ def test_losses_are_those_of_the_formulas(loss):
     assert int(state.step) == 2
 
 
-def run(state, step, steps=3):
+def each_step(state, step, steps=3):
     for batch in batches(steps):
         state, metrics = step(state, batch)
-    return state, metrics
+        yield state, metrics
+
+
+def run(state, step, steps=3):
+    *_, last = each_step(state, step, steps)
+    return last
 
 
 def network(norm, axis_name):
@@ -305,19 +310,14 @@ def test_exact_density_uses_the_batch_alone(how):
 
 @pytest.fixture(scope="module")
 def one_device():
-    """The step of the network on one device, without any collective; the states before, between
-    and after three steps, and the metrics of each."""
+    """The step of the network on one device, without any collective; the state that it starts from,
+    and what each of three steps returns."""
 
     @functools.cache
     def result(norm):
-        state, step = network(norm, None)
+        start, step = network(norm, None)
         step = jax.jit(step)
-        states, metrics = [state], []
-        for batch in batches(3):
-            state, of_step = step(state, batch)
-            states.append(state)
-            metrics.append(of_step)
-        return step, jax.device_get(states), jax.device_get(metrics)
+        return step, start, list(each_step(start, step))
 
     return result
 
@@ -331,12 +331,15 @@ def assert_close(found, expected):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-def assert_same_steps(step, states, metrics):
-    """Each step from the expected state: rounding that adds up over steps moves an activation over
-    the kink of a ReLU sooner or later, and its gradient is then another one."""
-    steps = zip(batches(len(metrics)), states[:-1], states[1:], metrics, strict=True)
-    for batch, before, *expected in steps:
-        assert_close(step(before, batch), tuple(expected))
+def assert_same_steps(step, start, expected):
+    """The last state. Each step is from the expected state: rounding that adds up over steps moves
+    an activation over the kink of a ReLU sooner or later, and its gradient is then another one."""
+    before = start
+    for batch, after in zip(batches(len(expected)), expected, strict=True):
+        found = step(before, batch)
+        assert_close(found, after)
+        before, _ = after
+    return found[0]
 
 
 def on_replicas(step, replicas, wrapper="pmap"):
@@ -373,16 +376,17 @@ def test_any_number_of_replicas_makes_the_same_step(replicas, wrapper, classific
     ("norm", "replicas"), [("batch", 2), pytest.param("group", 4, marks=pytest.mark.slow)]
 )
 def test_replicas_of_a_network_make_the_same_step(one_device, norm, replicas):
-    _, states, metrics = one_device(norm)
-    assert_same_steps(on_replicas(network(norm, REPLICA)[1], replicas), states, metrics)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), states[0].params, states[-1].params)
+    _, start, expected = one_device(norm)
+    _, step = network(norm, REPLICA)
+    state = assert_same_steps(on_replicas(step, replicas), start, expected)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), start.params, state.params)
     assert all(jax.tree.leaves(moved))  # every parameter changed, so all were compared
-    assert bool(jax.tree.leaves(states[-1].batch_stats)) == (norm == "batch")
+    assert bool(jax.tree.leaves(state.batch_stats)) == (norm == "batch")
 
 
 def test_a_few_images_are_overfitted(one_device):
-    step, states, _ = one_device("batch")
-    state, batch = states[-1], batches(1)[0]
+    step, state, _ = one_device("batch")
+    batch = batches(1)[0]
     values = []
     for _ in range(100):
         state, metrics = step(state, batch)
@@ -578,7 +582,7 @@ def test_microbatches_make_the_same_step_as_the_whole_batch(loss):
 
 
 def test_microbatches_of_a_network_make_the_same_step_as_the_whole_batch(one_device):
-    _, states, metrics = one_device("group")
+    _, start, expected = one_device("group")
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, norm="group"),
@@ -590,7 +594,7 @@ def test_microbatches_of_a_network_make_the_same_step_as_the_whole_batch(one_dev
         model=make_model(config, NUM_CLASSES),
         optimizer=make_optimizer(config),
     )
-    assert_same_steps(jax.jit(step), states, metrics)
+    assert_same_steps(jax.jit(step), start, expected)
 
 
 def test_the_moving_average_of_the_parameters_is_used_to_predict():
