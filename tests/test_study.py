@@ -122,6 +122,17 @@ def test_losses_that_are_not_tuned_are_trained_with_their_first_setting():
     assert (setting.learning_rate, setting.weight, setting.steps) == (1.0, 8.0, question.steps)
 
 
+def test_the_final_runs_on_the_larger_data_set_have_more_steps():
+    question = replace(QUESTIONS[0], data=("bccd", "deeppcb"), longer={"deeppcb": 2})
+    finals = final_trials(question, FOCAL, tuning_trials(question, FOCAL)[0])
+    steps = {(trial.data, trial.seed): trial.steps for trial in finals}
+    assert steps == {
+        (data, seed): question.steps * factor
+        for data, factor in (("bccd", 1), ("deeppcb", 2))
+        for seed in question.seeds
+    }
+
+
 def test_tuning_goes_on_until_both_neighbours_of_the_best_are_worse():
     question = QUESTIONS[0]
 
