@@ -227,6 +227,17 @@ QUESTIONS = (
         longer={"deeppcb": 2},  # five times the images; 0.10 AP after 600 steps
     ),
     Question(
+        "H15",
+        "The circuit boards again, tuned on themselves",
+        tuple(
+            replace(entry, grid=_from(2.0))
+            for entry in (FOCAL_SMOOTH, HIGH_FLOOR_SMOOTH, FLOOR_SMOOTH)
+        ),
+        data=("deeppcb",),
+        experiment="folder_small",
+        steps=STEPS // 2,
+    ),
+    Question(
         "H2",
         "How many bins? (table 1 of the paper)",
         (*_with_bins(FLOOR_SMOOTH), *_with_bins(NO_FLOOR_SMOOTH)),
