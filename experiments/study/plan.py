@@ -229,9 +229,9 @@ QUESTIONS = (
     Question(
         "H15",
         "The circuit boards again, tuned on themselves",
-        tuple(
-            replace(entry, grid=_from(2.0))
-            for entry in (FOCAL_SMOOTH, HIGH_FLOOR_SMOOTH, FLOOR_SMOOTH)
+        (
+            *(replace(entry, grid=_from(2.0)) for entry in (FOCAL_SMOOTH, HIGH_FLOOR_SMOOTH)),
+            *(replace(FLOOR_SMOOTH, grid=_from(2.0)), replace(LEVELS, grid=_from(8.0))),
         ),
         data=("deeppcb",),
         experiment="folder_small",
@@ -304,10 +304,11 @@ class Trial:
             warmup_steps=min(base.optimizer.warmup_steps, self.steps // 4),
             learning_rate=base.optimizer.learning_rate * self.learning_rate,
         )
+        default = Config().loss  # unless an entry changes it
         config = replace(
             base,
             seed=self.seed,
-            loss=replace(base.loss, mu=Config().loss.mu),  # published, unless an entry changes it
+            loss=replace(base.loss, ghm_c=default.ghm_c, mu=default.mu),
             data=replace(base.data, name=self.data, dir=data_dir),
             optimizer=optimizer,
             run=replace(base.run, devices=1, workers=0, checkpoint_every=self.steps),
