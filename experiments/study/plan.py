@@ -231,7 +231,7 @@ QUESTIONS = (
         "The circuit boards again, tuned on themselves",
         (
             *(replace(entry, grid=_from(2.0)) for entry in (FOCAL_SMOOTH, HIGH_FLOOR_SMOOTH)),
-            *(replace(FLOOR_SMOOTH, grid=_from(2.0)), replace(LEVELS, grid=_from(8.0))),
+            replace(LEVELS, grid=_from(8.0)),
         ),
         data=("deeppcb",),
         experiment="folder_small",
