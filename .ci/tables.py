@@ -48,19 +48,6 @@ def quickstart() -> str:
     return _table(head, [row], record)
 
 
-def bccd() -> str:
-    """A small real data set with three classification losses."""
-    record = _read("bccd_losses")
-    classes = list(record["rows"][0]["per_class"])
-    head = ("classification loss", "option", "AP", "AP50", *(f"AP {name}" for name in classes))
-    rows = []
-    for row in record["rows"]:
-        scores = [row["AP"], row["AP50"], *(row["per_class"][name] for name in classes)]
-        option = f"`{row['options']}`" if row["options"] else "none"
-        rows.append((row["loss"], option, *(f"{score:.3f}" for score in scores)))
-    return _table(head, rows, record)
-
-
 def loss_cost() -> str:
     """Time and memory of the losses."""
     record = _read("bench_losses")
@@ -457,7 +444,7 @@ def _peak(row: dict[str, Any]) -> int:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(quickstart, bccd),
+        quickstart,
         *(loss_cost, data_cost, padding),
         *(train_step, peers, train_devices, train_losses, train_growth),
         *(
@@ -486,12 +473,12 @@ TABLES |= {
         study_table, lambda rows: summary.bins_table(summary.at_base_weight(rows)), "H12"
     ),
 }
-for _key in ("H1", "H12", "H3", "H13", "H14", "H11", "H2", "H4", "H7"):
+for _key in ("H1", "H12", "H3", "H13", "H14", "H11", "H9", "H15", "H2", "H4", "H7"):
     _name = f"study_{_key.lower()}"
     TABLES[_name] = functools.partial(study_table, summary.scores_table, _key, origin=True)
-    if _key in ("H12", "H3", "H13", "H14"):
+    if _key in ("H12", "H3", "H13", "H14", "H9"):
         TABLES[f"{_name}_iou"] = functools.partial(study_table, summary.iou_table, _key)
-    if _key in ("H1", "H3", "H13", "H11"):
+    if _key in ("H1", "H3", "H13", "H11", "H9", "H15"):
         TABLES[f"{_name}_tuning"] = functools.partial(study_tuning, _key)
 
 
