@@ -299,7 +299,7 @@ for row, floor, color in zip(measured, measured[0]["at_rest"], (ORANGE, BLUE), s
 noise.set_xlabel("examples in the bin, of 130,000", fontsize=8.5)
 style(noise, "variance of the gradient", "")
 rest.set_xlabel("score", fontsize=8.5)
-style(rest, "share of positive examples", "")
+style(rest, "share of positives", "")
 for ax in (noise, rest):
     legend(ax)
 figure.tight_layout()
