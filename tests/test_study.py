@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.study.__main__ import Study, add_line
+from experiments.study.__main__ import Study, add_line, changed
 from experiments.study.outliers import corrupted
 from experiments.study.plan import (
     FOCAL,
@@ -131,6 +131,17 @@ def test_the_final_runs_on_the_larger_data_set_have_more_steps():
         for data, factor in (("bccd", 1), ("deeppcb", 2))
         for seed in question.seeds
     }
+
+
+def test_steps_that_are_asked_for_are_those_of_every_run():
+    question = next(question for question in QUESTIONS if question.longer)
+    for steps, seeds in ((8, ()), (8, (5,)), (0, (5,))):
+        found = changed(question, steps, seeds)
+        tuning = tuning_trials(found, FOCAL)
+        trials = final_trials(found, FOCAL, tuning[0])
+        assert {trial.seed for trial in trials} == set(seeds or question.seeds)
+        asked = {steps} if steps else {question.steps, 2 * question.steps}
+        assert {trial.steps for trial in tuning + trials} == asked
 
 
 def test_tuning_goes_on_until_both_neighbours_of_the_best_are_worse():

@@ -115,10 +115,7 @@ def main(
     if smoke:
         steps, seeds = 4, seeds[:1] or (1,)
         questions = [shortened(question) for question in questions]
-    questions = [
-        replace(question, steps=steps or question.steps, seeds=seeds or question.seeds)
-        for question in questions
-    ]
+    questions = [changed(question, steps, seeds) for question in questions]
     if not table:
         for question in questions:
             if not has_data(question.data[0], data_dir):
@@ -161,6 +158,13 @@ def shortened(question: Question) -> Question:
     first = question.entries[0]
     first = replace(first, grid=first.grid[:2])
     return replace(question, entries=(first,), data=question.data[:2])
+
+
+def changed(question: Question, steps: int, seeds: tuple[int, ...]) -> Question:
+    """With other steps for every run, and other seeds; 0 and (): those of the plan."""
+    if steps:
+        question = replace(question, steps=steps, longer={})
+    return replace(question, seeds=seeds or question.seeds)
 
 
 def print_tables(questions: Sequence[Question], results: dict[str, Any]) -> None:

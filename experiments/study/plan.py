@@ -4,8 +4,8 @@ All losses are tuned alike, with seed 0: twice and half the best weight so far a
 are worse (up to 32 times the base value). For the four losses that matter most, twice and half the
 learning rate as well (`GRID`); as that was never better, the others are tuned by weight alone.
 The setting with the highest AP is then trained with fresh seeds, for as many steps: what is best
-for half of them is not best for all. Where an option of a loss is compared (bins, momentum), its
-variants take the setting of the loss itself, with one seed.
+for half of them is not best for all. Only `Question.longer` departs from that. Where an option of a
+loss is compared (bins, momentum), its variants take the setting of the loss itself, with one seed.
 """
 
 from collections.abc import Mapping
